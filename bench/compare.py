@@ -1,0 +1,211 @@
+"""The daemon's throughput beside that of the bare pre-fork server, measured in turns.
+
+    compare.py [--form oneshot|framed] [--clients 16] [--workers 2] [--seconds 4] [--rounds 3]
+
+An absolute figure says more about the machine than about the daemon, and a shared machine's speed
+changes from minute to minute. So both servers stand ready, and short runs alternate: floor,
+daemon, floor, daemon. Each round gives one ratio, and the spread of the ratios says how far to
+trust it.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from servers import (
+    BENCH,
+    BenchError,
+    cpu_seconds,
+    daemon_config,
+    find_cpanbridged,
+    request_bytes,
+    running,
+)
+
+WARM_UP_SECONDS = 1.0
+OTHERS_CPU_SHARE_LIMIT = 0.1  # of one core: above it, the figures are called disturbed
+
+
+@dataclass
+class Run:
+    """What one server did in one round."""
+
+    calls_per_second: float
+    p50_us: float
+    p99_us: float
+    p999_us: float
+    errors: int
+    server_cpu_per_1000: float  # seconds of CPU, of the server's whole tree
+    load_cpu_per_1000: float  # seconds of CPU, of the load generator
+    load_cpu_share: float  # of one core: near 1.0, the load generator is the bottleneck
+    others_cpu_share: float  # of one core: what the rest of the machine took away meanwhile
+
+
+def build_load(folder: Path) -> Path:
+    """Compile the load generator into `folder`."""
+    program = folder / "load"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise BenchError("no C compiler (cc) on PATH to build load.c with")
+    subprocess.run([compiler, "-O2", "-o", str(program), str(BENCH / "load.c")], check=True)
+    return program
+
+
+def machine_busy_seconds() -> float:
+    """CPU time that all cores have spent on anything so far, or lost to other virtual machines."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
+
+
+def drive(
+    program: Path,
+    path: Path,
+    server: psutil.Process,
+    options: argparse.Namespace,
+    seconds: float,
+) -> Run:
+    """Run the load generator against the server at `path`, and account both sides' CPU."""
+    before = cpu_seconds(server)
+    busy_before = machine_busy_seconds()
+    command = [
+        str(program),
+        f"--socket={path}",
+        f"--clients={options.clients}",
+        f"--seconds={seconds}",
+        f"--form={options.form}",
+        f"--pipeline={options.pipeline}",
+        "--request=-",
+    ]
+    done = subprocess.run(
+        command, input=request_bytes(), stdout=subprocess.PIPE, check=False, timeout=seconds + 30
+    )
+    if not done.stdout:
+        raise BenchError(f"{' '.join(command)}: exit status {done.returncode}")
+    report = json.loads(done.stdout)
+    busy = machine_busy_seconds() - busy_before
+    server_cpu = cpu_seconds(server) - before
+    elapsed = max(report["seconds"], 1e-9)
+    thousands = max(report["calls"], 1) / 1000
+    return Run(
+        calls_per_second=report["calls_per_second"],
+        p50_us=report["p50_us"],
+        p99_us=report["p99_us"],
+        p999_us=report["p999_us"],
+        errors=report["errors"] + report["unanswered"],
+        server_cpu_per_1000=server_cpu / thousands,
+        load_cpu_per_1000=report["load_cpu_seconds"] / thousands,
+        load_cpu_share=report["load_cpu_seconds"] / elapsed,
+        others_cpu_share=max(busy - server_cpu - report["load_cpu_seconds"], 0.0) / elapsed,
+    )
+
+
+def print_table(rounds: dict[str, list[Run]]) -> None:
+    """One line per server with the medians over the rounds, then the ratios."""
+    print(
+        f"{'':12}{'calls/s':>10}{'p50 us':>9}{'p99 us':>9}{'p99.9 us':>10}"
+        f"{'server CPU':>12}{'load CPU':>10}{'load':>7}{'others':>8}{'errors':>8}"
+    )
+    print(f"{'':50}{'s/1000':>12}{'s/1000':>10}{'core':>7}{'core':>8}")
+    for name, runs in rounds.items():
+
+        def middle(field: str, runs: list[Run] = runs) -> float:
+            return float(statistics.median(getattr(run, field) for run in runs))
+
+        print(
+            f"{name:12}{middle('calls_per_second'):10.0f}{middle('p50_us'):9.0f}"
+            f"{middle('p99_us'):9.0f}{middle('p999_us'):10.0f}"
+            f"{middle('server_cpu_per_1000'):12.4f}{middle('load_cpu_per_1000'):10.4f}"
+            f"{middle('load_cpu_share'):7.2f}{middle('others_cpu_share'):8.2f}"
+            f"{sum(run.errors for run in runs):8d}"
+        )
+    found = ratios(rounds)
+    taken = max(run.others_cpu_share for runs in rounds.values() for run in runs)
+    if taken > OTHERS_CPU_SHARE_LIMIT:
+        print(f"\ndisturbed: other processes used up to {taken:.2f} of a core; measure again")
+    if found:
+        each = ", ".join(f"{ratio:.3f}" for ratio in found)
+        print(
+            f"\nthroughput against the floor: {statistics.median(found):.3f} "
+            f"(spread {min(found):.3f} to {max(found):.3f}; rounds: {each})"
+        )
+
+
+def ratios(rounds: dict[str, list[Run]]) -> list[float]:
+    """The daemon's throughput over the floor's, of each round."""
+    pairs = zip(rounds["floor"], rounds.get("cpanbridged", []), strict=False)
+    return [daemon.calls_per_second / floor.calls_per_second for floor, daemon in pairs]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Compare the daemon's throughput with a bare pre-fork server's, in turns."
+    )
+    parser.add_argument("--form", choices=["oneshot", "framed"], default="oneshot")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--pipeline", type=int, default=1, help="framed: requests under way")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of one run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--floor-only", action="store_true", help="leave the daemon out")
+    parser.add_argument("--json", action="store_true", help="print the rounds as one JSON object")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Start both servers, run the rounds, print."""
+    options = parse_arguments()
+    folder = Path(tempfile.mkdtemp(prefix="cpanbridged-bench-"))
+    try:
+        program = build_load(folder)
+        with contextlib.ExitStack() as stack:
+            floor_socket = folder / "floor.sock"
+            floor_command = [sys.executable, str(BENCH / "floor.py"), f"--socket={floor_socket}"]
+            floor_command += [f"--workers={options.workers}", f"--form={options.form}"]
+            servers = {
+                "floor": (
+                    floor_socket,
+                    stack.enter_context(
+                        running(floor_command, floor_socket, folder / "floor.out", options.form)
+                    ),
+                )
+            }
+            if not options.floor_only:
+                config = daemon_config(folder, options.workers, unlimited=True)
+                daemon_socket = folder / "daemon.sock"
+                command = [find_cpanbridged(), "run", "--config", str(config)]
+                servers["cpanbridged"] = (
+                    daemon_socket,
+                    stack.enter_context(
+                        running(command, daemon_socket, folder / "daemon.out", options.form)
+                    ),
+                )
+            for path, server in servers.values():
+                drive(program, path, server, options, WARM_UP_SECONDS)
+            rounds: dict[str, list[Run]] = {name: [] for name in servers}
+            for _ in range(options.rounds):
+                for name, (path, server) in servers.items():
+                    rounds[name].append(drive(program, path, server, options, options.seconds))
+        if options.json:
+            report = {name: [asdict(run) for run in runs] for name, runs in rounds.items()}
+            print(json.dumps({"rounds": report, "ratios": ratios(rounds)}))
+        else:
+            print_table(rounds)
+        return 1 if any(run.errors for runs in rounds.values() for run in runs) else 0
+    except BenchError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

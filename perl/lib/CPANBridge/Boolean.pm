@@ -1,0 +1,87 @@
+package CPANBridge::Boolean;
+
+use 5.010;
+use strict;
+use warnings;
+
+our $VERSION = '0.1.0';
+
+# Code that asks isa('JSON::PP::Boolean'), such as JSON::PP's own encoder, takes these for booleans
+# as well. That package need not be loaded; naming it makes it exist, which isa() wants.
+our @ISA = ('JSON::PP::Boolean');
+{ package    # not for the indexer
+    JSON::PP::Boolean; }
+
+use overload
+    'bool'   => sub { ${ $_[0] } },
+    '0+'     => sub { ${ $_[0] } },
+    '""'     => sub { ${ $_[0] } },
+    fallback => 1;
+
+my $TRUE  = do { my $value = 1; bless \$value };
+my $FALSE = do { my $value = 0; bless \$value };
+Internals::SvREADONLY(${$_}, 1) for $TRUE, $FALSE;
+
+# JSON::PP's where the script has loaded it, so that all of a script's booleans are of one class.
+sub true  { no warnings 'once'; return $INC{'JSON/PP.pm'} ? $JSON::PP::true  : $TRUE }
+sub false { no warnings 'once'; return $INC{'JSON/PP.pm'} ? $JSON::PP::false : $FALSE }
+
+my $native = defined &builtin::is_bool ? \&builtin::is_bool : undef;
+
+# 'true', 'false', or undef for what is not a boolean.
+sub json_name {
+    my ($value) = @_;
+    if (my $type = ref $value) {
+        if ($type eq 'SCALAR') {
+            my $inner = defined ${$value} ? "${$value}" : '';
+            return $inner eq '1' ? 'true' : $inner eq '0' ? 'false' : undef;
+        }
+        return $value ? 'true' : 'false'
+            if $type eq 'JSON::PP::Boolean'
+            || $type eq 'CPANBridge::Boolean'
+            || $type eq 'Types::Serialiser::Boolean'
+            || $type eq 'JSON::XS::Boolean';
+        return undef;
+    }
+    return $native && $native->($value) ? ($value ? 'true' : 'false') : undef;
+}
+
+1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::Boolean - what true and false of a reply are in Perl
+
+=head1 SYNOPSIS
+
+    my $answer = $bridge->call('files', 'exists', { path => $path });
+    print "it is there\n" if $answer;
+
+=head1 DESCRIPTION
+
+JSON's C<true> and C<false> arrive as read-only objects that are 1 and 0 as a string, as a number
+and as a condition. They are sent back as C<true> and C<false>.
+
+A script that has loaded L<JSON::PP> gets that module's booleans instead, and so does one
+whose replies are decoded by L<Cpanel::JSON::XS>. All these classes are C<JSON::PP::Boolean> to
+C<isa>.
+
+=head1 FUNCTIONS
+
+=over
+
+=item true(), false()
+
+The two objects.
+
+=item json_name($value)
+
+C<'true'> or C<'false'> where C<$value> means a boolean: an object of this class, of
+C<JSON::PP::Boolean> (which L<Types::Serialiser> uses too), C<\1>, C<\0>, or a boolean
+of Perl 5.36 and newer such as C<!!1>. C<undef> for anything else.
+
+=back
+
+=cut

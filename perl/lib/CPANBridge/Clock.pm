@@ -1,0 +1,81 @@
+package CPANBridge::Clock;
+
+use 5.010;
+use strict;
+use warnings;
+
+use Errno qw(EINTR);
+use Time::HiRes ();
+
+our $VERSION = '0.1.0';
+
+# A clock that setting the date doesn't move. Without one, the time of day has to do.
+my $monotonic = eval {
+    local $SIG{__DIE__};
+    my $clock = Time::HiRes::CLOCK_MONOTONIC();
+    Time::HiRes::clock_gettime($clock) > 0 ? $clock : undef;
+};
+
+*now = defined $monotonic
+    ? sub { return Time::HiRes::clock_gettime($monotonic) }
+    : sub { return Time::HiRes::time() };
+
+# Signals cut select short; the pause goes on afterwards.
+sub pause_until {
+    my ($moment) = @_;
+    while ((my $left = $moment - now()) > 0) {
+        select undef, undef, undef, $left;
+    }
+    return;
+}
+
+# Waits until one of the handles is ready or the moment has come. Returns (readable, writable).
+sub wait_for {
+    my ($handle, $for_writing, $moment) = @_;
+    my $bits = '';
+    vec($bits, fileno $handle, 1) = 1;
+    while (1) {
+        my $left = $moment - now();
+        my ($readable, $writable) = ($bits, $for_writing ? $bits : undef);
+        my $ready = select $readable, $writable, undef, $left > 0 ? $left : 0;
+        if ($ready > 0) {
+            return (vec($readable, fileno $handle, 1), $for_writing && vec($writable, fileno $handle, 1));
+        }
+        return if $ready == 0 && $left <= 0;
+        return (1, 1) if $ready < 0 && $! != EINTR;    # let read and write tell what is wrong
+    }
+}
+
+1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::Clock - waiting with a deadline
+
+=head1 DESCRIPTION
+
+All moments are seconds of C<now()>, a clock that only goes forward. No function here uses C<alarm>
+or touches C<$SIG{ALRM}>, so they can be used in scripts that do; a signal does not shorten a wait.
+
+=head1 FUNCTIONS
+
+=over
+
+=item now()
+
+The present moment, with a fraction.
+
+=item pause_until($moment)
+
+Returns when the moment has come.
+
+=item wait_for($handle, $for_writing, $moment)
+
+Waits until the handle can be read (or, with a true C<$for_writing>, written). Returns two booleans,
+readable and writable; none when the moment has come first.
+
+=back
+
+=cut

@@ -1,0 +1,281 @@
+package CPANBridge::JSON::Encoder;
+
+# Nothing is tracked for error messages while encoding: only when something turns out to have no
+# JSON form, a second and slower walk finds where it is. That keeps the usual case fast.
+
+use 5.010;
+use strict;
+use warnings;
+no warnings 'recursion';
+
+use B ();
+use CPANBridge::Boolean;
+use CPANBridge::Error;
+use Scalar::Util qw(blessed refaddr);
+
+our $VERSION = '0.1.0';
+
+# Data nested deeper than this is watched for references to what encloses it.
+use constant WATCHED_DEPTH => 200;
+use constant MAX_DEPTH     => 100_000;
+
+# A string that is sent as it stands and can't be a number, a boolean, a glob, Inf or NaN. Most are.
+my $PLAIN_START = qr/[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ]/;
+my $PLAIN       = qr/\A$PLAIN_START[ !#-\[\]-~]*\z/;
+my $PLAIN_KEY   = qr/\A[ !#-\[\]-~]*\z/;
+
+my %ESCAPE = (
+    '"' => '\\"', '\\' => '\\\\', "\n" => '\\n', "\r" => '\\r',
+    "\t" => '\\t', "\f" => '\\f', "\b" => '\\b',
+);
+for my $code (0 .. 0x1f) {
+    my $character = chr $code;
+    $ESCAPE{$character} = sprintf '\\u%04x', $code if !exists $ESCAPE{$character};
+}
+
+my $INFINITY = 9**9**9;
+
+# How deep the walk is, and what it is inside of (from WATCHED_DEPTH on).
+our ($Depth, %Inside) = (0);
+
+# JSON as bytes in UTF-8. Dies with a CPANBridge::Error of type InvalidParams that names the place.
+sub encode {
+    my ($value, $name) = @_;
+    my $previous_error = $@;
+    local ($Depth, %Inside) = (0);
+    my $json = eval {
+        local $SIG{__DIE__};
+        _value($value);
+    };
+    if (!defined $json) {
+        my $error = $@;
+        die $error if !ref $error || ref $error ne 'CPANBridge::Error';    # a signal handler's
+        _locate($value, $name, {}, 0);
+        die $error;
+    }
+    $@ = $previous_error;
+    return $json;
+}
+
+sub _value {
+    my ($value) = @_;
+    if (my $type = ref $value) {
+        return $type eq 'HASH' ? _object($value) : $type eq 'ARRAY' ? _array($value) : _other($value);
+    }
+    return 'null' if !defined $value;
+    return _number($value) if _is_number($value);
+    my $boolean = CPANBridge::Boolean::json_name($value);
+    return $boolean if $boolean;
+    _refuse('a glob has no JSON form') if ref \$value eq 'GLOB';
+    return _string($value);
+}
+
+sub _object {
+    my ($hash) = @_;
+    _watch($hash) if ++$Depth > WATCHED_DEPTH;
+    my @pairs;
+    for my $key (keys %{$hash}) {
+        # A copy: matching turns the number in a variable into a string, on Perls before 5.36.
+        my $copy = $hash->{$key};
+        push @pairs,
+            ($key =~ $PLAIN_KEY ? qq("$key":) : _string($key) . ':')
+            . (defined $copy && !ref $copy && $copy =~ $PLAIN ? qq("$copy") : _value($hash->{$key}));
+    }
+    delete $Inside{ refaddr $hash} if $Depth-- > WATCHED_DEPTH;
+    return '{' . join(',', @pairs) . '}';
+}
+
+sub _array {
+    my ($array) = @_;
+    _watch($array) if ++$Depth > WATCHED_DEPTH;
+    my @items;
+    for my $index (0 .. $#{$array}) {
+        my $copy = $array->[$index];
+        push @items,
+            defined $copy && !ref $copy && $copy =~ $PLAIN ? qq("$copy") : _value($array->[$index]);
+    }
+    delete $Inside{ refaddr $array} if $Depth-- > WATCHED_DEPTH;
+    return '[' . join(',', @items) . ']';
+}
+
+sub _watch {
+    my ($reference) = @_;
+    _refuse('it refers to something that it is inside of') if $Inside{ refaddr $reference}++;
+    _refuse('nested deeper than ' . MAX_DEPTH . ' levels') if $Depth > MAX_DEPTH;
+    return;
+}
+
+# Booleans, and objects that have a JSON form.
+sub _other {
+    my ($reference) = @_;
+    my $boolean = CPANBridge::Boolean::json_name($reference);
+    return $boolean if $boolean;
+    if (_is_big_integer($reference)) {
+        my $digits = $reference->bstr;
+        return $digits if $digits =~ /\A-?[0-9]+\z/;
+        _refuse("$digits has no JSON form");
+    }
+    my $converted = _converted($reference);
+    _watch($reference) if ++$Depth > WATCHED_DEPTH;
+    my $json = _value($converted);
+    delete $Inside{ refaddr $reference} if $Depth-- > WATCHED_DEPTH;
+    return $json;
+}
+
+sub _is_big_integer {
+    my ($reference) = @_;
+    return blessed $reference
+        && $reference->isa('Math::BigInt')
+        && !$reference->isa('Math::BigFloat');
+}
+
+# What an object's TO_JSON makes of it.
+sub _converted {
+    my ($reference) = @_;
+    my $class = blessed $reference;
+    if (!defined $class) {
+        my $type = ref $reference;
+        _refuse("a reference to a scalar has no JSON form, but \\1 and \\0")
+            if $type eq 'SCALAR' || $type eq 'REF';
+        _refuse("a $type reference has no JSON form");
+    }
+    _refuse("an object of class $class without a TO_JSON method has no JSON form")
+        if !$reference->can('TO_JSON');
+    my $converted;
+    return $converted if eval { $converted = $reference->TO_JSON; 1 };
+    my $error = $@;
+    return _refuse("TO_JSON of class $class died: $error");
+}
+
+sub _string {
+    my ($string) = @_;
+    $string =~ s/(["\\\x00-\x1f])/$ESCAPE{$1}/g;
+    if ($string =~ /[^\x00-\x7f]/) {
+        utf8::encode($string);
+        # In UTF-8 these are the surrogates and what is above U+10FFFF.
+        _refuse('a code point from U+D800 to U+DFFF (half of a pair) is not a character')
+            if $string =~ /\xed[\xa0-\xbf]/;
+        _refuse('a code point above U+10FFFF is not a character')
+            if $string =~ /\xf4[\x90-\xbf]|[\xf5-\xff]/;
+    }
+    return qq("$string");
+}
+
+# Whether a scalar was made as a number. From 5.36 on Perl keeps that apart from a number that was
+# printed; before, a number that was used as a string counts as one, as in all JSON modules.
+*_is_number = defined &builtin::created_as_number
+    ? \&builtin::created_as_number
+    : sub {
+        my $flags = B::svref_2object(\$_[0])->FLAGS;
+        return $flags & (B::SVp_IOK() | B::SVp_NOK()) && !($flags & B::SVp_POK());
+    };
+
+sub _number {
+    my ($number) = @_;
+    my $text = "$number";
+    # Perl prints 15 digits, so the text of 2.9999999999999996 is "3".
+    return $text if $text =~ /\A-?[1-9][0-9]*\z/ && $text == $number;
+    if ($number == 0) {
+        return sprintf('%g', $number) eq '-0' ? '-0.0' : '0';
+    }
+    _refuse('NaN has no JSON form') if $number != $number;
+    _refuse('an infinite number has no JSON form')
+        if $number == $INFINITY || $number == -$INFINITY;
+    return _float($number);
+}
+
+# The shortest of 15 to 17 digits that is read back as the same number. Perls before 5.30 read
+# numbers with an error in the last digit; with 17 digits, others can do it right.
+sub _float {
+    my ($number) = @_;
+    my $text;
+    for my $digits ($] < 5.030 ? 17 : (15, 16, 17)) {
+        $text = sprintf "%.${digits}g", $number;
+        $text =~ tr/,/./;    # a locale's decimal comma
+        last if $text == $number;
+    }
+    return $text;
+}
+
+sub _refuse {
+    my ($reason) = @_;
+    return CPANBridge::Error->throw(message => $reason, error_type => 'InvalidParams');
+}
+
+# Dies with the place of the first thing that can't be encoded.
+sub _locate {
+    my ($value, $path, $inside, $depth) = @_;
+    my $arrow = $depth ? '' : '->';
+    my $type  = ref $value;
+    if ($type eq 'HASH' || $type eq 'ARRAY') {
+        _refuse_at($path, 'it refers to something that it is inside of') if $inside->{ refaddr $value};
+        _refuse_at(substr($path, 0, 60) . '...', 'nested deeper than ' . MAX_DEPTH . ' levels')
+            if $depth > MAX_DEPTH;
+        local $inside->{ refaddr $value} = 1;
+        if ($type eq 'HASH') {
+            for my $key (sort keys %{$value}) {
+                my $shown = $key =~ /\A[A-Za-z_][A-Za-z_0-9]*\z/ ? $key : _quoted($key);
+                _try(sub { _string($key) }, "the key $shown of $path");
+                _locate($value->{$key}, "$path$arrow\{$shown\}", $inside, $depth + 1);
+            }
+        }
+        else {
+            _locate($value->[$_], "$path$arrow\[$_\]", $inside, $depth + 1) for 0 .. $#{$value};
+        }
+        return;
+    }
+    if (blessed $value && !CPANBridge::Boolean::json_name($value) && !_is_big_integer($value)) {
+        _refuse_at($path, 'TO_JSON leads back to the same object') if $inside->{ refaddr $value};
+        local $inside->{ refaddr $value} = 1;
+        my $converted = _try(sub { _converted($value) }, $path);
+        return _locate($converted, $path, $inside, $depth + 1);
+    }
+    _try(sub { _value($value) }, $path);
+    return;
+}
+
+sub _try {
+    my ($code, $path) = @_;
+    my $result = eval { [ $code->() ] };
+    return $result->[0] if $result;
+    my $error = $@;
+    die $error if !ref $error || ref $error ne 'CPANBridge::Error';
+    return _refuse_at($path, $error->message);
+}
+
+sub _refuse_at {
+    my ($path, $reason) = @_;
+    return _refuse("$path cannot be sent: $reason");
+}
+
+# A key as one would write it in Perl, in ASCII and not too long.
+sub _quoted {
+    my ($key) = @_;
+    $key = substr($key, 0, 40) . '...' if length $key > 43;
+    $key =~ s/([^ -~])/sprintf '\\x{%x}', ord $1/ge;
+    return "'$key'";
+}
+
+1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::JSON::Encoder - Perl data to JSON, without a change to any value
+
+=head1 FUNCTIONS
+
+=over
+
+=item encode($data, $name)
+
+The JSON of C<$data>, as bytes in UTF-8. Dies with a L<CPANBridge::Error> if something in it has no
+JSON form; its message tells where that is, as in C<< $params->{rows}[3] cannot be sent: >>, with
+C<$name> for what C<$data> is called.
+
+=back
+
+What is sent as what is told in L<CPANBridge/DATA>.
+
+=cut

@@ -1,0 +1,57 @@
+"""One call from the shell: a framed client in a few lines."""
+
+import socket
+import struct
+from typing import Any
+
+import msgspec
+
+_HEADER = struct.Struct(">I")
+
+
+class CallError(Exception):
+    """A call could not be made, or was answered with an error; one line."""
+
+
+class NotRunningError(CallError):
+    """Nothing listens at the socket."""
+
+
+def call(path: str, module: str, function: str, params: Any, timeout: float) -> Any:
+    """The function's result. Raises NotRunningError, CallError.
+
+    `timeout` is in seconds, for each step of the exchange.
+    """
+    request = {"module": module, "function": function, "params": params, "timeout": timeout}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NotRunningError(f"{path}: {error.strerror}") from None
+        except OSError as error:
+            raise CallError(f"{path}: {error.strerror or error}") from None
+        try:
+            body = msgspec.json.encode(request)
+            connection.sendall(_HEADER.pack(len(body)) + body)
+            (length,) = _HEADER.unpack(_receive(connection, _HEADER.size))
+            if length == 0:
+                raise CallError("the daemon is shutting down; the call was not run")
+            reply = msgspec.json.decode(_receive(connection, length))
+        except TimeoutError:
+            raise CallError(f"no reply within {timeout:g} s") from None
+        except OSError as error:
+            raise CallError(f"connection lost: {error.strerror or error}") from None
+    if not reply["success"]:
+        raise CallError(f"{reply['error_type']}: {reply['error']}")
+    return reply["result"]
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = connection.recv(min(size - len(data), 1 << 20))
+        if not piece:
+            raise CallError("connection closed without a reply; the call may have run")
+        data += piece
+    return bytes(data)

@@ -1,0 +1,333 @@
+"""Settings: the file, the environment and the command's flags, checked and put together.
+
+Each later source beats the earlier: defaults, file, environment, flags. What is wrong is told in
+one line that names the source, the key, the value and what is allowed; nothing is guessed or
+ignored. The types below are the rules; `msgspec` checks them.
+
+Called in the `cpanbridged` command before anything is started; the master and the workers are
+handed the finished `Settings`.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+DEFAULT_FILE = "/etc/cpanbridged.toml"
+ENVIRONMENT_PREFIX = "CPAN_BRIDGE_"
+MAX_WORKERS = 256
+
+NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*\Z"
+MAX_MODULE_NAME = 50
+MAX_FUNCTION_NAME = 100
+
+# A frame begins with a 4-byte length, and the first byte tells a framed client from a one-shot one.
+# Up to here that byte stays below 9, the smallest byte that may begin a one-shot request.
+MAX_REQUEST_SIZE = 9 * 2**24 - 1
+
+Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
+SecondsOrNever = Annotated[float, Meta(ge=0, le=31_536_000)]
+ModuleName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_MODULE_NAME)]
+FunctionName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_FUNCTION_NAME)]
+Path_ = Annotated[str, Meta(min_length=1)]
+Functions = list[FunctionName] | Literal["*"]
+Affinity = Literal["none"]
+
+S = TypeVar("S")
+
+
+class ConfigError(Exception):
+    """A setting is wrong. The message is one line: source, key, value, and what is allowed."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[limits]`. Times are in seconds, sizes in bytes unless the name says otherwise."""
+
+    max_memory_mb: Positive = 1024
+    max_cpu_percent: Annotated[float, Meta(gt=0, le=1_000_000)] = 200.0
+    max_requests_per_minute: Annotated[int, Meta(ge=0, le=10_000_000)] = 2000
+    max_concurrent_requests: Positive = 100
+    max_connections: Positive = 100
+    stale_timeout: Seconds = 300
+    resource_check_interval: Seconds = 60
+    max_request_size: Annotated[int, Meta(ge=1, le=MAX_REQUEST_SIZE)] = 10_485_760
+    idle_timeout: Seconds = 1800
+    cleanup_interval: Seconds = 300
+    max_string_length: Count = 0
+    max_array_length: Count = 0
+    max_param_count: Count = 0
+    max_object_depth: Annotated[int, Meta(ge=1, le=500)] = 64
+    read_timeout: Seconds = 30
+    request_timeout: SecondsOrNever = 0
+    graceful_timeout: Seconds = 30
+    drain_timeout: SecondsOrNever = 0
+    sample_interval: Seconds = 1
+    memory_grace: SecondsOrNever = 5
+    slow_request: SecondsOrNever = 0
+
+
+class Module(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table `[modules.NAME]`: a Python module under the name that clients call it by."""
+
+    import_: Annotated[str, Meta(min_length=1)] = msgspec.field(name="import")
+    functions: Functions
+    affinity: Affinity = "none"
+
+
+class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table `[[module_dirs]]`: each `*.py` in the folder is a module of its name."""
+
+    path: Path_
+    functions: Functions = "*"
+    affinity: Affinity = "none"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings, checked. `source` says where the file's part came from."""
+
+    listen: Annotated[list[Path_], Meta(min_length=1)] | None = None
+    socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}\Z")] = "0600"
+    socket_group: Annotated[str, Meta(min_length=1)] | None = None
+    workers: Annotated[int, Meta(ge=0, le=MAX_WORKERS)] = 0
+    threads: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    log_file: Path_ = "stderr"
+    security_log: Path_ = "-"
+    log_format: Literal["text", "json"] = "text"
+    debug: bool = False
+    overload: Literal["wait"] = "wait"
+    python_path: list[Path_] = msgspec.field(default_factory=list)
+    modules: dict[ModuleName, Module] = msgspec.field(default_factory=dict)
+    module_dirs: list[ModuleDir] = msgspec.field(default_factory=list)
+    limits: Limits = msgspec.field(default_factory=Limits)
+
+    @property
+    def sockets(self) -> list[str]:
+        """The paths to listen on: as set, or the one place for this user."""
+        return self.listen or [default_socket()]
+
+    @property
+    def worker_count(self) -> int:
+        """Workers to run: as set, or one per usable core, at least 2 and at most 8."""
+        return self.workers or min(8, max(2, len(os.sched_getaffinity(0))))
+
+    @property
+    def thread_count(self) -> int:
+        """Connections that one worker serves at a time: as set, or all that there may be."""
+        return self.threads or self.limits.max_connections
+
+
+# Checked like all others, but nothing acts on them in this version; the command says so.
+NOT_YET_ENFORCED = (
+    "limits.max_memory_mb",
+    "limits.max_cpu_percent",
+    "limits.stale_timeout",
+    "limits.resource_check_interval",
+    "limits.request_timeout",
+    "limits.drain_timeout",
+    "limits.sample_interval",
+    "limits.memory_grace",
+    "limits.slow_request",
+)
+
+# What may stand at a key, where msgspec's own words would not tell an operator.
+_NAME_RULE = "must be a letter followed by letters, digits and _, at most {} characters"
+_RULES = {
+    "listen": "must be a list of socket paths",
+    "socket_mode": 'must be an octal mode such as "0600" or "0660"',
+    "log_format": 'must be "text" or "json"',
+    "overload": 'must be "wait", the only one in this version',
+    "affinity": 'must be "none", the only one in this version',
+    "functions": 'must be "*" or a list of function names',
+    "debug": "must be true or false",
+}
+
+# The environment's names that are not the prefix and the key's last part.
+_ENVIRONMENT_NAMES = {"listen": "SOCKET", "limits.idle_timeout": "TIMEOUT"}
+_ENVIRONMENT_KEYS = (
+    *("listen", "workers", "threads", "debug", "overload"),
+    *(f"limits.{name}" for name in Limits.__struct_fields__),
+)
+ENVIRONMENT = {
+    ENVIRONMENT_PREFIX + _ENVIRONMENT_NAMES.get(key, key.rpartition(".")[2].upper()): key
+    for key in _ENVIRONMENT_KEYS
+}
+# What the Perl client reads; not ours, and not a mistake.
+_CLIENT_ENVIRONMENT = frozenset({"CPAN_BRIDGE_JSON"})
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Settings, where they came from, and what the operator should know about them."""
+
+    settings: Settings
+    source: str
+    notes: list[str]
+
+
+def default_socket(environ: Mapping[str, str] = os.environ) -> str:
+    """Where the socket is when none is set; the Perl client looks in the same places."""
+    uid = os.getuid()
+    if uid == 0:
+        return "/run/cpanbridged/cpanbridged.sock"
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        return f"{runtime}/cpanbridged.sock"
+    return f"/tmp/cpanbridged-{uid}/cpanbridged.sock"
+
+
+def load(
+    file: str | None = None,
+    flags: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> Loaded:
+    """Put the settings together.
+
+    `file` is the one that was asked for; without it `/etc/cpanbridged.toml` is read if it is there.
+    `flags` are `KEY=VALUE` texts. Raises ConfigError.
+    """
+    notes: list[str] = []
+    tables: dict[str, Any] = {}
+    source = "defaults"
+    if file is not None or Path(DEFAULT_FILE).exists():
+        source = file or DEFAULT_FILE
+        tables = _read(source)
+        _convert(tables, source)
+    for name, text in sorted(environ.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in _CLIENT_ENVIRONMENT or not text:
+            continue
+        if name in ENVIRONMENT:
+            _set(tables, ENVIRONMENT[name], text, f"environment: {name}")
+        else:
+            notes.append(f"environment: {name} is not an option and has no effect")
+    for flag in flags:
+        key, separator, text = flag.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {flag}: must be KEY=VALUE, such as limits.max_connections=50")
+        _set(tables, key.strip(), text, "--set")
+    settings = _convert(tables, source)
+    notes.extend(
+        f"{key} is set, but this version does not enforce it yet"
+        for key in NOT_YET_ENFORCED
+        if _get(tables, key) is not None
+    )
+    return Loaded(settings, source, notes)
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+
+
+def _get(tables: Mapping[str, Any], key: str) -> Any:
+    value: Any = tables
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
+    """Put one value, given as text, in its place, after checking it by itself."""
+    if key not in _SETTABLE:
+        allowed = ", ".join(sorted(_SETTABLE))
+        raise ConfigError(f"{source}: {key!r} is not an option that can be set here; {allowed}")
+    raw: Any = text.split(",") if key in ("listen", "python_path") else text
+    label = source if source.startswith("environment") else f"{source} {key}"
+    value = _checked(raw, _SETTABLE[key], label, key, strict=False)
+    table, _, name = key.rpartition(".")
+    (tables.setdefault("limits", {}) if table else tables)[name] = value
+
+
+def _convert(tables: dict[str, Any], source: str) -> Settings:
+    """Check a whole file's worth of tables."""
+    if type(tables.get("debug")) is int and tables["debug"] in (0, 1):
+        tables["debug"] = bool(tables["debug"])  # 0 and 1 are allowed, as in the environment
+    tables = dict(tables)
+    modules = tables.get("modules")
+    if isinstance(modules, dict):  # one by one, so that an error tells which
+        tables["modules"] = {
+            name: _checked(table, Module, f"{source}: modules.{name}", "modules")
+            for name, table in modules.items()
+        }
+        for name in modules:
+            if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
+                rule = _NAME_RULE.format(MAX_MODULE_NAME)
+                raise ConfigError(f"{source}: modules: the name {name!r} {rule}")
+    return _checked(tables, Settings, f"{source}: ", "")
+
+
+def _checked(value: Any, kind: type[S], label: str, key: str, *, strict: bool = True) -> S:
+    """The value as `kind`. Raises ConfigError: label and path, the value, and what is allowed."""
+    try:
+        return msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at ")
+        path = path.strip("`").removeprefix("$")
+        if unknown := re.match(r"Object contains unknown field `(.*)`", message):
+            allowed = ", ".join(_fields_at(key + path))
+            where = f"{label}{path}.{unknown[1]}".replace(": .", ": ")
+            raise ConfigError(f"{where}: unknown key; allowed: {allowed}") from None
+        last = re.search(r"(\w+)(\[\d+\])?$", key + path)
+        rule = _RULES.get(last[1]) if last else None
+        if last and last[1] == "functions" and last[2]:
+            rule = _NAME_RULE.format(MAX_FUNCTION_NAME)
+        found = _lookup(value, path)
+        shown = "" if isinstance(found, dict) else f" = {found!r}"
+        where = f"{label}{path}".replace(": .", ": ")
+        raise ConfigError(f"{where}{shown}: {rule or _in_words(message)}") from None
+
+
+def _fields_at(path: str) -> list[str]:
+    section: type[msgspec.Struct] = Settings
+    for name, kind in (("limits", Limits), ("module_dirs", ModuleDir), ("modules", Module)):
+        if path.removeprefix(".").startswith(name):
+            section = kind
+            break
+    return [field.encode_name for field in msgspec.structs.fields(section)]
+
+
+def _lookup(value: Any, path: str) -> Any:
+    """What a msgspec path such as `.module_dirs[0].path` leads to."""
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        value = value[int(index)] if index and not isinstance(value, dict) else value[name or index]
+    return value
+
+
+def _in_words(message: str) -> str:
+    """msgspec's words in an operator's: TOML's names of the types instead of JSON's."""
+    words = {
+        "array": "a list",
+        "object": "a table",
+        "str": "a string",
+        "float": "a number",
+        "int": "a whole number",
+        "bool": "true or false",
+    }
+    message = message.replace("`", "").replace(" | null", "")
+    message = re.sub(r"\b(array|object|str|float|int|bool)\b", lambda m: words[m[0]], message)
+    message = message.replace("Object missing required field", "lacks the key")
+    message = message.replace("a table missing", "lacks")
+    return message[0].lower() + message[1:].replace("Expected", "expected")
+
+
+def _settable() -> dict[str, Any]:
+    """The keys that the environment and flags may set: all but tables, with their types."""
+    tables = ("modules", "module_dirs", "limits")
+    return {
+        **{f.name: f.type for f in msgspec.structs.fields(Settings) if f.name not in tables},
+        **{f"limits.{f.name}": f.type for f in msgspec.structs.fields(Limits)},
+    }
+
+
+_SETTABLE = _settable()

@@ -1,0 +1,232 @@
+"""The admission rules, kept over all workers together at every instant.
+
+1. Never more than `max_connections` client connections open.
+2. Never more than `max_concurrent_requests` requests running.
+3. In any 60 seconds, wherever they start, at most `max_requests_per_minute` requests admitted.
+4. Nothing is accepted while the master's verdict is closed, or 1 to 3 leave no room.
+
+Everything that takes room is decided under one lock; giving room back needs none. The lock is a
+POSIX record lock on the shared memfd, because the kernel frees such a lock when the process that
+holds it dies, at whatever instruction. It is held per process, so a thread lock comes before it.
+Nothing blocks while it is held.
+
+The rate is exact: the ring holds the times of the last admissions, and a request is admitted when
+the entry `max_requests_per_minute` places back has left the window. One comparison, whatever the
+load. Times are CLOCK_MONOTONIC: setting the machine's clock changes nothing.
+
+Who finds no room registers in its slot and sleeps on an eventfd, the bell, which whoever gives
+room back rings when somebody is registered. The bell is only a hint: a ring that is lost because
+its process was killed costs the waiter `LOST_RING_MS`, not its turn.
+
+Everything here is called in the worker process, from any of its threads.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, NamedTuple, TypeVar
+
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.shared import VERDICT_OPEN, WINDOW_NS, Shared
+
+LOST_RING_MS = 100
+VERDICT_MS = 1000
+
+T = TypeVar("T")
+
+
+class Bells(NamedTuple):
+    """Eventfds in semaphore mode, one ring wakes one waiter. Made by the master before it forks."""
+
+    connection: int
+    request: int
+
+    @classmethod
+    def hang(cls) -> "Bells":
+        """Create both. Raises OSError when the process is out of descriptors."""
+        flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        return cls(os.eventfd(0, flags), os.eventfd(0, flags))
+
+
+class Obstacle(NamedTuple):
+    """Why nothing can be admitted now, and what to wait for."""
+
+    reason: str
+    bell: int | None  # rung when it may have gone
+    until: int | None  # CLOCK_MONOTONIC nanoseconds when it will have gone
+
+
+class Gate:
+    """One worker's view of the gate.
+
+    `with gate:` holds the lock, and `enter` is how one gets it; `obstacle`, `opened` and `admitted`
+    need it, `closed`, `finished` and `refused` do not.
+    """
+
+    def __init__(self, shared: Shared, slot: int, limits: Limits, bells: Bells) -> None:
+        self._shared = shared
+        self._header = shared.header
+        self._ring = shared.ring
+        self._slots = shared.slots
+        self._slot = shared.slots[slot]
+        self._max_connections = limits.max_connections
+        self._max_running = limits.max_concurrent_requests
+        self._window = shared.window
+        self._bells = bells
+        self._fd = shared.fd
+        self._threads = threading.Lock()
+        self._release = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1)
+        except BaseException:
+            self._threads.release()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
+        self._threads.release()
+
+    # -- taking room, under the lock --
+
+    def obstacle(self, *, connection: bool) -> Obstacle | None:
+        """What keeps a request out, or with `connection` a new client; None when there is room."""
+        if connection:
+            if self._header.verdict != VERDICT_OPEN:
+                return Obstacle("verdict", self._bells.connection, None)
+            if not self.connection_room():
+                return Obstacle("connections", self._bells.connection, None)
+        if self._shared.running() >= self._max_running:
+            return Obstacle("concurrency", self._bells.request, None)
+        if self._window:
+            decisive = self._header.admissions - self._window
+            if decisive >= 0:
+                free_at = self._ring[decisive % self._shared.ring_size] + WINDOW_NS + 1
+                if free_at > time.monotonic_ns():
+                    return Obstacle("rate", None, free_at)
+        return None
+
+    def connection_room(self) -> bool:
+        """Whether one more connection may be open."""
+        return self._shared.connections() < self._max_connections
+
+    def opened(self) -> None:
+        """Charge a connection that was just accepted."""
+        self._slot.opened += 1
+        connections = self._shared.connections()
+        if connections > self._header.peak_connections:
+            self._header.peak_connections = connections
+
+    def admitted(self) -> Literal[True]:
+        """Charge a request that is complete and about to run."""
+        self._slot.admitted += 1
+        position = self._header.admissions
+        self._ring[position % self._shared.ring_size] = time.monotonic_ns()
+        self._header.admissions = position + 1
+        return True
+
+    # -- giving room back --
+
+    def closed(self) -> None:
+        """Give back a connection, after its socket is closed."""
+        with self._release:
+            self._slot.closed += 1
+        for slot in self._slots:
+            if slot.waits_for_connection:
+                self._ring_bell(self._bells.connection)
+                break
+
+    def finished(self, succeeded: bool, duration_ns: int) -> None:
+        """Give back a request's place, once its function has returned."""
+        slot = self._slot
+        with self._release:
+            slot.finished += 1
+            slot.busy_ns += duration_ns
+            if succeeded:
+                slot.succeeded += 1
+            else:
+                slot.failed += 1
+        for slot in self._slots:
+            if slot.waits_for_request:
+                self._ring_bell(self._bells.request)
+                break
+
+    def refused(self, *, invalid: bool, security_event: bool) -> None:
+        """Count a request that is answered with an error without having been admitted."""
+        with self._release:
+            self._slot.refused += 1
+            self._slot.invalid += invalid
+            self._slot.security_events += security_event
+
+    # -- waiting for room --
+
+    def enter(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
+        """Run `take` under the lock as soon as there is room, and return what it returns.
+
+        Sleeps while there is none; returns None when the descriptor `stop` is readable by then.
+        `take` must not block: it accepts a waiting client, or charges a request.
+        """
+        obstacle = None
+        while True:
+            with self:
+                if obstacle is not None:
+                    self._expect(obstacle, -1)
+                obstacle = self.obstacle(connection=connection)
+                if obstacle is None:
+                    return take()
+                self._expect(obstacle, +1)
+            if self._sleep(obstacle, stop):
+                with self:
+                    self._expect(obstacle, -1)
+                return None
+
+    def _expect(self, obstacle: Obstacle, change: int) -> None:
+        """Register (+1) or leave (-1) as waiting, under the lock, so that who gives back rings."""
+        if obstacle.bell == self._bells.connection:
+            self._slot.waits_for_connection += change
+        elif obstacle.bell == self._bells.request:
+            self._slot.waits_for_request += change
+
+    @staticmethod
+    def _sleep(obstacle: Obstacle, stop: int) -> bool:
+        """Sleep until the obstacle may have gone; True when `stop` is readable.
+
+        A time is met exactly: whole milliseconds in poll(2), the rest in a short sleep.
+        """
+        poll = select.poll()
+        poll.register(stop, select.POLLIN)
+        rest_ns = 0
+        if obstacle.until is not None:
+            left_ns = max(0, obstacle.until - time.monotonic_ns())
+            limit_ms, rest_ns = divmod(left_ns, 1_000_000)
+        else:
+            limit_ms = VERDICT_MS if obstacle.reason == "verdict" else LOST_RING_MS
+        if obstacle.bell is not None:
+            poll.register(obstacle.bell, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(limit_ms)]
+        if stop in ready:
+            return True
+        if obstacle.bell in ready:
+            # Another waiter may have taken this ring.
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(obstacle.bell)
+        time.sleep(rest_ns / 1e9)
+        return False
+
+    @staticmethod
+    def _ring_bell(bell: int) -> None:
+        # Rung 2**64 - 2 times already: whoever waits is awake.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(bell, 1)

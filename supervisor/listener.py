@@ -1,0 +1,145 @@
+"""The listening sockets: where they may stand, binding them, and taking them away.
+
+Whoever may open a socket may call what is exposed, so the file's permissions are the access
+control: they are set before the socket listens, and a folder in which another user could replace
+the socket is refused. Called in the master only.
+"""
+
+import contextlib
+import errno
+import grp
+import os
+import socket
+import stat
+from collections.abc import Collection
+from typing import NamedTuple
+
+_MAX_PATH = 107  # bytes: sun_path holds 108 with the end mark (unix(7))
+_BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
+
+
+class ListenError(Exception):
+    """A socket cannot be had; one line that names the path, says why, and what to do."""
+
+
+class Listener(NamedTuple):
+    """A bound and listening socket, and the file that it stands as."""
+
+    path: str
+    socket: socket.socket
+    inode: tuple[int, int]
+
+    def unlink(self) -> None:
+        """Take the file away, so that no further client comes; unless it is another's by now."""
+        with contextlib.suppress(FileNotFoundError):
+            if _inode(self.path) == self.inode:
+                os.unlink(self.path)
+
+
+def prepare_folder(path: str, *, create: bool) -> None:
+    """Check that nobody else can swap the socket. Raises ListenError.
+
+    With `create`, for the places that the daemon chose itself, make the folder if it is missing.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if create:
+        mode = 0o755 if os.getuid() == 0 else 0o700
+        try:
+            os.makedirs(folder, mode, exist_ok=True)
+        except OSError as error:
+            raise ListenError(f"{folder}: cannot be made: {error.strerror}") from None
+    if len(os.fsencode(path)) > _MAX_PATH:
+        raise ListenError(
+            f"{path}: too long for a socket: {len(os.fsencode(path))} bytes, at most {_MAX_PATH}"
+        )
+    try:
+        real = os.path.realpath(folder, strict=True)
+        if not os.path.isdir(real):
+            raise ListenError(f"{folder}: not a folder")
+        while True:
+            _check_folder(path, real)
+            if real == "/":
+                return
+            real = os.path.dirname(real)
+    except OSError as error:
+        raise ListenError(f"{folder}: {error.strerror}; the socket's folder must exist") from None
+
+
+def _check_folder(path: str, folder: str) -> None:
+    status = os.stat(folder)
+    if status.st_uid not in (0, os.getuid()):
+        raise ListenError(
+            f"{path}: refused, because user {status.st_uid} owns {folder} and could replace it"
+        )
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others_write and not status.st_mode & stat.S_ISVTX:
+        raise ListenError(
+            f"{path}: refused, because others may write in {folder} and could replace it; "
+            f"take that right away (chmod go-w {folder}) or choose another folder"
+        )
+
+
+def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> Listener:
+    """Bind and listen. `stale` has the paths whose socket is known to be a dead daemon's.
+
+    The caller holds the path's lock. Raises ListenError.
+    """
+    group_id = _group_id(group)
+    _remove_stale(path, known=path in stale)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        umask = os.umask(0o177)  # nobody's but ours until mode and group are as they should be
+        try:
+            listening.bind(path)
+        finally:
+            os.umask(umask)
+        if group_id is not None:
+            os.chown(path, -1, group_id)
+        os.chmod(path, mode)
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
+        return Listener(path, listening, _inode(path))
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ListenError(f"{path}: another program has just bound it") from None
+        raise ListenError(f"{path}: cannot listen there: {error.strerror}") from None
+
+
+def _group_id(group: str | None) -> int | None:
+    if group is None:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ListenError(f"socket_group = {group!r}: there is no such group") from None
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: str, *, known: bool) -> None:
+    """Make room for a socket: remove a dead daemon's, but nothing that is somebody else's."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ListenError(f"{path}: exists and is not a socket; remove it or choose another path")
+    if not known and _answers(path):
+        raise ListenError(f"{path}: in use by another program")
+    os.unlink(path)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # somebody's queue is full
+        except OSError:
+            return False
+        return True

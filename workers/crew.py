@@ -1,0 +1,173 @@
+"""A worker's threads. There are as many as the calls need, and one of them waits at the door.
+
+Each connection is served by a thread of its own, in plain blocking code. What threads cost is not
+waiting but changing over: each system call gives up the interpreter lock, and with two threads at
+work it goes to the other one and has to be waited for. So the thread that has taken a connection
+does one of two things, by what `is_quick` says of it:
+
+- It is likely to be quick: the thread keeps the door while it serves, and is back before anybody
+  else could have got there. Fast calls run in one thread, with nobody woken.
+- It is not: another thread is sent to the door first, a parked one or a new one. Slow calls and
+  long connections run in as many threads as there are of them.
+
+A quick call that turns out slow does not shut the door: the worker's main thread looks after it
+(`look_after_door`) and sends another thread there after `TAKEOVER_SECONDS`.
+
+A thread that comes back while somebody else is at the door parks, and ends when nobody has called
+it for `PARKED_SECONDS`.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+TAKEOVER_SECONDS = 0.01
+LOOK_SECONDS = 1.0
+PARKED_SECONDS = 60.0
+
+A = TypeVar("A")
+
+
+class Crew(Generic[A]):
+    """Threads that each repeat: `fetch` an arrival, `serve` it; `fetch` returns None at the end.
+
+    `limit` is how many may serve at the same time.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        fetch: Callable[[], A | None],
+        is_quick: Callable[[A], bool],
+        serve: Callable[[A], None],
+    ) -> None:
+        self._limit = limit
+        self._fetch = fetch
+        self._is_quick = is_quick
+        self._serve = serve
+        self._lock = threading.Lock()  # over all that follows
+        self._idle = threading.Condition(self._lock)
+        self._at_door = 0  # there, on the way there, or keeping it: 0 or 1
+        self._kept_since = 0.0  # when the thread that keeps the door began to serve; 0: it is there
+        self._keeps = 0
+        self._keeps_seen = 0
+        self._looked_after = False
+        self._serving = 0  # away from the door
+        self._parked = 0
+        self._over = False
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Readable when the main thread should look after the door sooner than it meant to.
+        self.attention = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def serving(self) -> int:
+        """How many connections are being served."""
+        return self._serving + (1 if self._kept_since else 0)
+
+    def start(self) -> None:
+        """Send the first thread to the door."""
+        self._at_door = 1
+        self._start_thread()
+
+    def look_after_door(self) -> float:
+        """See that the door is not left alone; returns in how many seconds to call it again.
+
+        Called in the worker's main thread, then, and when `attention` is readable.
+        """
+        with self._lock:
+            if self._kept_since and time.monotonic() - self._kept_since >= TAKEOVER_SECONDS:
+                self._kept_since = 0.0
+                self._leave_door()
+            self._looked_after = bool(self._kept_since) or self._keeps != self._keeps_seen
+            self._keeps_seen = self._keeps
+            return TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        """After `fetch` has ended: wait until nothing is served any more. False: not in time."""
+        with self._lock:
+            return self._idle.wait_for(
+                lambda: self._serving == 0 and self._at_door == 0, timeout=seconds
+            )
+
+    def _run(self) -> None:
+        """A thread's life."""
+        while (arrival := self._fetch()) is not None:
+            if self._is_quick(arrival):
+                self._keep_door()
+            else:
+                with self._lock:
+                    self._leave_door()
+            try:
+                self._serve(arrival)
+            except Exception:
+                LOGGER.exception("A connection ended by a fault of the daemon's own")
+            if not self._return_to_door() and not self._park():
+                return
+        with self._lock:
+            self._over = True
+            self._at_door = 0
+            self._idle.notify_all()
+
+    def _keep_door(self) -> None:
+        with self._lock:
+            self._kept_since = time.monotonic()
+            self._keeps += 1
+            looked_after, self._looked_after = self._looked_after, True
+        if not looked_after:
+            os.eventfd_write(self.attention, 1)
+
+    def _leave_door(self) -> None:
+        """The one at the door is serving now: send another there. Called under the lock."""
+        self._serving += 1
+        self._at_door = 0
+        if self._serving < self._limit and not self._over:
+            self._send_to_door()
+
+    def _send_to_door(self) -> None:
+        self._at_door = 1
+        if self._parked:
+            self._parked -= 1
+            self._calls.put(None)
+            return
+        try:
+            self._start_thread()
+        except RuntimeError:
+            # No thread to be had now; whoever comes back first takes the place at the door.
+            self._at_door = 0
+            LOGGER.warning("Cannot start another thread; clients wait for one of the present ones")
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._run, name="client", daemon=True).start()
+
+    def _return_to_door(self) -> bool:
+        """Whether this thread, done with serving, is at the door again; it is to park otherwise."""
+        with self._lock:
+            if self._kept_since:
+                self._kept_since = 0.0
+                return True
+            self._serving -= 1
+            if self._over:
+                self._idle.notify_all()
+            elif not self._at_door:
+                self._at_door = 1
+                return True
+            self._parked += 1
+            return False
+
+    def _park(self) -> bool:
+        """Wait to be called to the door; False when nobody called for long."""
+        try:
+            self._calls.get(timeout=PARKED_SECONDS)
+        except queue.Empty:
+            with self._lock:
+                if self._parked:
+                    self._parked -= 1
+                    return False
+            self._calls.get()  # called at the very last moment
+        return True

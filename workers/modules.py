@@ -1,0 +1,270 @@
+"""What clients may call: importing it, finding it, calling it.
+
+Everything that is exposed is imported when the worker boots, so a broken module is one clear line
+at start, and a call is two dictionary look-ups. What the tables do not hold does not exist for a
+client: no name that it sends ever reaches an import or an attribute.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from cpanbridge.supervisor.config import MAX_MODULE_NAME, NAME_PATTERN, Functions, Settings
+from cpanbridge.workers.protocol import Refusal, Request
+
+# Less than it costs to change over to another thread and back under load.
+QUICK_NS = 250_000
+_NAMES_SHOWN = 30
+
+
+class ModuleLoadError(Exception):
+    """A module cannot be exposed as configured; one line that says which, where and why."""
+
+
+class Exposed(NamedTuple):
+    """A module that clients may call, under the name in its table."""
+
+    functions: dict[str, Callable[..., Any]]
+    python: ModuleType | None  # None: built in
+    takes_request: bool = False  # its functions are handed the Request itself
+
+
+class Target:
+    """A function that can be called, and whether its calls have been quick of late."""
+
+    __slots__ = ("_slow_share", "function", "takes_request")
+
+    def __init__(self, function: Callable[..., Any], takes_request: bool) -> None:
+        self.function = function
+        self.takes_request = takes_request
+        self._slow_share = 0.5  # of the last calls, newer ones counting more
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether its next call is likely to be over in `QUICK_NS`."""
+        return self._slow_share < 0.25
+
+    def took(self, duration_ns: int) -> None:
+        """Learn from a call. A lost update between two threads does no harm."""
+        slow = 1.0 if duration_ns > QUICK_NS else 0.0
+        self._slow_share += (slow - self._slow_share) / 16
+
+
+class Outcome(NamedTuple):
+    """A function's return value, or the exception that ended it."""
+
+    result: Any
+    error: BaseException | None
+
+
+class Registry:
+    """All that may be called, by name."""
+
+    def __init__(self, exposed: dict[str, Exposed]) -> None:
+        self._exposed = exposed
+        self._targets = {
+            name: {
+                function: Target(callable_, module.takes_request)
+                for function, callable_ in module.functions.items()
+            }
+            for name, module in exposed.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """The modules' names, sorted."""
+        return sorted(self._exposed)
+
+    def functions_of(self, name: str) -> list[str]:
+        """The functions that may be called in a module, sorted."""
+        return sorted(self._targets[name])
+
+    def find(self, request: Request) -> Target:
+        """What a request names.
+
+        Raises Refusal (ModuleNotAllowed, FunctionNotAllowed) that says what is allowed.
+        """
+        functions = self._targets.get(request.module)
+        if functions is None:
+            message = f"Module {request.module!r} is not exposed; {_listed(self._targets)}"
+            raise Refusal("ModuleNotAllowed", message, request.request_id)
+        target = functions.get(request.function)
+        if target is None:
+            message = (
+                f"Function {request.function!r} of module {request.module!r} is not exposed; "
+                f"{_listed(functions)}"
+            )
+            raise Refusal("FunctionNotAllowed", message, request.request_id)
+        return target
+
+    def hooks(self, name: str) -> Iterable[tuple[str, Callable[[], object]]]:
+        """The modules that have a hook of this name, with it: each Python module once."""
+        seen: set[int] = set()
+        for exposed_as, module in self._exposed.items():
+            hook = getattr(module.python, name, None)
+            if inspect.isroutine(hook) and id(module.python) not in seen:
+                seen.add(id(module.python))
+                yield exposed_as, hook
+
+
+def call(target: Target, request: Request) -> Outcome:
+    """Run a function with a request's params: an object's as keywords, an array's by position.
+
+    Whatever the function raises is the outcome's error, SystemExit included: a module must not be
+    able to end the thread that serves a client. Raises Refusal (InvalidParams) when the params do
+    not fit the signature; the function has not run then.
+    """
+    function, params = target.function, request.params
+    try:
+        if target.takes_request:
+            return Outcome(function(request), None)
+        if params is None:
+            return Outcome(function(), None)
+        if type(params) is dict:
+            return Outcome(function(**params), None)
+        if type(params) is list:
+            return Outcome(function(*params), None)
+        return Outcome(function(params), None)
+    except TypeError as error:
+        if not target.takes_request and _is_misfit(function, params, error):
+            message = f"Invalid params for {request.module}.{request.function}: {error}"
+            raise Refusal("InvalidParams", message, request.request_id) from None
+        return Outcome(None, error)
+    except Refusal:
+        raise
+    except BaseException as error:
+        return Outcome(None, error)
+
+
+def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> bool:
+    """Whether the call itself failed, before any line of the function ran."""
+    if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        return False  # raised by Python code that the function ran
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False  # a C function that does not tell its signature
+    try:
+        if params is None:
+            signature.bind()
+        elif type(params) is dict:
+            signature.bind(**params)
+        elif type(params) is list:
+            signature.bind(*params)
+        else:
+            signature.bind(params)
+    except TypeError:
+        return True
+    return False
+
+
+def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
+    """Import all that the settings expose. Raises ModuleLoadError at the first that fails."""
+    for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
+        if not Path(folder).is_dir():
+            raise ModuleLoadError(f"{folder}: not a folder")
+        if folder not in sys.path:
+            sys.path.append(folder)
+    exposed: dict[str, Exposed] = {}
+    for directory in settings.module_dirs:
+        for file in sorted(Path(directory.path).glob("*.py")):
+            name = file.stem
+            if name.startswith("_") or name in settings.modules:
+                continue
+            if name in built_in:
+                raise ModuleLoadError(f"{file}: the name {name!r} is taken by a built-in module")
+            if name in exposed:
+                raise ModuleLoadError(f"{file}: another folder has a module {name!r} already")
+            if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
+                raise ModuleLoadError(f"{file}: clients cannot name a module {name!r}; rename it")
+            module = _import(str(file), partial(_import_file, name, file))
+            exposed[name] = Exposed(_select(module, directory.functions, str(file)), module)
+    for name, table in settings.modules.items():
+        label = f"modules.{name}"
+        if name in built_in:
+            raise ModuleLoadError(f"{label}: the name is taken by a built-in module")
+        importing = partial(importlib.import_module, table.import_)
+        module = _import(f"{label}: import of {table.import_!r}", importing)
+        exposed[name] = Exposed(_select(module, table.functions, label), module)
+    return Registry(built_in | exposed)
+
+
+def _import_file(name: str, file: Path) -> ModuleType:
+    """Import a helper file under its own name, so that helpers can import each other.
+
+    A helper whose name Python or a library has taken, `http.py` or `email.py`, is imported under
+    another one; it must not stand in for the library's module.
+    """
+    if name in sys.stdlib_module_names or name in sys.modules:
+        name = f"cpanbridge_module_{name}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
+    try:
+        return importing()
+    except BaseException as error:  # a module may raise anything, or call sys.exit
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+        at = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
+        if isinstance(error, SyntaxError):
+            at = f" ({error.filename}:{error.lineno})"
+            error = SyntaxError(error.msg)
+        text = " ".join(str(error).split())
+        raise ModuleLoadError(f"{label} failed: {type(error).__name__}: {text}{at}") from error
+
+
+def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, Callable[..., Any]]:
+    if functions == "*":
+        return dict(_public_functions(module))
+    selected = {}
+    for name in functions:
+        function = getattr(module, name, None)
+        if not callable(function):
+            problem = "is not callable" if hasattr(module, name) else "does not exist"
+            close = difflib.get_close_matches(name, [n for n, _ in _public_functions(module)], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ModuleLoadError(
+                f"{label}: function {name!r} {problem} in {module.__name__}{hint}"
+            )
+        if inspect.iscoroutinefunction(function):
+            raise ModuleLoadError(f"{label}: {name!r} is a coroutine function; expose a plain one")
+        selected[name] = function
+    return selected
+
+
+def _public_functions(module: ModuleType) -> Iterable[tuple[str, Callable[..., Any]]]:
+    """What `"*"` exposes: functions that the module defines, or declares in `__all__`.
+
+    Not: names with a leading underscore, classes, coroutine functions, the hooks, and what was
+    merely imported from elsewhere.
+    """
+    declared = set(getattr(module, "__all__", ()))
+    for name, value in vars(module).items():
+        if not re.match(NAME_PATTERN, name) or name in ("cleanup_stale_resources", "shutdown"):
+            continue
+        if not inspect.isroutine(value) or inspect.iscoroutinefunction(value):
+            continue
+        if name in declared or getattr(value, "__module__", None) == module.__name__:
+            yield name, value
+
+
+def _listed(names: Iterable[str]) -> str:
+    allowed = sorted(names)
+    more = f" and {len(allowed) - _NAMES_SHOWN} more" if len(allowed) > _NAMES_SHOWN else ""
+    return f"allowed: {', '.join(allowed[:_NAMES_SHOWN])}{more}"

@@ -1,0 +1,246 @@
+r"""Bytes to requests, replies to bytes. Nothing here touches a socket.
+
+A request is one JSON object, decoded and checked against `Request` in one pass; the result has the
+values that the client sent, never altered ones. A reply is one JSON object as well. In the framed
+form each has its length before it, 4 bytes, big-endian; in the one-shot form replies are pure
+ASCII, because deployed clients decode them twice.
+"""
+
+import base64
+import codecs
+import platform
+import struct
+import time
+from typing import Annotated, Any
+
+import msgspec
+from cpanbridge.supervisor.config import FunctionName, Limits, ModuleName
+from cpanbridge.supervisor.version import __version__
+from msgspec import Meta
+
+PYTHON_VERSION = platform.python_version()
+FRAME_HEADER = struct.Struct(">I")
+# "No further request on this connection was or will be read."
+NO_MORE_REQUESTS = FRAME_HEADER.pack(0)
+MAX_FRAME = 2**32 - 1
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True):
+    """What a client sends. Fields that may be absent may be null as well."""
+
+    module: ModuleName
+    function: FunctionName
+    params: Any = None
+    timestamp: float | None = None
+    request_id: Annotated[str, Meta(max_length=100)] | None = None
+    perl_caller: Annotated[str, Meta(max_length=200)] | None = None
+    client_version: Annotated[str, Meta(max_length=50)] | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+
+
+class Refusal(Exception):
+    """A request is answered with an error of the daemon's own, without being run.
+
+    `kind` becomes the reply's `error_type`, `message` its `error`.
+    """
+
+    def __init__(self, kind: str, message: str, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.request_id = request_id
+
+
+class _Identity(msgspec.Struct):
+    request_id: str | None = None
+
+
+_decode_request = msgspec.json.Decoder(Request).decode
+_decode_identity = msgspec.json.Decoder(_Identity).decode
+_DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+def decode(data: bytes | bytearray | memoryview, limits: Limits) -> Request:
+    """The request in `data`, checked. Raises Refusal (InvalidRequest) that says what is wrong."""
+    try:
+        request = _decode_request(data)
+    except _DECODE_ERRORS as error:
+        raise Refusal("InvalidRequest", _explain(error, limits), _identity(data)) from None
+    if request.params is not None:
+        _check_limits(request, data, limits)
+    return request
+
+
+def decode_if_complete(data: bytes, limits: Limits) -> Request | None:
+    """The request in `data` if it is a whole and valid one; None if more is needed to tell."""
+    try:
+        request = _decode_request(data)
+    except _DECODE_ERRORS:
+        return None
+    if request.params is not None:
+        _check_limits(request, data, limits)
+    return request
+
+
+def _identity(data: bytes | bytearray | memoryview) -> str | None:
+    try:
+        return _decode_identity(data).request_id
+    except _DECODE_ERRORS:
+        return None
+
+
+def _explain(error: Exception, limits: Limits) -> str:
+    if isinstance(error, RecursionError):
+        return f"Invalid request: nested deeper than {limits.max_object_depth} levels"
+    if isinstance(error, UnicodeDecodeError):
+        return f"Invalid request: not UTF-8: {error.reason} at byte {error.start} of a string"
+    if isinstance(error, msgspec.ValidationError):
+        return f"Invalid request: {error}"
+    return f"Invalid request: not JSON: {error}"
+
+
+def _check_limits(request: Request, data: bytes | bytearray | memoryview, limits: Limits) -> None:
+    # Nothing can be nested deeper than there are opening brackets; counting them is a scan in C.
+    if not (limits.max_string_length or limits.max_array_length or limits.max_param_count):
+        text = bytes(data) if isinstance(data, memoryview) else data
+        if text.count(b"{") + text.count(b"[") <= limits.max_object_depth:
+            return
+    _check_value(request.params, request, limits)
+
+
+def _check_value(params: Any, request: Request, limits: Limits) -> None:
+    """Refuse a value over a limit, with its path and the limit. Walks without recursion."""
+
+    def refuse(path: str, what: str, limit: str) -> None:
+        message = f"Invalid request: {path}: {what} (limits.{limit})"
+        raise Refusal("InvalidRequest", message, request.request_id)
+
+    if limits.max_param_count and isinstance(params, dict | list):
+        count = len(params)
+        if count > limits.max_param_count:
+            what = f"{count} parameters, at most {limits.max_param_count} are allowed"
+            refuse("params", what, "max_param_count")
+    pending: list[tuple[str, Any, int]] = [("params", params, 1)]
+    while pending:
+        path, value, depth = pending.pop()
+        if isinstance(value, str):
+            if limits.max_string_length and len(value) > limits.max_string_length:
+                what = f"{len(value)} characters, at most {limits.max_string_length} are allowed"
+                refuse(path, what, "max_string_length")
+        elif isinstance(value, dict | list):
+            if depth > limits.max_object_depth:
+                what = f"nested deeper than {limits.max_object_depth} levels"
+                refuse(path, what, "max_object_depth")
+            if isinstance(value, dict):
+                pending.extend((f"{path}.{key}", item, depth + 1) for key, item in value.items())
+            else:
+                if limits.max_array_length and len(value) > limits.max_array_length:
+                    what = f"{len(value)} items, at most {limits.max_array_length} are allowed"
+                    refuse(path, what, "max_array_length")
+                pending.extend((f"{path}[{n}]", item, depth + 1) for n, item in enumerate(value))
+
+
+class ExecutionInfo(msgspec.Struct):
+    """How a call went. `timestamp` is Unix time in seconds when the reply was made."""
+
+    daemon_version: str
+    python_version: str
+    timestamp: float
+    duration_ms: float
+    worker: int
+
+
+class Success(msgspec.Struct):
+    """The reply to a call that returned."""
+
+    result: Any
+    module: str
+    function: str
+    request_id: str | None
+    execution_info: ExecutionInfo
+    success: bool = True
+
+
+class DaemonInfo(msgspec.Struct):
+    """Who answers, in a failure."""
+
+    version: str = __version__
+    python_version: str = PYTHON_VERSION
+
+
+class Failure(msgspec.Struct, omit_defaults=False):
+    """The reply to a call that failed or was refused."""
+
+    error: str
+    error_type: str
+    request_id: str | None
+    daemon_info: DaemonInfo
+    success: bool = False
+
+
+class FailureWithTraceback(Failure):
+    """The same with `debug` on."""
+
+    traceback: str = ""
+
+
+_encode_reply = msgspec.json.Encoder(enc_hook=str).encode
+_DAEMON_INFO = DaemonInfo()
+
+
+def encode_success(request: Request, result: object, duration_ms: float, worker: int) -> bytes:
+    """The reply with a function's result.
+
+    JSON's own types as they are; dates and times as ISO 8601, Decimal and UUID as strings, bytes
+    as base64, sets and tuples as arrays, dataclasses as objects, NaN and infinities as null, any
+    other object as `str(object)`. Raises Refusal (UnencodableResult) for what has no JSON form.
+    """
+    info = ExecutionInfo(__version__, PYTHON_VERSION, time.time(), duration_ms, worker)
+    reply = Success(result, request.module, request.function, request.request_id, info)
+    try:
+        encoded = _encode_reply(reply)
+    except Exception as error:  # str() of a foreign object may raise anything
+        message = (
+            f"Result of {request.module}.{request.function} cannot be encoded as JSON: "
+            f"{type(error).__name__}: {error}"
+        )
+        raise Refusal("UnencodableResult", message, request.request_id) from error
+    if len(encoded) > MAX_FRAME:
+        message = f"Result of {request.module}.{request.function} is over {MAX_FRAME} bytes"
+        raise Refusal("UnencodableResult", message, request.request_id)
+    return encoded
+
+
+def encode_failure(
+    message: str, kind: str, request_id: str | None, traceback: str | None = None
+) -> bytes:
+    """The reply that says what went wrong. Lone surrogates in it are shown escaped."""
+    message = message.encode("utf-8", "backslashreplace").decode()
+    if traceback is None:
+        return _encode_reply(Failure(message, kind, request_id, _DAEMON_INFO))
+    traceback = traceback.encode("utf-8", "backslashreplace").decode()
+    failure = FailureWithTraceback(message, kind, request_id, _DAEMON_INFO, traceback=traceback)
+    return _encode_reply(failure)
+
+
+def to_ascii(reply: bytes) -> bytes:
+    r"""The same JSON with every character beyond ASCII as `\uXXXX`."""
+    if reply.isascii():
+        return reply
+    return reply.decode().encode("ascii", "cpanbridge.json_escape")
+
+
+def to_frame(reply: bytes) -> bytes:
+    """The reply with its length before it."""
+    return FRAME_HEADER.pack(len(reply)) + reply
+
+
+def _json_escape(error: UnicodeError) -> tuple[str, int]:
+    # Characters beyond ASCII stand only inside JSON strings, where an escape means the same.
+    assert isinstance(error, UnicodeEncodeError)
+    units = base64.b16encode(error.object[error.start : error.end].encode("utf-16-be")).decode()
+    escaped = "".join(f"\\u{units[n : n + 4].lower()}" for n in range(0, len(units), 4))
+    return escaped, error.end
+
+
+codecs.register_error("cpanbridge.json_escape", _json_escape)

@@ -1,0 +1,47 @@
+r"""Finding the end of a one-shot request: one JSON object, in however many pieces it arrives.
+
+Parsing again after each piece would take time quadratic in the size, and a loop over the bytes in
+Python would be slow. `ObjectScanner` sees each byte once, and only with operations that run in C:
+drop the escapes, split at the quotes that are left, keep every other part, and follow the braces.
+
+It finds where the object ends, not whether it is valid: `{]}` is complete, and the parser says what
+is wrong with it. UTF-8 needs no decoding here: its bytes beyond ASCII are all above 0x7F.
+"""
+
+from itertools import accumulate
+
+_WHITE_SPACE = b" \t\r\n"
+_NOT_BRACES = bytes(byte for byte in range(256) if byte not in b"{}")
+_STEPS = bytes.maketrans(b"{}", b"\x01\xff")  # +1 and -1 as signed bytes
+
+
+class ObjectScanner:
+    """Follows one JSON object through the pieces that `feed` is given."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._depth = 0
+        self._in_string = False
+        self._escape_open = False  # the last byte escapes the one to come
+
+    def feed(self, piece: bytes) -> bool:
+        """Whether the object, or what stands in its place, ends in this piece (not empty)."""
+        if not self._begun:
+            piece = piece.lstrip(_WHITE_SPACE)
+            if not piece:
+                return False
+            self._begun = True
+            if not piece.startswith(b"{"):
+                return True
+        if self._escape_open:
+            piece = piece[1:]
+        # Backslashes in a row pair up from the left, as `replace` does.
+        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        self._escape_open = plain.endswith(b"\\")
+        parts = plain.split(b'"')
+        structure = b"".join(parts[1 if self._in_string else 0 :: 2])
+        self._in_string ^= len(parts) % 2 == 0
+        steps = memoryview(structure.translate(_STEPS, _NOT_BRACES)).cast("b")
+        depths = list(accumulate(steps, initial=self._depth))
+        self._depth = depths[-1]
+        return len(depths) > 1 and min(depths[1:]) <= 0

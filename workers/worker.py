@@ -1,0 +1,196 @@
+"""One worker process: boot, serve, drain.
+
+Everything here runs in the worker process, in its main thread. It imports the modules, reports
+ready, sends a first thread to the door, and from then on only watches: for the master's death (the
+lifeline pipe ends), for signals, and for the time to run the modules' clean-up hooks. Client
+threads run everything else, so a module that hangs cannot keep the worker from hearing of a stop.
+
+TERM drains: accept no more, finish what runs, leave. QUIT leaves at once. INT and HUP reach the
+whole process group of a terminal; they are for the master, which tells its workers what to do.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import setproctitle
+from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.place import Place, send_report
+from cpanbridge.workers import builtin, modules
+from cpanbridge.workers.connection import Call, Connections
+from cpanbridge.workers.crew import Crew
+from cpanbridge.workers.door import Arrival, Door
+from cpanbridge.workers.modules import ModuleLoadError, Registry
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+TITLE_SECONDS = 1.0
+_FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run(place: Place) -> NoReturn:
+    """Be a worker. Called in the child, right after the fork; ends the process."""
+    status = 1
+    try:
+        _reset_signals()
+        setproctitle.setproctitle(f"cpanbridged: worker {place.slot} gen {place.generation} boots")
+        faulthandler.enable()
+        # What modules print goes where the log goes, never to a client or the terminal's reader.
+        os.dup2(2, 1)
+        try:
+            registry = _boot(place)
+        except ModuleLoadError as error:
+            send_report(place.report, str(error))
+        else:
+            worker = Worker(place, registry)
+            send_report(place.report, None)
+            worker.watch()
+            status = 0
+    except BaseException:
+        LOGGER.exception("Worker %d ends by a fault of the daemon's own", place.slot)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)  # never back into the master's code
+
+
+def _reset_signals() -> None:
+    """Undo the master's handlers. Ignored signals would be inherited by what modules start."""
+    signal.set_wakeup_fd(-1)
+    for number in _FOR_THE_MASTER:
+        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _boot(place: Place) -> Registry:
+    settings = place.settings
+    names: list[str] = []
+    built_in = builtin.built_in(place.shared, settings, lambda: names)
+    registry = modules.load(settings, built_in)
+    names.extend(registry.names)
+    # What is loaded now stays; the collector need not visit it again and again.
+    gc.collect()
+    gc.freeze()
+    return registry
+
+
+class Worker:
+    """The worker once its modules are imported."""
+
+    def __init__(self, place: Place, registry: Registry) -> None:
+        self._place = place
+        self._limits = place.settings.limits
+        self._registry = registry
+        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        gate = Gate(place.shared, place.slot, self._limits, place.bells)
+        self._connections = Connections(place.settings, place.slot, gate, registry, self._stop)
+        self._door: Door[Call] = Door(place.listeners, gate, self._connections.prepare, self._stop)
+        self._threads = place.settings.thread_count
+        self._crew: Crew[Arrival[Call]] = Crew(
+            self._threads, self._door.next, self._connections.is_quick, self._connections.serve
+        )
+        self._title = ""
+        self._next_title = 0.0
+        self._cleanup_thread: threading.Thread | None = None
+        self._next_cleanup = time.monotonic() + self._limits.cleanup_interval
+
+    def watch(self) -> None:
+        """Serve until told to leave, or the master is gone; then drain."""
+        signals, wakeup = socket.socketpair()
+        for end in (signals, wakeup):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # heard through the wake-up descriptor
+        selector = selectors.DefaultSelector()
+        selector.register(signals, selectors.EVENT_READ)
+        selector.register(self._place.lifeline, selectors.EVENT_READ)
+        selector.register(self._crew.attention, selectors.EVENT_READ)
+        self._crew.start()
+        self._show_title()
+        while True:
+            ready = {key.fileobj for key, _ in selector.select(self._crew.look_after_door())}
+            if self._crew.attention in ready:
+                os.eventfd_read(self._crew.attention)
+            if self._place.lifeline in ready:
+                LOGGER.error("Worker %d: the master is gone, leaving", self._place.slot)
+                # Nobody will accept from this queue again; let clients see that at once.
+                for listener in self._place.listeners:
+                    with contextlib.suppress(OSError):
+                        listener.shutdown(socket.SHUT_RDWR)
+                break
+            if signals in ready and signal.SIGTERM in signals.recv(4096):
+                break
+            self._keep_time()
+        self._drain()
+
+    def _drain(self) -> None:
+        """Finish what runs, within `graceful_timeout`, and leave."""
+        until = time.monotonic() + self._limits.graceful_timeout
+        os.eventfd_write(self._stop, 1)
+        self._connections.drain()
+        while (arrival := self._door.take_leftover(until)) is not None:
+            self._connections.turn_away(arrival)
+        self._door.close()
+        if not self._crew.wait_until_idle(until - time.monotonic()):
+            LOGGER.warning(
+                "Worker %d: %d connections still busy after graceful_timeout (%g s), cutting them",
+                self._place.slot,
+                self._crew.serving,
+                self._limits.graceful_timeout,
+            )
+        self._run_hooks("shutdown", until - time.monotonic())
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_title:
+            self._next_title = now + TITLE_SECONDS
+            self._show_title()
+        if now >= self._next_cleanup:
+            self._next_cleanup = now + self._limits.cleanup_interval
+            self._start_cleanup()
+
+    def _start_cleanup(self) -> None:
+        if self._cleanup_thread is None or not self._cleanup_thread.is_alive():
+            self._cleanup_thread = self._hook_thread("cleanup_stale_resources")
+            self._cleanup_thread.start()
+
+    def _run_hooks(self, name: str, seconds: float) -> None:
+        thread = self._hook_thread(name)
+        thread.start()
+        thread.join(max(1.0, seconds))
+        if thread.is_alive():
+            LOGGER.warning("Worker %d: a %s() hook does not return", self._place.slot, name)
+
+    def _hook_thread(self, name: str) -> threading.Thread:
+        """A thread, so that a hook that hangs keeps nobody from hearing a signal."""
+
+        def run_all() -> None:
+            for module, hook in self._registry.hooks(name):
+                try:
+                    hook()
+                except BaseException:
+                    LOGGER.exception("%s.%s() failed", module, name)
+
+        return threading.Thread(target=run_all, name=name, daemon=True)
+
+    def _show_title(self) -> None:
+        busy = min(self._crew.serving, self._threads)
+        title = (
+            f"cpanbridged: worker {self._place.slot} gen {self._place.generation} "
+            f"busy {busy}/{self._threads}"
+        )
+        if title != self._title:
+            self._title = title
+            setproctitle.setproctitle(title)
