@@ -5,6 +5,7 @@ and waits on a pipe for one line: the master writes it when all workers are read
 be no daemon. A master that dies without a word closes the pipe, and that is heard as well.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -52,7 +53,8 @@ def _be_the_daemon(write_end: int, serve: Callable[[Callable[[str | None], None]
 
         def tell(error: str | None) -> None:
             line = msgspec.json.encode(StartOutcome(os.getpid(), error)) + b"\n"
-            os.write(write_end, line)
+            with contextlib.suppress(BrokenPipeError):  # whoever asked has not waited
+                os.write(write_end, line)
             os.close(write_end)
 
         status = serve(tell)

@@ -39,6 +39,7 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    _open_standard_descriptors()
     options = _parser().parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
@@ -55,6 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _open_standard_descriptors() -> None:
+    """Whoever starts the command may have closed 0 to 2; nothing else must get these numbers."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
     loaded = _load(options)
     reasons: list[str] = []
     status = _serve(loaded, lambda reason: reasons.append(reason) if reason else None)
-    if reasons:
+    if status and reasons:
         raise CommandError(f"not started: {reasons[0]}")
     return status
 

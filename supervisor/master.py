@@ -135,11 +135,19 @@ class Master:
         self._stop(signal.SIGKILL)
 
     def handle_chld(self) -> None:
-        """Some child has ended. Signals of the same kind merge, so ask about each worker."""
-        for seat in self._seats:
-            if seat.pid:
-                pid, status = os.waitpid(seat.pid, os.WNOHANG)
-                if pid:
+        """Some children have ended; signals of the same kind merge, so ask until there is none.
+
+        Not only workers: as process 1 of a container the master inherits what they leave behind.
+        """
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for seat in self._seats:
+                if seat.pid == pid:
                     self._worker_ended(seat, status)
 
     def handle_hup(self) -> None:
@@ -166,7 +174,11 @@ class Master:
 
     def _fork(self, seat: Seat) -> None:
         seat.refill_at = None
-        read_end, write_end = os.pipe()
+        try:
+            read_end, write_end = os.pipe()
+        except OSError as error:
+            self._cannot_fork(seat, error)
+            return
         # A signal between the fork and the child's own handlers would be told to the master.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -175,8 +187,7 @@ class Master:
             os.close(read_end)
             os.close(write_end)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            LOGGER.error("Worker %d: cannot fork: %s", seat.slot, error.strerror)
-            self._schedule_refill(seat, LONGEST_PAUSE)
+            self._cannot_fork(seat, error)
             return
         if pid == 0:
             os.close(read_end)
@@ -188,6 +199,13 @@ class Master:
         slot = self._shared.slots[seat.slot]
         slot.pid, slot.generation = pid, self._generation
         self._selector.register(read_end, selectors.EVENT_READ, seat)
+
+    def _cannot_fork(self, seat: Seat, error: OSError) -> None:
+        LOGGER.error("Worker %d: cannot fork: %s", seat.slot, error.strerror)
+        if self._started:
+            self._schedule_refill(seat, LONGEST_PAUSE)
+        else:
+            self._give_up_start(f"cannot fork a worker: {error.strerror}")
 
     def _become_worker(self, seat: Seat, report: int) -> NoReturn:
         """Called in the child: let go of what is the master's alone, and never come back."""
@@ -215,7 +233,10 @@ class Master:
             os._exit(1)
 
     def _read_report(self, seat: Seat) -> None:
-        data = os.read(seat.report, 65536)
+        try:
+            data = os.read(seat.report, 65536)
+        except BlockingIOError:
+            data = b""  # the worker is gone, but left a child that holds the pipe
         self._close_report(seat)
         if not data:
             return  # it died without a word; SIGCHLD says how
@@ -245,8 +266,7 @@ class Master:
         """A worker that does not boot before the daemon was ready: there is no daemon."""
         if not self._started and not self._stopping:
             self._exit_status = 1
-            self._on_ready(reason)
-            self._stop(signal.SIGKILL)
+            self._stop(signal.SIGKILL, reason)
 
     def _close_report(self, seat: Seat) -> None:
         if seat.report >= 0:
@@ -286,7 +306,9 @@ class Master:
     def _graceful_timeout(self) -> float:
         return self._settings.limits.graceful_timeout
 
-    def _stop(self, worker_signal: signal.Signals) -> None:
+    def _stop(self, worker_signal: signal.Signals, reason: str = "told to stop") -> None:
+        if not self._started and not self._stopping:
+            self._on_ready(reason)
         self._stopping = True
         for listener in self._listeners:
             listener.unlink()

@@ -13,8 +13,6 @@ is given back before the reply is sent, so a slow reader holds nothing but its o
 import contextlib
 import logging
 import os
-import socket
-import struct
 import threading
 import time
 import traceback
@@ -26,17 +24,16 @@ from cpanbridge.supervisor.gate import Gate
 from cpanbridge.workers import modules, protocol, security
 from cpanbridge.workers.door import Arrival
 from cpanbridge.workers.modules import Registry, Target
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal, Request
 from cpanbridge.workers.scanner import ObjectScanner
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-READ_SIZE = 65536
 LINGER_SECONDS = 2.0
 LEFTOVER_SECONDS = 0.2
 # A frame's length is below 9 * 2**24 (see config.MAX_REQUEST_SIZE); 9 is the first white space.
 FIRST_BYTE_FRAMED = range(9)
-_TIMEVAL = struct.Struct("@ll")
 _FORK_EXIT = 0
 
 
@@ -66,17 +63,15 @@ class Connections:
         self._security = security.SecurityLog(worker)
         self._pid = os.getpid()
         self._draining = False
-        self._reading: set[socket.socket] = set()
+        self._reading: set[Peer] = set()
         self._reading_lock = threading.Lock()
 
     def drain(self) -> None:
         """From now on no connection takes up a further request. Called in the main thread."""
         with self._reading_lock:
             self._draining = True
-            for client in self._reading:
-                # Wakes a thread that waits for this client; what it sent before is still there.
-                with contextlib.suppress(OSError):
-                    client.shutdown(socket.SHUT_RD)
+            for peer in self._reading:
+                peer.stop_reading()
 
     def prepare(self, data: bytes) -> Call | None:
         """The call in a one-shot client's first bytes, if they are all of it and it may run."""
@@ -93,58 +88,62 @@ class Connections:
 
     def serve(self, arrival: Arrival[Call]) -> None:
         """Serve a client that was let in, until it is closed."""
-        client = arrival.client
+        peer = Peer(arrival.client)
         try:
             if arrival.call is not None:
-                self._send(client, protocol.to_ascii(self._run(arrival.call)))
+                self._send(peer, protocol.to_ascii(self._run(arrival.call)))
             else:
-                self._serve_slowly(client, arrival.data)
-        except (OSError, TimeoutError):
-            pass  # the client has left, or takes too long: nobody to tell
+                self._serve_slowly(peer, arrival.data)
+        except OSError:
+            pass  # the client has left, or takes too long (TimeoutError): nobody to tell
         finally:
-            client.close()
+            arrival.client.close()
             self._gate.closed()
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
         """Tell a client that was waiting outside that nothing is taken up any more."""
-        client = arrival.client
+        peer = Peer(arrival.client)
         try:
-            first = self._receive(client, LEFTOVER_SECONDS)
+            first = peer.receive(LEFTOVER_SECONDS)
             if first and first[0] in FIRST_BYTE_FRAMED:
-                client.sendall(NO_MORE_REQUESTS)
+                self._send(peer, NO_MORE_REQUESTS)
             elif first:
-                self._send(client, protocol.to_ascii(self._shutting_down(None)))
-            _linger(client, LEFTOVER_SECONDS)
+                self._send(peer, protocol.to_ascii(self._shutting_down()))
+            peer.linger(LEFTOVER_SECONDS)
         except OSError:
             pass  # it has left by itself, or has sent nothing yet
         finally:
-            client.close()
+            arrival.client.close()
             self._gate.closed()
 
-    def _serve_slowly(self, client: socket.socket, data: bytes | None) -> None:
+    def _serve_slowly(self, peer: Peer, data: bytes | None) -> None:
         """All but the complete one-shot request: it is not all there, wrong, or framed."""
-        with self._interruptible(client):
+        with self._interruptible(peer):
             deadline = time.monotonic() + self._limits.read_timeout
             if data is None:
-                data = self._receive(client, self._limits.read_timeout)
+                data = peer.receive(self._limits.read_timeout)
             if not data:
                 return
             if data[0] in FIRST_BYTE_FRAMED:
-                self._serve_framed(client, bytearray(data), deadline)
-                return
-            try:
-                call = self._read_one_shot(client, data, deadline)
-                if not self._gate.enter(self._gate.admitted, self._stop, connection=False):
-                    raise Draining
-                reply = self._run(call)
-            except Draining:
-                reply = self._shutting_down(None)
-            except Refusal as refusal:
-                reply = self._refuse(client, refusal)
-            self._send(client, protocol.to_ascii(reply))
-            _linger(client, LINGER_SECONDS)
+                self._serve_framed(peer, bytearray(data), deadline)
+            else:
+                self._serve_one_shot(peer, data, deadline)
 
-    def _read_one_shot(self, client: socket.socket, data: bytes, deadline: float) -> Call:
+    def _serve_one_shot(self, peer: Peer, data: bytes, deadline: float) -> None:
+        try:
+            call = self._read_one_shot(peer, data, deadline)
+            self._admit()
+        except Draining:
+            reply = self._shutting_down()
+        except Refusal as refusal:
+            reply = self._refuse(peer, refusal)
+        else:
+            self._send(peer, protocol.to_ascii(self._run(call)))
+            return
+        self._send(peer, protocol.to_ascii(reply))
+        peer.linger(LINGER_SECONDS)
+
+    def _read_one_shot(self, peer: Peer, data: bytes, deadline: float) -> Call:
         """Read until the request is complete. Raises Refusal, Draining."""
         scanner = ObjectScanner()
         pieces = [data]
@@ -153,7 +152,7 @@ class Connections:
             if size > self._limits.max_request_size:
                 break
             try:
-                data = self._receive(client, deadline - time.monotonic())
+                data = peer.receive(deadline - time.monotonic())
             except TimeoutError:
                 raise self._too_slow() from None
             if not data:
@@ -166,36 +165,33 @@ class Connections:
             raise self._too_large(f"over {self._limits.max_request_size}")
         return self._resolve(protocol.decode(b"".join(pieces), self._limits))
 
-    def _serve_framed(self, client: socket.socket, buffer: bytearray, deadline: float) -> None:
+    def _serve_framed(self, peer: Peer, buffer: bytearray, deadline: float) -> None:
         """Serve frame after frame, until the client ends, rests too long, or the worker drains."""
         try:
             while True:
-                frame = self._next_frame(client, buffer, deadline)
+                frame = self._next_frame(peer, buffer, deadline)
                 if frame is None:
                     return
                 try:
                     call = self._resolve(protocol.decode(frame, self._limits))
                 except Refusal as refusal:
-                    reply = self._refuse(client, refusal)
+                    reply = self._refuse(peer, refusal)
                 else:
-                    if not self._gate.enter(self._gate.admitted, self._stop, connection=False):
-                        raise Draining
+                    self._admit()
                     reply = self._run(call)
-                self._send(client, protocol.to_frame(reply))
+                self._send(peer, protocol.to_frame(reply))
                 if self._draining:
                     raise Draining
                 deadline = 0.0
         except Draining:
-            self._send(client, NO_MORE_REQUESTS)
+            self._send(peer, NO_MORE_REQUESTS)
         except Refusal as refusal:
             # The stream cannot be followed any further: say so, and that nothing more was read.
-            reply = self._refuse(client, refusal)
-            self._send(client, protocol.to_frame(reply) + NO_MORE_REQUESTS)
-            _linger(client, LINGER_SECONDS)
+            reply = self._refuse(peer, refusal)
+            self._send(peer, protocol.to_frame(reply) + NO_MORE_REQUESTS)
+            peer.linger(LINGER_SECONDS)
 
-    def _next_frame(
-        self, client: socket.socket, buffer: bytearray, deadline: float
-    ) -> bytes | None:
+    def _next_frame(self, peer: Peer, buffer: bytearray, deadline: float) -> bytes | None:
         """The next request's bytes; None when the client has ended the connection.
 
         `deadline` is when a frame that has begun must be complete; 0.0: one that has not begun yet
@@ -215,7 +211,7 @@ class Connections:
                 deadline = time.monotonic() + self._limits.read_timeout
             seconds = deadline - time.monotonic() if buffer else self._limits.idle_timeout
             try:
-                data = self._receive(client, seconds)
+                data = peer.receive(seconds)
             except TimeoutError:
                 if buffer:
                     raise self._too_slow() from None
@@ -228,6 +224,11 @@ class Connections:
 
     def _resolve(self, request: Request) -> Call:
         return Call(request, self._registry.find(request))
+
+    def _admit(self) -> None:
+        """Wait until a request may run, and charge it. Raises Draining."""
+        if not self._gate.enter(self._gate.admitted, self._stop, connection=False):
+            raise Draining
 
     def _run(self, call: Call) -> bytes:
         """Run an admitted request and return the reply; its room is given back in any case."""
@@ -264,18 +265,18 @@ class Connections:
         text = f"Error in {request.module}.{request.function}: {message}"
         return protocol.encode_failure(text, type(error).__name__, request.request_id, trace)
 
-    def _refuse(self, client: socket.socket, refusal: Refusal) -> bytes:
+    def _refuse(self, peer: Peer, refusal: Refusal) -> bytes:
         """Count a request that is not run, and return the reply that says why."""
         is_event = security.is_event(refusal.kind)
         self._gate.refused(invalid=refusal.kind == "InvalidRequest", security_event=is_event)
         if is_event:
-            self._security.event(refusal.kind, refusal.message, client)
+            self._security.event(refusal.kind, refusal.message, peer.socket)
         return protocol.encode_failure(refusal.message, refusal.kind, refusal.request_id)
 
-    def _shutting_down(self, request_id: str | None) -> bytes:
+    def _shutting_down(self) -> bytes:
         self._gate.refused(invalid=False, security_event=False)
         message = "The daemon is shutting down; the call was not run"
-        return protocol.encode_failure(message, "ShuttingDown", request_id)
+        return protocol.encode_failure(message, "ShuttingDown", None)
 
     def _too_large(self, size: str) -> Refusal:
         limit = self._limits.max_request_size
@@ -290,63 +291,17 @@ class Connections:
         return Refusal("InvalidRequest", message)
 
     @contextlib.contextmanager
-    def _interruptible(self, client: socket.socket) -> Iterator[None]:
+    def _interruptible(self, peer: Peer) -> Iterator[None]:
         """While a thread may wait for this client, `drain` can wake it."""
         with self._reading_lock:
-            self._reading.add(client)
+            self._reading.add(peer)
             if self._draining:
-                client.shutdown(socket.SHUT_RD)
+                peer.stop_reading()
         try:
             yield
         finally:
             with self._reading_lock:
-                self._reading.discard(client)
+                self._reading.discard(peer)
 
-    @staticmethod
-    def _receive(client: socket.socket, seconds: float) -> bytes:
-        """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""
-        _set_timeout(client, socket.SO_RCVTIMEO, seconds)
-        try:
-            return client.recv(READ_SIZE)
-        except BlockingIOError:
-            raise TimeoutError from None
-
-    def _send(self, client: socket.socket, reply: bytes) -> None:
-        """Send it all. Raises TimeoutError when the client takes nothing for `read_timeout`."""
-        try:
-            sent = client.send(reply, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            sent = 0
-        if sent == len(reply):
-            return
-        _set_timeout(client, socket.SO_SNDTIMEO, self._limits.read_timeout)
-        rest = memoryview(reply)[sent:]
-        while rest:
-            try:
-                rest = rest[client.send(rest) :]
-            except BlockingIOError:
-                raise TimeoutError from None
-
-
-def _set_timeout(client: socket.socket, option: int, seconds: float) -> None:
-    """Let the kernel end a blocking call after so long; unlike poll(2), it costs the call nothing.
-
-    0 would mean forever, so a time that is over becomes the shortest there is.
-    """
-    microseconds = max(1, int(seconds * 1e6))
-    timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
-    client.setsockopt(socket.SOL_SOCKET, option, timeval)
-
-
-def _linger(client: socket.socket, seconds: float) -> None:
-    """Close the sending side and read on for a while, before the socket is closed.
-
-    Closing with bytes unread makes the kernel reset the connection: a client that still sends would
-    get an error instead of the reply that tells what is wrong.
-    """
-    client.shutdown(socket.SHUT_WR)
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        _set_timeout(client, socket.SO_RCVTIMEO, left)
-        if not client.recv(READ_SIZE):
-            return
+    def _send(self, peer: Peer, reply: bytes) -> None:
+        peer.send(reply, self._limits.read_timeout)

@@ -55,7 +55,8 @@ class Door(Generic[C]):
         prepare: Callable[[bytes], C | None],
         stop: int,
     ) -> None:
-        self._listeners = listeners
+        self._listeners = list(listeners)
+        self._shut = False
         self._gate = gate
         self._prepare = prepare
         self._stop = stop
@@ -69,7 +70,7 @@ class Door(Generic[C]):
 
     def next(self) -> Arrival[C] | None:
         """Wait for a client and let it in; None when the worker is to accept no more."""
-        while True:
+        while not self._shut:
             taken = self._gate.enter(self._take, self._stop, connection=True)
             if isinstance(taken, Arrival):
                 return taken
@@ -81,6 +82,11 @@ class Door(Generic[C]):
                 ready = self._wait_out_exhaustion()
             if any(fd == self._stop for fd, _ in ready):
                 return None
+        return None
+
+    def shut(self) -> None:
+        """Let nobody in any more: `next` returns None, at once once `stop` is readable."""
+        self._shut = True
 
     def take_leftover(self, until: float) -> Arrival[C] | None:
         """When nothing is let in any more: a client left waiting, to be told so; None at the end.
@@ -112,7 +118,7 @@ class Door(Generic[C]):
         return Arrival(client, data, call)
 
     def _accept(self) -> socket.socket | _Outside:
-        for listener in self._listeners:
+        for turn, listener in enumerate(self._listeners):
             try:
                 client, _ = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -125,6 +131,8 @@ class Door(Generic[C]):
                     continue  # shut down: the master is gone and this worker about to leave
                 raise
             self._gate.opened()
+            if len(self._listeners) > 1:  # the next look begins at another one
+                self._listeners.append(self._listeners.pop(turn))
             return client
         return _Outside.NOBODY
 

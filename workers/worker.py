@@ -29,6 +29,7 @@ from cpanbridge.workers import builtin, modules
 from cpanbridge.workers.connection import Call, Connections
 from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
+from cpanbridge.workers.forks import let_go_in_children
 from cpanbridge.workers.modules import ModuleLoadError, Registry
 
 LOGGER = logging.getLogger("cpanbridge.worker")
@@ -46,6 +47,7 @@ def run(place: Place) -> NoReturn:
         faulthandler.enable()
         # What modules print goes where the log goes, never to a client or the terminal's reader.
         os.dup2(2, 1)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         try:
             registry = _boot(place)
         except ModuleLoadError as error:
@@ -53,6 +55,8 @@ def run(place: Place) -> NoReturn:
         else:
             worker = Worker(place, registry)
             send_report(place.report, None)
+            os.close(place.report)
+            let_go_in_children(place.settings.sockets)
             worker.watch()
             status = 0
     except BaseException:
@@ -138,6 +142,7 @@ class Worker:
     def _drain(self) -> None:
         """Finish what runs, within `graceful_timeout`, and leave."""
         until = time.monotonic() + self._limits.graceful_timeout
+        self._door.shut()
         os.eventfd_write(self._stop, 1)
         self._connections.drain()
         while (arrival := self._door.take_leftover(until)) is not None:

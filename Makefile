@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine with Python 3.11+, Perl 5.10+ and make:
+#   make demo    set up, start the daemon, run a Perl script through it, stop it
+#   make test    set up, then ruff, mypy, pytest and the Perl tests
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TYPING := .typing/cpanbridge
+
+.PHONY: help demo test lint types pytest perl-test bench clean
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/run-demo.sh $(FILE)
+
+test: lint types pytest perl-test
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test $(TYPING)
+	$(BIN)/mypy -p cpanbridge.supervisor -p cpanbridge.workers
+	$(BIN)/mypy tests
+	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml .
+
+pytest: $(VENV)/.installed-test
+	$(BIN)/pytest
+
+perl-test: $(VENV)/.installed
+	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l t
+
+# Not part of the tests: figures of this machine (see bench/README.md).
+bench: $(VENV)/.installed
+	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/idle.py
+
+# The daemon alone, and with what the tests need. Renewed when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+# Type checkers don't follow the editable install's import hook: links show them the packages.
+$(TYPING):
+	mkdir -p $@
+	ln -sfn ../../supervisor $@/supervisor
+	ln -sfn ../../workers $@/workers
+
+clean:
+	rm -rf $(VENV) .typing build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

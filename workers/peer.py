@@ -1,0 +1,77 @@
+"""A client's socket in one thread's hands: receiving and sending with limits of time.
+
+The socket is blocking, and the kernel ends a call that takes too long (SO_RCVTIMEO, SO_SNDTIMEO):
+unlike poll(2) before each read, that costs a call nothing. A limit is handed to the kernel only
+when it differs from the last one.
+"""
+
+import contextlib
+import socket
+import struct
+import time
+
+READ_SIZE = 65536
+_TIMEVAL = struct.Struct("@ll")
+
+
+class Peer:
+    """The other end of a connection. Every method raises OSError when the client has left."""
+
+    __slots__ = ("_receive_limit", "socket")
+
+    def __init__(self, client: socket.socket) -> None:
+        self.socket = client
+        self._receive_limit = 0.0
+
+    def receive(self, seconds: float) -> bytes:
+        """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""
+        if seconds != self._receive_limit:
+            self._receive_limit = seconds
+            _set_timeout(self.socket, socket.SO_RCVTIMEO, seconds)
+        try:
+            return self.socket.recv(READ_SIZE)
+        except BlockingIOError:
+            raise TimeoutError from None
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Send it all. Raises TimeoutError when the client takes nothing for so long."""
+        try:
+            sent = self.socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return
+        _set_timeout(self.socket, socket.SO_SNDTIMEO, seconds)
+        rest = memoryview(data)[sent:]
+        while rest:
+            try:
+                rest = rest[self.socket.send(rest) :]
+            except BlockingIOError:
+                raise TimeoutError from None
+
+    def linger(self, seconds: float) -> None:
+        """End the sending side and read on until the client ends its own, but not for longer.
+
+        Closing with bytes unread makes the kernel reset the connection: a client that still sends
+        would get an error instead of the reply that tells what is wrong.
+        """
+        self.socket.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + seconds
+        with contextlib.suppress(TimeoutError):
+            while (left := until - time.monotonic()) > 0 and self.receive(left):
+                pass
+
+    def stop_reading(self) -> None:
+        """Wake a thread that waits in `receive`: it reads what was sent before, then the end.
+
+        May be called from another thread.
+        """
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RD)
+
+
+def _set_timeout(client: socket.socket, option: int, seconds: float) -> None:
+    # 0 would mean forever, so a time that is over becomes the shortest there is.
+    microseconds = max(1, int(seconds * 1e6))
+    timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
+    client.setsockopt(socket.SOL_SOCKET, option, timeval)
