@@ -59,6 +59,7 @@ class Slot(ctypes.Structure):
         ("waits_for_connection", ctypes.c_int64),  # threads waiting for a connection's room
         ("waits_for_request", ctypes.c_int64),  # threads waiting for a request's room
         # Written by the worker under its own release lock, and by the master once it is dead.
+        # finished = succeeded + failed, but for the instant between the stores.
         ("closed", ctypes.c_int64),  # connections closed
         ("finished", ctypes.c_int64),  # requests that have run
         ("succeeded", ctypes.c_int64),
@@ -140,6 +141,7 @@ class Shared:
         writer; readers under the gate's lock see room appear, as with any other release.
         """
         slot.pid = 0
+        slot.failed += slot.running  # lost with the worker
         slot.closed = slot.opened
         slot.finished = slot.admitted
         slot.waits_for_connection = 0
