@@ -119,7 +119,7 @@ class Gate:
         open_now = running = 0
         for slot in self._slots:
             open_now += slot.opened - slot.closed
-            running += slot.admitted - slot.finished
+            running += slot.admitted - slot.succeeded - slot.failed
         self._open_now = open_now
         if connection:
             if self._header.verdict != VERDICT_OPEN:
@@ -170,7 +170,6 @@ class Gate:
         """Give back a request's place, once its function has returned."""
         slot = self._slot
         with self._release:
-            slot.finished += 1
             slot.busy_ns += duration_ns
             if succeeded:
                 slot.succeeded += 1

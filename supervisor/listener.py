@@ -11,9 +11,10 @@ import grp
 import os
 import socket
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+_MAX_LINKS = 40  # as many as the kernel follows
 _MAX_PATH = 107  # bytes: sun_path holds 108 with the end mark (unix(7))
 _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
@@ -53,29 +54,61 @@ def prepare_folder(path: str, *, create: bool) -> None:
             f"{path}: too long for a socket: {len(os.fsencode(path))} bytes, at most {_MAX_PATH}"
         )
     try:
-        real = os.path.realpath(folder, strict=True)
-        if not os.path.isdir(real):
-            raise ListenError(f"{folder}: not a folder")
-        while True:
-            _check_folder(path, real)
-            if real == "/":
-                return
-            real = os.path.dirname(real)
+        for container in _containers(path, folder):
+            _check_folder(path, container)
     except OSError as error:
         raise ListenError(f"{folder}: {error.strerror}; the socket's folder must exist") from None
 
 
+def _containers(path: str, folder: str) -> Iterator[str]:
+    """Every folder in which something on the way to `folder` stands, and `folder` at the end.
+
+    Links are followed one by one: whoever may replace a link decides where the way leads. Raises
+    OSError, and ListenError for a link that belongs to another user.
+    """
+    parts = folder.split("/")[::-1]
+    current = "/"
+    links = 0
+    while parts:
+        part = parts.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            current = os.path.dirname(current)
+            continue
+        yield current
+        place = os.path.join(current, part)
+        if not stat.S_ISLNK(os.lstat(place).st_mode):
+            current = place
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        _check_owner(path, place, os.lstat(place).st_uid)
+        target = os.readlink(place)
+        parts += target.split("/")[::-1]
+        if target.startswith("/"):
+            current = "/"
+    if not os.path.isdir(current):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    yield current
+
+
 def _check_folder(path: str, folder: str) -> None:
     status = os.stat(folder)
-    if status.st_uid not in (0, os.getuid()):
-        raise ListenError(
-            f"{path}: refused, because user {status.st_uid} owns {folder} and could replace it"
-        )
+    _check_owner(path, folder, status.st_uid)
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if others_write and not status.st_mode & stat.S_ISVTX:
         raise ListenError(
             f"{path}: refused, because others may write in {folder} and could replace it; "
             f"take that right away (chmod go-w {folder}) or choose another folder"
+        )
+
+
+def _check_owner(path: str, place: str, owner: int) -> None:
+    if owner not in (0, os.getuid()):
+        raise ListenError(
+            f"{path}: refused, because user {owner} owns {place} and could replace it"
         )
 
 

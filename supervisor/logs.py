@@ -10,13 +10,12 @@ nowhere left to say so, and clients are served on.
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
 import time
 from typing import Literal
-
-import msgspec
 
 STANDARD_ERROR = 2
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -30,14 +29,15 @@ class LogError(Exception):
 class LineFormatter(logging.Formatter):
     """`2025-10-08 14:32:15 [WARNING] message`, with control characters shown escaped.
 
-    A traceback follows on lines of its own.
+    A traceback follows on lines of its own, indented, so that none passes for a line of the log.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         line = f"{when} [{record.levelname}] {_escaped(record.getMessage())}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            for each in self.formatException(record.exc_info).split("\n"):
+                line += "\n    " + _escaped(each)
         return line
 
 
@@ -53,7 +53,12 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return json_line(line)
+
+
+def json_line(value: object) -> str:
+    """JSON in ASCII without a control character: one line for whatever reads it."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 class PlainFormatter(logging.Formatter):

@@ -9,10 +9,10 @@ This is the only file that knows an offset; everyone else says `slot.opened` or
 loads whole, so a process that is killed leaves every field either as it was or as it should be.
 
 Who writes what is said at each field. A field has one writer, so that no update is ever lost, or
-is written only under the gate's lock. What is open now is told by a pair of counters that only
-grow, one written on the way in (under the gate's lock) and one on the way out: `opened - closed`
-connections, `admitted - finished` requests. Clearing a dead worker's slot is then two stores, and
-no total is lost with the worker.
+is written only under the gate's lock. What is open now is told by counters that only grow, written
+on the way in (under the gate's lock) and on the way out: `opened - closed` connections, `admitted -
+(succeeded + failed)` requests. Clearing a dead worker's slot is then two stores, and no total is
+lost with the worker.
 """
 
 import ctypes
@@ -59,11 +59,9 @@ class Slot(ctypes.Structure):
         ("waits_for_connection", ctypes.c_int64),  # threads waiting for a connection's room
         ("waits_for_request", ctypes.c_int64),  # threads waiting for a request's room
         # Written by the worker under its own release lock, and by the master once it is dead.
-        # finished = succeeded + failed, but for the instant between the stores.
         ("closed", ctypes.c_int64),  # connections closed
-        ("finished", ctypes.c_int64),  # requests that have run
-        ("succeeded", ctypes.c_int64),
-        ("failed", ctypes.c_int64),
+        ("succeeded", ctypes.c_int64),  # requests that have run and returned a result
+        ("failed", ctypes.c_int64),  # requests that have run and did not
         ("refused", ctypes.c_int64),  # requests answered with an error without running
         ("invalid", ctypes.c_int64),  # of these, malformed ones
         ("security_events", ctypes.c_int64),
@@ -82,9 +80,14 @@ class Slot(ctypes.Structure):
     @property
     def running(self) -> int:
         """Requests running now. Never too low for a reader that holds the gate's lock."""
-        finished: int = self.finished
+        finished = self.finished
         admitted: int = self.admitted
         return admitted - finished
+
+    @property
+    def finished(self) -> int:
+        """Requests that have run, well or not."""
+        return int(self.succeeded + self.failed)
 
 
 def _padded(size: int) -> int:
@@ -141,9 +144,8 @@ class Shared:
         writer; readers under the gate's lock see room appear, as with any other release.
         """
         slot.pid = 0
-        slot.failed += slot.running  # lost with the worker
         slot.closed = slot.opened
-        slot.finished = slot.admitted
+        slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.waits_for_connection = 0
         slot.waits_for_request = 0
 

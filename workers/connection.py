@@ -254,15 +254,11 @@ class Connections:
             call.target.took(duration_ns)
 
     def _failure(self, request: Request, error: BaseException) -> bytes:
-        try:
-            message = str(error)
-        except Exception:
-            message = "(its message cannot be shown)"
         trace = None
         if self._debug:
             trace = "".join(traceback.format_exception(error))
             LOGGER.info("%s.%s raised %s", request.module, request.function, type(error).__name__)
-        text = f"Error in {request.module}.{request.function}: {message}"
+        text = f"Error in {request.module}.{request.function}: {protocol.message_of(error)}"
         return protocol.encode_failure(text, type(error).__name__, request.request_id, trace)
 
     def _refuse(self, peer: Peer, refusal: Refusal) -> bytes:

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,6 +25,7 @@ from cpanbridge.workers.protocol import Refusal, Request
 # Less than it costs to change over to another thread and back under load.
 QUICK_NS = 250_000
 _NAMES_SHOWN = 30
+_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
 
 
 class ModuleLoadError(Exception):
@@ -204,7 +206,10 @@ def _import_file(name: str, file: Path) -> ModuleType:
     A helper whose name Python or a library has taken, `http.py` or `email.py`, is imported under
     another one; it must not stand in for the library's module.
     """
-    if name in sys.stdlib_module_names or name in sys.modules:
+    present = sys.modules.get(name)
+    if present is not None and getattr(present, "__file__", None) == str(file):
+        return present  # another helper has imported it
+    if name in sys.stdlib_module_names or present is not None:
         name = f"cpanbridge_module_{name}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
@@ -221,7 +226,9 @@ def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
     except BaseException as error:  # a module may raise anything, or call sys.exit
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
-        at = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
+        # The line in the operator's own code tells more than the one in a library that it called.
+        own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or theirs
+        at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
         if isinstance(error, SyntaxError):
             at = f" ({error.filename}:{error.lineno})"
             error = SyntaxError(error.msg)

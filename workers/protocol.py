@@ -11,7 +11,8 @@ import codecs
 import platform
 import struct
 import time
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated, Any, NoReturn, TypeAlias
 
 import msgspec
 from cpanbridge.supervisor.config import FunctionName, Limits, ModuleName
@@ -99,45 +100,64 @@ def _explain(error: Exception, limits: Limits) -> str:
     return f"Invalid request: not JSON: {error}"
 
 
+# Where a value stands: the place that it is in, and its key there; None: it is `params`.
+_Place: TypeAlias = "tuple[_Place, str | int] | None"
+
+
 def _check_limits(request: Request, data: bytes | bytearray | memoryview, limits: Limits) -> None:
     # Nothing can be nested deeper than there are opening brackets; counting them is a scan in C.
     if not (limits.max_string_length or limits.max_array_length or limits.max_param_count):
         text = bytes(data) if isinstance(data, memoryview) else data
         if text.count(b"{") + text.count(b"[") <= limits.max_object_depth:
             return
-    _check_value(request.params, request, limits)
+    if isinstance(request.params, dict | list | str):
+        _check_value(request.params, request, limits)
 
 
 def _check_value(params: Any, request: Request, limits: Limits) -> None:
     """Refuse a value over a limit, with its path and the limit. Walks without recursion."""
 
-    def refuse(path: str, what: str, limit: str) -> None:
-        message = f"Invalid request: {path}: {what} (limits.{limit})"
+    def refuse(place: _Place, what: str, limit: str) -> NoReturn:
+        message = f"Invalid request: {_path(place)}: {what} (limits.{limit})"
         raise Refusal("InvalidRequest", message, request.request_id)
 
     if limits.max_param_count and isinstance(params, dict | list):
         count = len(params)
         if count > limits.max_param_count:
             what = f"{count} parameters, at most {limits.max_param_count} are allowed"
-            refuse("params", what, "max_param_count")
-    pending: list[tuple[str, Any, int]] = [("params", params, 1)]
+            refuse(None, what, "max_param_count")
+    pending: list[tuple[_Place, Any, int]] = [(None, params, 1)]
     while pending:
-        path, value, depth = pending.pop()
+        place, value, depth = pending.pop()
         if isinstance(value, str):
             if limits.max_string_length and len(value) > limits.max_string_length:
                 what = f"{len(value)} characters, at most {limits.max_string_length} are allowed"
-                refuse(path, what, "max_string_length")
-        elif isinstance(value, dict | list):
-            if depth > limits.max_object_depth:
-                what = f"nested deeper than {limits.max_object_depth} levels"
-                refuse(path, what, "max_object_depth")
-            if isinstance(value, dict):
-                pending.extend((f"{path}.{key}", item, depth + 1) for key, item in value.items())
-            else:
-                if limits.max_array_length and len(value) > limits.max_array_length:
-                    what = f"{len(value)} items, at most {limits.max_array_length} are allowed"
-                    refuse(path, what, "max_array_length")
-                pending.extend((f"{path}[{n}]", item, depth + 1) for n, item in enumerate(value))
+                refuse(place, what, "max_string_length")
+            continue
+        if depth > limits.max_object_depth:
+            what = f"nested deeper than {limits.max_object_depth} levels"
+            refuse(place, what, "max_object_depth")
+        if isinstance(value, dict):
+            items: Iterable[tuple[str | int, Any]] = value.items()
+        else:
+            if limits.max_array_length and len(value) > limits.max_array_length:
+                what = f"{len(value)} items, at most {limits.max_array_length} are allowed"
+                refuse(place, what, "max_array_length")
+            items = enumerate(value)
+        pending.extend(
+            ((place, key), item, depth + 1)
+            for key, item in items
+            if isinstance(item, dict | list | str)
+        )
+
+
+def _path(place: _Place) -> str:
+    """A place as `params.key[3]`; put together only when there is something to say of it."""
+    steps = []
+    while place is not None:
+        place, key = place
+        steps.append(f"[{key}]" if isinstance(key, int) else f".{key}")
+    return "params" + "".join(reversed(steps))
 
 
 class ExecutionInfo(msgspec.Struct):
@@ -199,16 +219,24 @@ def encode_success(request: Request, result: object, duration_ms: float, worker:
     reply = Success(result, request.module, request.function, request.request_id, info)
     try:
         encoded = _encode_reply(reply)
-    except Exception as error:  # str() of a foreign object may raise anything
+    except BaseException as error:  # str() of a foreign object may raise anything
         message = (
             f"Result of {request.module}.{request.function} cannot be encoded as JSON: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {message_of(error)}"
         )
         raise Refusal("UnencodableResult", message, request.request_id) from error
     if len(encoded) > MAX_FRAME:
         message = f"Result of {request.module}.{request.function} is over {MAX_FRAME} bytes"
         raise Refusal("UnencodableResult", message, request.request_id)
     return encoded
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says of itself, whatever its class does when it is asked."""
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message cannot be shown)"
 
 
 def encode_failure(

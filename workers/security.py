@@ -5,13 +5,12 @@ exposed, a malformed or oversized request. The line says who it was (the kernel'
 SO_PEERCRED), never what the client sent beyond the names.
 """
 
+import json
 import logging
 import socket
 import struct
 import threading
 import time
-
-import msgspec
 
 LOGGER = logging.getLogger("cpanbridge.security")
 LINES_PER_SECOND = 10
@@ -58,7 +57,7 @@ class SecurityLog:
             pid = uid = gid = -1  # the socket is broken already
         line = {
             "event": _KINDS[error_type],
-            "message": message.encode("utf-8", "backslashreplace").decode()[:500],
+            "message": message[:500],
             "pid": pid,
             "uid": uid,
             "gid": gid,
@@ -67,4 +66,5 @@ class SecurityLog:
         }
         if suppressed:
             line["suppressed_before"] = suppressed
-        LOGGER.warning("%s", msgspec.json.encode(line).decode())
+        # ASCII without a control character, so that it stays one line for whatever reads it.
+        LOGGER.warning("%s", json.dumps(line).replace("\x7f", "\\u007f"))

@@ -3,6 +3,7 @@ package CPANBridge::Boolean;
 use 5.010;
 use strict;
 use warnings;
+no if $] >= 5.035, warnings => 'experimental::builtin';
 
 our $VERSION = '0.1.0';
 

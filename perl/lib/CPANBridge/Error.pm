@@ -16,18 +16,23 @@ sub new {
     return bless {%fields}, $class;
 }
 
-# Dies with a new error, or with this one, telling the caller's place.
+# Dies with this error, or with a new one, which then has the place of the call in the script.
 sub throw {
     my ($self, %fields) = @_;
     $self = $self->new(%fields) if !ref $self;
     if (!defined $self->{file}) {
-        my $level = 0;
-        $level++ while caller($level) && caller($level)->isa('CPANBridge');
-        my @place = caller $level;
-        @place = caller 0 if !@place;
+        my ($level, @place) = (0);
+        do { @place = caller $level++ } while (@place && $place[0]->isa('CPANBridge'));
         @{$self}{qw(file line)} = @place[ 1, 2 ];
     }
     die $self;
+}
+
+# Whether the bridge died with it for itself to catch. Anything else that turns up in an eval of the
+# bridge comes from a signal handler of the script, and has to go on its way.
+sub is_internal {
+    my ($error) = @_;
+    return ref $error && ref $error eq 'CPANBridge::Error' && !defined $error->{file};
 }
 
 sub message    { return $_[0]{message} }
@@ -104,6 +109,10 @@ With C<Overloaded>: the seconds after which another attempt makes sense.
 =item file, line
 
 Where the script made the call; undef if the error was not thrown.
+
+=item is_internal($error)
+
+A function: whether the bridge died with it for itself to catch.
 
 =item as_string
 

@@ -9,41 +9,117 @@ use CPANBridge::JSON::Encoder;
 
 our $VERSION = '0.1.0';
 
-# Loading Cpanel::JSON::XS takes as long as decoding some 200 KB in pure Perl.
+# Loading Cpanel::JSON::XS takes about as long as decoding so many bytes in pure Perl.
 use constant WORTH_LOADING => 256 * 1024;
 
-my $xs;               # a decoder; 0 when there is none that does the same
-my $decoded = 0;      # bytes, until that question is decided
+# A decoder in C; 0 when there is none that does the same; undef while nobody has looked.
+my $xs;
+my $decoded = 0;
 
-# What an XS decoder must get right before it is trusted with replies. JSON::XS is not even tried:
-# it reads every tenth float wrong in the last digit.
+# What a decoder must get right before it is trusted with replies.
 my @PROBES = (
-    '[0.1,3.141592653589793,1.7976931348623157e+308,5e-324,2.2250738585072014e-308,-0.0,1e22]',
-    '[0.30000000000000004,123456.78901234567,9007199254740993.0,8.41e21,5.0e-5]',
-    '[0,-1,2147483648,9007199254740993,-999999999999999999]',
-    '["","\u00e9\ud83d\ude00\n\u0000",' . qq("\xc3\xa9\xf0\x9f\x98\x80","007","1.0"]),
-    '{"a":[null,{"b":{}}],"\u00e9":[]}',
+    '[0.1,3.141592653589793,1.7976931348623157e+308,5e-324,2.2250738585072014e-308,1e22]',
+    '[0.30000000000000004,123456.78901234567,9007199254740993.0,8.41e21,0.00005,-0.0]',
+    '[0,-1,2147483648,9007199254740993,-999999999999999999,"007","1.0",[[]],{"a":{}}]',
+    qq(["","\\u00e9\\ud83d\\ude00\\n\\u0000\xc3\xa9\xf0\x9f\x98\x80",null,true,false]),
 );
 
-sub encode { goto &CPANBridge::JSON::Encoder::encode }
+sub encode {
+    my ($data, $name) = @_;
+    return CPANBridge::JSON::Encoder::encode($data, $name);
+}
 
-# As CPANBridge::JSON::Decoder::decode, faster where that can be had.
 sub decode {
     my ($bytes) = @_;
     if (!defined $xs) {
         $decoded += length $bytes;
-        $xs = _find_xs() if $decoded > WORTH_LOADING || $INC{'Cpanel/JSON/XS.pm'};
+        if ($decoded > WORTH_LOADING || $INC{'Cpanel/JSON/XS.pm'}) {
+            $xs = _find_xs();
+        }
     }
-    # Integers beyond 64 bits, and floats beyond the range of floats, are handled better here.
-    if ($xs && $bytes !~ /[0-9]{19}|[eE]\+?[0-9]{3}/ && $bytes !~ /[^\x00-\x7f]/ | _is_odd($bytes)) {
-        my $previous_error = $@;
-        my $value          = eval { local $SIG{__DIE__}; [ $xs->decode($bytes) ] };
-        my $error          = $@;
-        $@ = $previous_error;
+    if ($xs && !_is_special($bytes)) {
+        my $value = _try_xs($xs, $bytes);
         return $value->[0] if $value;
-        die $error if ref $error || $error !~ / at \S*CPANBridge/;    # a signal handler's
     }
     return CPANBridge::JSON::Decoder::decode($bytes);
 }
 
+# Whether there may be what the C decoder does in another way: surrogates and the like in UTF-8,
+# integers beyond 64 bits, floats beyond the largest. Where a string happens to look like that, it costs
+# no more than time. One pattern for all would be fifty times slower than these.
+sub _is_special {
+    return CPANBridge::JSON::Decoder::has_surrogates($_[0])
+        || $_[0] =~ /[0-9]{19}/
+        || $_[0] =~ /[0-9][eE]\+?(?:[3-9][0-9][0-9]|[0-9]{4})/;
+}
+
+# A reference to the value; undef if the decoder doesn't like it: the one in Perl is to tell why.
+sub _try_xs {
+    my ($decoder, $bytes) = @_;
+    my $previous_error = $@;
+    my $value          = eval {
+        local $SIG{__DIE__};
+        [ $decoder->decode($bytes) ];
+    };
+    die $@ if !$value && (ref $@ || $@ !~ /character offset|nesting level/);    # a signal handler's
+    $@ = $previous_error;
+    return $value;
+}
+
+sub _find_xs {
+    return 0 if defined $ENV{CPAN_BRIDGE_JSON} && $ENV{CPAN_BRIDGE_JSON} eq 'pp';
+    my $previous_error = $@;
+    my $decoder        = eval {
+        local ($SIG{__DIE__}, $!);
+        require Cpanel::JSON::XS;
+        Cpanel::JSON::XS->new->utf8->allow_nonref->max_depth(2000);
+    };
+    $@ = $previous_error;
+    return 0 if !$decoder;
+    for my $json (@PROBES) {
+        my $value = _try_xs($decoder, $json) or return 0;
+        my $expected = CPANBridge::JSON::Decoder::decode($json);
+        # The encoder tells all kinds of values apart, and floats to the last bit.
+        return 0 if encode($value->[0]) ne encode($expected);
+    }
+    return $decoder;
+}
+
 1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::JSON - JSON as the bridge needs it
+
+=head1 DESCRIPTION
+
+JSON::PP is a part of Perl only since 5.14, and JSON modules alter data here and there: they write
+floats with 15 digits, send a number as a string once it was printed, and more. So encoding is done by
+L<CPANBridge::JSON::Encoder>, and decoding by L<CPANBridge::JSON::Decoder>, both in pure Perl.
+
+Where L<Cpanel::JSON::XS> is installed it decodes replies in C, after it has shown with a few probes
+that it gives the same data, and only such replies as it gives the same data for. It is loaded
+once the script has received 256 KB, unless the script has loaded it anyway. L<JSON::XS> is not used:
+it reads every tenth float with an error in the last digit.
+
+=head1 FUNCTIONS
+
+=over
+
+=item encode($data, $name)
+
+See L<CPANBridge::JSON::Encoder/FUNCTIONS>.
+
+=item decode($bytes)
+
+See L<CPANBridge::JSON::Decoder/FUNCTIONS>.
+
+=back
+
+=head1 ENVIRONMENT
+
+C<CPAN_BRIDGE_JSON=pp> lets replies be decoded in pure Perl alone.
+
+=cut

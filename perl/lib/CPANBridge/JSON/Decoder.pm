@@ -45,11 +45,15 @@ sub decode {
 sub _is_wide {
     return 0 if $_[0] !~ /[^\x00-\x7f]/;
     my $characters = $_[0];
-    # Besides what Perl calls UTF-8, there must be no surrogates and nothing above U+10FFFF.
-    if (!utf8::decode($characters) || $_[0] =~ /\xed[\xa0-\xbf]|\xf4[\x90-\xbf]|[\xf5-\xff]/) {
-        CPANBridge::Error->throw(message => 'not UTF-8', error_type => 'InvalidReply');
+    if (!utf8::decode($characters) || has_surrogates($_[0])) {
+        die CPANBridge::Error->new(message => 'not UTF-8', error_type => 'InvalidReply');
     }
     return 1;
+}
+
+# Whether UTF-8, as Perl takes it, has surrogates or something above U+10FFFF.
+sub has_surrogates {
+    return $_[0] =~ /\xed[\xa0-\xbf]/ || $_[0] =~ /\xf4[\x90-\xbf]/ || $_[0] =~ tr/\xf5-\xff//;
 }
 
 sub _value {
@@ -66,7 +70,7 @@ sub _value {
     return $False    if /\Gfalse/gc;
     return undef     if /\Gnull/gc;
     return _escaped_string() if /\G"/gc;
-    return _fail('no value');
+    _fail('no value');
 }
 
 sub _array {
@@ -186,7 +190,7 @@ sub _unicode {
 sub _fail {
     my ($what) = @_;
     my $place = defined pos() ? pos : 0;
-    return CPANBridge::Error->throw(
+    die CPANBridge::Error->new(
         message    => "not JSON: $what at byte $place",
         error_type => 'InvalidReply',
     );
@@ -208,7 +212,12 @@ CPANBridge::JSON::Decoder - JSON to Perl data, without a change to any value
 
 The data of a JSON document in UTF-8. Strings are character strings; C<true> and C<false> are
 L<CPANBridge::Boolean>s, C<null> is undef. An integer beyond Perl's own is a L<Math::BigInt>. Dies
-with a L<CPANBridge::Error> for what is not JSON, half of a surrogate pair, and numbers beyond a float's range.
+with a L<CPANBridge::Error> for what is not JSON, half of a surrogate pair, and numbers beyond a
+float's range.
+
+=item has_surrogates($bytes)
+
+Whether bytes that Perl takes for UTF-8 have a surrogate, or something beyond Unicode, in them.
 
 =back
 

@@ -7,6 +7,7 @@ use 5.010;
 use strict;
 use warnings;
 no warnings 'recursion';
+no if $] >= 5.035, warnings => 'experimental::builtin';
 
 use B ();
 use CPANBridge::Boolean;
@@ -49,7 +50,7 @@ sub encode {
     };
     if (!defined $json) {
         my $error = $@;
-        die $error if !ref $error || ref $error ne 'CPANBridge::Error';    # a signal handler's
+        die $error if !CPANBridge::Error::is_internal($error);
         _locate($value, $name, {}, 0);
         die $error;
     }
@@ -63,7 +64,12 @@ sub _value {
         return $type eq 'HASH' ? _object($value) : $type eq 'ARRAY' ? _array($value) : _other($value);
     }
     return 'null' if !defined $value;
-    return _number($value) if _is_number($value);
+    if (_is_number($value)) {
+        my $text = "$value";
+        # Perl prints 15 digits: the text of 2.9999999999999996 is "3".
+        return $text if $text =~ /\A-?[1-9][0-9]*\z/ && $text == $value;
+        return _float($value, $text);
+    }
     my $boolean = CPANBridge::Boolean::json_name($value);
     return $boolean if $boolean;
     _refuse('a glob has no JSON form') if ref \$value eq 'GLOB';
@@ -78,8 +84,8 @@ sub _object {
         # A copy: matching turns the number in a variable into a string, on Perls before 5.36.
         my $copy = $hash->{$key};
         push @pairs,
-            ($key =~ $PLAIN_KEY ? qq("$key":) : _string($key) . ':')
-            . (defined $copy && !ref $copy && $copy =~ $PLAIN ? qq("$copy") : _value($hash->{$key}));
+            ($key =~ /$PLAIN_KEY/o ? qq("$key":) : _string($key) . ':')
+            . (defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($hash->{$key}));
     }
     delete $Inside{ refaddr $hash} if $Depth-- > WATCHED_DEPTH;
     return '{' . join(',', @pairs) . '}';
@@ -92,7 +98,7 @@ sub _array {
     for my $index (0 .. $#{$array}) {
         my $copy = $array->[$index];
         push @items,
-            defined $copy && !ref $copy && $copy =~ $PLAIN ? qq("$copy") : _value($array->[$index]);
+            defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($array->[$index]);
     }
     delete $Inside{ refaddr $array} if $Depth-- > WATCHED_DEPTH;
     return '[' . join(',', @items) . ']';
@@ -144,7 +150,7 @@ sub _converted {
     my $converted;
     return $converted if eval { $converted = $reference->TO_JSON; 1 };
     my $error = $@;
-    return _refuse("TO_JSON of class $class died: $error");
+    _refuse("TO_JSON of class $class died: $error");
 }
 
 sub _string {
@@ -156,7 +162,7 @@ sub _string {
         _refuse('a code point from U+D800 to U+DFFF (half of a pair) is not a character')
             if $string =~ /\xed[\xa0-\xbf]/;
         _refuse('a code point above U+10FFFF is not a character')
-            if $string =~ /\xf4[\x90-\xbf]|[\xf5-\xff]/;
+            if $string =~ /\xf4[\x90-\xbf]/ || $string =~ /[\xf5-\xff]/;
     }
     return qq("$string");
 }
@@ -170,36 +176,28 @@ sub _string {
         return $flags & (B::SVp_IOK() | B::SVp_NOK()) && !($flags & B::SVp_POK());
     };
 
-sub _number {
-    my ($number) = @_;
-    my $text = "$number";
-    # Perl prints 15 digits, so the text of 2.9999999999999996 is "3".
-    return $text if $text =~ /\A-?[1-9][0-9]*\z/ && $text == $number;
+# Perl's own text of a number where it is read back as the same number, or else 17 digits, which
+# always are. Perls before 5.30 read numbers with errors in the last digit, so can't tell.
+sub _float {
+    my ($number, $text) = @_;
     if ($number == 0) {
         return sprintf('%g', $number) eq '-0' ? '-0.0' : '0';
     }
+    return $text
+        if $] >= 5.030
+        && $text == $number
+        && $text =~ /\A-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?\z/;
     _refuse('NaN has no JSON form') if $number != $number;
     _refuse('an infinite number has no JSON form')
         if $number == $INFINITY || $number == -$INFINITY;
-    return _float($number);
-}
-
-# The shortest of 15 to 17 digits that is read back as the same number. Perls before 5.30 read
-# numbers with an error in the last digit; with 17 digits, others can do it right.
-sub _float {
-    my ($number) = @_;
-    my $text;
-    for my $digits ($] < 5.030 ? 17 : (15, 16, 17)) {
-        $text = sprintf "%.${digits}g", $number;
-        $text =~ tr/,/./;    # a locale's decimal comma
-        last if $text == $number;
-    }
+    $text = sprintf '%.17g', $number;
+    $text =~ tr/,/./;    # a locale's decimal comma
     return $text;
 }
 
 sub _refuse {
     my ($reason) = @_;
-    return CPANBridge::Error->throw(message => $reason, error_type => 'InvalidParams');
+    die CPANBridge::Error->new(message => $reason, error_type => 'InvalidParams');
 }
 
 # Dies with the place of the first thing that can't be encoded.
@@ -239,13 +237,13 @@ sub _try {
     my $result = eval { [ $code->() ] };
     return $result->[0] if $result;
     my $error = $@;
-    die $error if !ref $error || ref $error ne 'CPANBridge::Error';
-    return _refuse_at($path, $error->message);
+    die $error if !CPANBridge::Error::is_internal($error);
+    _refuse_at($path, $error->message);
 }
 
 sub _refuse_at {
     my ($path, $reason) = @_;
-    return _refuse("$path cannot be sent: $reason");
+    _refuse("$path cannot be sent: $reason");
 }
 
 # A key as one would write it in Perl, in ASCII and not too long.

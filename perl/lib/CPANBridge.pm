@@ -1,0 +1,502 @@
+package CPANBridge;
+
+use 5.010;
+use strict;
+use warnings;
+
+use Carp qw(croak);
+use CPANBridge::Clock;
+use CPANBridge::Error;
+use CPANBridge::Exchange;
+use CPANBridge::SocketPath;
+use Scalar::Util qw(looks_like_number);
+
+our $VERSION = '0.1.0';
+
+use constant MAX_CALLER => 200;
+
+my %OPTIONS = (
+    timeout       => \&set_timeout,
+    debug         => \&set_debug,
+    retry_count   => \&set_retry_count,
+    max_json_size => \&set_max_json_size,
+    socket        => \&_set_socket,
+);
+my %DEFAULTS = (
+    timeout       => 60,
+    debug         => 0,
+    retry_count   => 3,
+    max_json_size => 10 * 1024 * 1024,
+);
+
+sub new {
+    my ($class, @options) = @_;
+    croak 'CPANBridge->new takes names and values' if @options % 2;
+    my %options = (%DEFAULTS, @options);
+    my $self = bless { _state => {}, _stats => _no_calls() }, ref $class || $class;
+    for my $name (sort keys %options) {
+        my $set = $OPTIONS{$name}
+            or croak "Unknown option '$name'; allowed are: " . join ', ', sort keys %OPTIONS;
+        $set->($self, $options{$name});
+    }
+    return $self;
+}
+
+sub set_timeout {
+    my ($self, $seconds) = @_;
+    croak 'timeout must be a number of seconds above 0'
+        if !_is_number($seconds) || $seconds <= 0 || $seconds > 1e9;
+    $self->{timeout} = $seconds + 0;
+    return $self;
+}
+
+sub set_debug {
+    my ($self, $on) = @_;
+    $self->{debug} = $on ? 1 : 0;
+    return $self;
+}
+
+sub set_retry_count {
+    my ($self, $count) = @_;
+    croak 'retry_count must be a whole number, 0 or more'
+        if !_is_number($count) || $count !~ /\A[0-9]+\z/;
+    $self->{retry_count} = $count + 0;
+    return $self;
+}
+
+sub set_max_json_size {
+    my ($self, $bytes) = @_;
+    croak 'max_json_size must be a whole number of bytes above 0'
+        if !_is_number($bytes) || $bytes !~ /\A[1-9][0-9]*\z/;
+    $self->{max_json_size} = $bytes + 0;
+    return $self;
+}
+
+sub _set_socket {
+    my ($self, $path) = @_;
+    croak 'socket must be a path' if defined $path && (ref $path || $path eq '');
+    $self->{socket} = $path;
+    return $self;
+}
+
+sub _is_number {
+    my ($value) = @_;
+    return defined $value && !ref $value && looks_like_number($value) && $value == $value;
+}
+
+sub call_python {
+    my ($self, $module, $function, $params) = @_;
+    my ($call) = $self->_run([ $module, $function, $params ]);
+    return _returned($call);
+}
+
+sub call {
+    my ($self, $module, $function, $params) = @_;
+    my ($call) = $self->_run([ $module, $function, $params ]);
+    return $call->{outcome}{result} if $call->{outcome}{success};
+    return _error($call)->throw;
+}
+
+sub call_many {
+    my ($self, $calls) = @_;
+    croak 'call_many takes a reference to an array of [module, function, params]'
+        if ref $calls ne 'ARRAY' || grep { ref ne 'ARRAY' } @{$calls};
+    my @results = map { _returned($_) } $self->_run(@{$calls});
+    return wantarray ? @results : \@results;
+}
+
+# Runs the calls in one exchange and returns them with their outcomes.
+sub _run {
+    my ($self, @requests) = @_;
+    local $!;
+    my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @requests;
+    my $state  = $self->{_state};
+    my $caller = $self->perl_caller;
+    CPANBridge::Exchange->new(
+        $state,
+        timeout       => $self->{timeout},
+        retry_count   => $self->{retry_count},
+        max_json_size => $self->{max_json_size},
+        perl_caller   => defined $caller ? substr($caller, -MAX_CALLER()) : undef,
+        candidates    => sub { [ map { ref $_ ? $_ : [$_] } $self->socket_paths ] },
+    )->run(@calls);
+    for my $call (@calls) {
+        $self->_count($call);
+        $self->call_finished($call);
+    }
+    return @calls;
+}
+
+sub _returned {
+    my ($call) = @_;
+    my $outcome = $call->{outcome};
+    return $outcome->{result} if $outcome->{success};
+    my %failure = (%{$outcome}, map { $_ => $call->{$_} } qw(module function duration));
+    $failure{request_id} = $call->{request_id} if defined $call->{request_id};
+    return \%failure;
+}
+
+sub _error {
+    my ($call) = @_;
+    my %fields = %{ _returned($call) };
+    delete $fields{success};
+    return CPANBridge::Error->new(%fields, message => delete $fields{error});
+}
+
+sub _no_calls {
+    return { total_calls => 0, successful_calls => 0, failed_calls => 0, total_time => 0 };
+}
+
+sub _count {
+    my ($self, $call) = @_;
+    my ($stats, $duration, $success) = ($self->{_stats}, $call->{duration}, $call->{outcome}{success});
+    $stats->{total_calls}++;
+    $stats->{ $success ? 'successful_calls' : 'failed_calls' }++;
+    $stats->{total_time} += $duration;
+    $stats->{min_time} = $duration if !defined $stats->{min_time} || $duration < $stats->{min_time};
+    $stats->{max_time} = $duration if !defined $stats->{max_time} || $duration > $stats->{max_time};
+    $self->{_last_error} = $success ? undef : _error($call);
+    return;
+}
+
+sub get_last_error { return $_[0]{_last_error} }
+
+sub get_performance_stats {
+    my ($self) = @_;
+    my ($stats, $state) = @{$self}{qw(_stats _state)};
+    my $count = $stats->{total_calls};
+    return {
+        %{$stats},
+        min_time     => $stats->{min_time} || 0,
+        max_time     => $stats->{max_time} || 0,
+        average_time => $count ? $stats->{total_time} / $count : 0,
+        success_rate => $count ? 100 * $stats->{successful_calls} / $count : 0,
+        map { $_ => $state->{$_} || 0 } qw(retries reconnects bytes_sent bytes_received),
+    };
+}
+
+sub test_python_bridge {
+    my ($self) = @_;
+    my ($call) = $self->_run([ 'test', 'ping' ]);
+    my $result = $call->{outcome}{result};
+    return ref $result eq 'HASH' && defined $result->{message} && $result->{message} eq 'pong' ? 1 : 0;
+}
+
+sub disconnect {
+    my ($self) = @_;
+    local $!;
+    my $connection = delete $self->{_state}{connection};
+    $connection->close if $connection;
+    return;
+}
+
+# What follows may be overridden.
+
+sub socket_paths {
+    my ($self) = @_;
+    return defined $self->{socket} ? $self->{socket} : CPANBridge::SocketPath::candidates();
+}
+
+sub perl_caller {
+    my ($level, @frame) = (0);
+    do { @frame = caller $level++ } while (@frame && $frame[0]->isa('CPANBridge'));
+    return $0 if !@frame;
+    my $place = "$frame[1]:$frame[2]";
+    # The sub that the call stands in is told by the frame outside of it.
+    while (my $sub = (caller $level++)[3]) {
+        return $sub =~ /::__ANON__\z/ ? $place : $sub if $sub ne '(eval)';
+    }
+    return $place;
+}
+
+sub call_finished {
+    my ($self, $call) = @_;
+    return if !$self->{debug};
+    my $name = join '.', map { defined $_ ? $_ : '?' } @{$call}{qw(module function)};
+    my $outcome = $call->{outcome};
+    $name =~ s/([^ -~])/sprintf '\\x{%x}', ord $1/ge;
+    $self->debug_line(sprintf '%s %.1f ms %s',
+        $name, 1000 * $call->{duration}, $outcome->{success} ? 'ok' : $outcome->{error_type});
+    return;
+}
+
+sub debug_line {
+    my ($self, $line) = @_;
+    local ($\, $,);
+    print {*STDERR} "CPANBridge: $line\n";
+    return;
+}
+
+1;
+
+__END__
+
+=encoding utf-8
+
+=head1 NAME
+
+CPANBridge - call Python functions from Perl
+
+=head1 SYNOPSIS
+
+    use CPANBridge;
+
+    my $bridge = CPANBridge->new(timeout => 10);
+
+    my $mean = $bridge->call_python('stats', 'mean', [ [ 1, 2, 3, 4 ] ]);
+    if (ref $mean eq 'HASH' && defined $mean->{success} && !$mean->{success}) {
+        warn "No mean: $mean->{error}";
+    }
+
+    # The same with an exception instead of a hash to look at:
+    my $again = eval { $bridge->call('stats', 'mean', [ [ 1, 2, 3, 4 ] ]) };
+    warn "No mean: $@" if $@;
+
+    my @results = $bridge->call_many([ map { [ 'files', 'digest', { path => $_ } ] } @paths ]);
+
+=head1 DESCRIPTION
+
+The daemon C<cpanbridged> runs Python functions for Perl scripts. This is the scripts' side of it:
+pure Perl, with nothing but what Perl 5.10 brings along. A call costs well under a millisecond. The
+state of Python modules (open connections, parsed documents) is kept from one call to the next.
+
+An object keeps one connection to the daemon, which it opens with the first call, and again when the
+daemon was restarted, has closed it because it rested for long, or the script has forked. Nothing has
+to be done for that.
+
+=head1 METHODS
+
+=head2 new(%options)
+
+Makes a bridge; does not connect yet. Dies if an option is unknown or has an impossible value.
+
+=over
+
+=item timeout
+
+How long a call may take, in seconds, from connecting to the last byte of the reply. Fractions are
+fine. 60 by default.
+
+=item retry_count
+
+How many times to try again if the daemon isn't there. 3 by default, which takes about a second in all:
+a daemon that is restarted is absent for a moment. After such a second in vain, calls of the next
+five seconds try once and fail at once. No call is ever repeated that may have run.
+
+=item max_json_size
+
+How many bytes a request, and a reply, may have. 10485760 (10 MiB) by default.
+
+=item socket
+
+The path of the daemon's socket. See L<CPANBridge::SocketPath> for where it is looked for by default.
+
+=item debug
+
+With a true value, one line for each call goes to STDERR: its name, its duration, its outcome.
+Parameters and results are never shown.
+
+=back
+
+=head2 call_python($module, $function, $params)
+
+Calls the function and returns its result. If C<$params> is a reference to a hash, the function gets
+keyword arguments; to an array: positional ones; with undef none; and anything else is its one argument.
+
+If the call fails, this returns a reference to a hash of C<success> (0), C<error>,
+C<error_type>, C<module>, C<function>, C<duration> in seconds, and where there are such: C<request_id>,
+C<traceback>, C<retry_after>. See L</ERRORS>. It never dies because a call failed.
+
+=head2 call($module, $function, $params)
+
+The same, but dies with a L<CPANBridge::Error> if the call fails. So a result that happens to
+look like a failure can't be mistaken for one.
+
+=head2 call_many([ [$module, $function, $params], ... ])
+
+Runs many calls, without waiting for one reply before the next request is sent. Returns a list of what
+C<call_python> would return, in the order of the calls; in scalar context, a reference to it. The
+timeout is for all of them together. A failed call doesn't keep the others from running. If a
+connection is lost, calls that may have run fail with C<WorkerLost> (up to 128 are on their way at a
+time), and all others go on over a new one.
+
+=head2 get_last_error
+
+The L<CPANBridge::Error> of the last call (of C<call_many>: of its last call); undef if that
+succeeded. As a string it is the message.
+
+=head2 get_performance_stats
+
+A reference to a hash of C<total_calls>, C<successful_calls>, C<failed_calls>, C<success_rate> (in
+percent), C<total_time>, C<average_time>, C<min_time>, C<max_time> (in seconds; calls of C<call_many>
+overlap, and count from when each was sent), C<retries> (attempts to connect after the first, and requests
+sent again), C<reconnects>, C<bytes_sent> and C<bytes_received>.
+
+=head2 set_timeout, set_debug, set_retry_count, set_max_json_size
+
+Change an option. They die if the value is impossible, and return the object.
+
+=head2 test_python_bridge
+
+True if the daemon answers.
+
+=head2 disconnect
+
+Closes the connection. The next call opens another.
+
+=head1 SUBCLASSES
+
+A subclass may call C<< $class->SUPER::new(%options) >>, with none but the options above, and keep
+fields of its own in the object, which is a hash; names that begin with an underscore, and those of
+the options, are taken. These methods are there to be overridden:
+
+=over
+
+=item socket_paths
+
+The paths where the daemon may listen; the first that exists is used. Called before each connection.
+
+=item perl_caller
+
+Who makes the call, for the daemon's log; at most 200 characters are sent. By default the sub that the
+call stands in (as C<Package::name>), or the script and line. Frames of subclasses are not counted.
+
+=item call_finished($call)
+
+Called after each call, with a hash of C<module>, C<function>, C<params>, C<duration>, C<request_id> and
+C<outcome> (C<success>, and C<result> or C<error> and C<error_type>). By default writes the
+debug line.
+
+=item debug_line($line)
+
+Writes a debug line to STDERR.
+
+=back
+
+=head1 DATA
+
+No value is ever altered: what can't be sent is refused, and the message tells its place, such as
+C<< $params->{rows}[3] >>.
+
+=over
+
+=item Strings
+
+are characters, in both directions, and all of Unicode. A string of bytes is sent as the characters
+U+0000 to U+00FF. Decode text before, C<use utf8> for literals; or the function gets C<Ã¼> for C<ü>. Half
+of a surrogate pair is refused.
+
+=item Numbers
+
+stay numbers and strings stay strings: C<"007"> and C<"1.0"> arrive as such. What counts is how the value
+was made, not how it was used; before Perl 5.36, a number that was printed counts as a string, and only
+C<< $value + 0 >> is sure. A float that is a whole number is sent without a fraction. Infinity and NaN are
+refused. A whole number beyond Perl's own arrives as a L<Math::BigInt>, and such objects are sent as
+numbers.
+
+=item undef
+
+is null, or None.
+
+=item Booleans
+
+arrive as L<CPANBridge::Boolean>, or as JSON::PP::Boolean where that module is used. Sent as booleans
+are these, C<\1> and C<\0>, booleans of L<Types::Serialiser>, and from Perl 5.36 on C<!!1>.
+
+=item Hashes and arrays
+
+may be nested, as deep as the daemon allows. One that contains itself is refused.
+
+=item Objects
+
+are sent as what their method C<TO_JSON> returns. Others are refused, as are code, globs and
+references to scalars.
+
+=back
+
+=head1 ERRORS
+
+An exception of the function has the name of its Python class for C<error_type>, such as
+C<ValueError>. Others come from the daemon:
+
+=over
+
+=item InvalidRequest, InvalidParams, ModuleNotAllowed, FunctionNotAllowed, PermissionDenied, UnencodableResult
+
+The call is wrong, or not allowed. The bridge itself uses the first two for what it can't send.
+
+=item Overloaded
+
+Turned away; C<retry_after> has the seconds to wait. Not run.
+
+=item ShuttingDown
+
+The daemon is about to leave. Not run.
+
+=item SessionLost
+
+The process that had the state of earlier calls is gone.
+
+=back
+
+or from the bridge:
+
+=over
+
+=item DaemonNotRunning
+
+Nobody listens. The message tells each path that was tried, and why it failed.
+
+=item ConnectionFailed
+
+The script can have no further socket.
+
+=item RequestTimeout
+
+No reply in time; the call may have run, or may still run, unless the message says otherwise. The
+daemon has such an error, too.
+
+=item WorkerLost
+
+The connection ended before the reply. The call may have run; it is for the script to tell whether it may
+be repeated.
+
+=item ReplyTooLarge
+
+The call has run, but its reply is over C<max_json_size>.
+
+=item InvalidReply
+
+The call has run, but its reply isn't what it should be.
+
+=back
+
+=head1 SIGNALS
+
+No signal handler is installed or replaced, and C<alarm> is not used. A signal doesn't shorten a call.
+A handler may die: that ends the call and reaches the script, and the object can be used again. A daemon
+that leaves causes no C<SIGPIPE>.
+
+=head1 ENVIRONMENT
+
+=over
+
+=item CPAN_BRIDGE_SOCKET
+
+Where the daemon listens.
+
+=item CPAN_BRIDGE_JSON
+
+C<pp>: decode replies in Perl alone. See L<CPANBridge::JSON>.
+
+=back
+
+=head1 SEE ALSO
+
+L<CPANBridge::Error>, L<CPANBridge::SocketPath>
+
+=head1 LICENSE
+
+MIT
+
+=cut

@@ -1,0 +1,279 @@
+package CPANBridge::Connection;
+
+# A framed connection: bytes out, bytes in, and how it ended. What they mean is not known here.
+
+use 5.010;
+use strict;
+use warnings;
+
+use CPANBridge::Clock;
+use CPANBridge::Error;
+use Errno qw(EAGAIN EWOULDBLOCK EINTR EINPROGRESS EISCONN ENOENT ENOTDIR ECONNREFUSED);
+use Fcntl qw(F_GETFD F_SETFD F_GETFL F_SETFL FD_CLOEXEC O_NONBLOCK);
+use Socket qw(PF_UNIX SOCK_STREAM sockaddr_un);
+
+our $VERSION = '0.1.0';
+
+use constant MAX_PATH   => 107;
+use constant SEND_SIZE  => 64 * 1024;
+use constant READ_SIZE  => 64 * 1024;
+use constant BACKLOG_PAUSE => 0.02;
+
+# Where the system has it, a peer that left makes send fail without a signal to the script.
+my $NO_SIGNAL = eval { local $SIG{__DIE__}; Socket::MSG_NOSIGNAL() };
+
+# Connects to the first path of `candidates` that exists. Dies with a CPANBridge::Error of type
+# DaemonNotRunning, RequestTimeout or ConnectionFailed; `worth_retrying` is set in the first if a
+# daemon that is just being restarted would look the same.
+sub open {
+    my ($class, $candidates, $deadline) = @_;
+    my (@reasons, $worth_retrying, $is_there);
+    for my $candidate (@{$candidates}) {
+        my ($path, $problem) = @{$candidate};
+        $problem = 'its path is too long for a socket' if !defined $problem && length $path > MAX_PATH;
+        if (!defined $problem) {
+            my ($handle, $errno) = _connect($path, $deadline);
+            return $class->_new($handle, $path) if $handle;
+            $worth_retrying ||= $errno == ENOENT || $errno == ECONNREFUSED;
+            $is_there = $errno != ENOENT && $errno != ENOTDIR;
+            local $! = $errno;
+            $problem = "$!";
+        }
+        push @reasons, "$path: $problem";
+        last if $is_there;
+    }
+    die CPANBridge::Error->new(
+        error_type     => 'DaemonNotRunning',
+        worth_retrying => $worth_retrying,
+        message        => 'The daemon is not running or cannot be reached ('
+            . join('; ', @reasons)
+            . '). Start it with: cpanbridged start',
+    );
+}
+
+sub _new {
+    my ($class, $handle, $path) = @_;
+    return bless {
+        handle  => $handle,
+        path    => $path,
+        owner   => _owner(),
+        unsent  => '',
+        unread  => '',
+        queued  => 0,    # bytes of all requests so far
+        written => 0,    # how many of them the system took
+        read    => 0,    # bytes of all replies so far
+        counted => [ 0, 0 ],
+        broken  => 0,    # whether the daemon has closed its side for reading
+        missing => 0,    # bytes of a reply that has begun to arrive
+        end     => undef,
+    }, $class;
+}
+
+# A handle; or undef and the number of the system's error.
+sub _connect {
+    my ($path, $deadline) = @_;
+    socket my $handle, PF_UNIX, SOCK_STREAM, 0
+        or die CPANBridge::Error->new(error_type => 'ConnectionFailed', message => "No socket: $!");
+    binmode $handle;    # whatever -C or PERL_UNICODE say
+    fcntl $handle, F_SETFD, fcntl($handle, F_GETFD, 0) | FD_CLOEXEC;
+    fcntl $handle, F_SETFL, fcntl($handle, F_GETFL, 0) | O_NONBLOCK;
+    my $address = sockaddr_un($path);
+    while (1) {
+        return $handle if connect $handle, $address;
+        return $handle if $! == EISCONN;
+        next if $! == EINTR;
+        # A Unix socket doesn't queue for the backlog: while that is full, one has to ask again.
+        return (undef, $! + 0) if $! != EAGAIN && $! != EWOULDBLOCK && $! != EINPROGRESS;
+        my $now = CPANBridge::Clock::now();
+        if ($now >= $deadline) {
+            die CPANBridge::Error->new(
+                error_type => 'RequestTimeout',
+                message    => "The daemon at $path is too busy to take a further connection",
+            );
+        }
+        my $next = $now + BACKLOG_PAUSE;
+        CPANBridge::Clock::pause_until($next < $deadline ? $next : $deadline);
+    }
+}
+
+# A process, and a thread of it: both get copies of all connections of the one that started them.
+sub _owner { return $INC{'threads.pm'} ? $$ . '/' . threads->tid : $$ }
+
+sub is_own { return $_[0]{owner} eq _owner() }
+
+# Whether a connection that rests can take a request: the daemon has neither closed it nor said
+# anything. Returns at once.
+sub is_usable {
+    my ($self) = @_;
+    return 0 if defined $self->{end} || $self->{unread} ne '' || $self->{unsent} ne '';
+    $self->_read;
+    return !defined $self->{end} && $self->{unread} eq '';
+}
+
+# Adds a request; returns the value of `written` from which on the daemon may have all of it.
+sub enqueue {
+    my ($self, $body) = @_;
+    $self->{unsent} .= pack('N', length $body) . $body;
+    return $self->{queued} += 4 + length $body;
+}
+
+sub unsent_bytes  { return length $_[0]{unsent} }
+sub written_bytes { return $_[0]{written} }
+
+# The bytes sent and received since this was last asked.
+sub take_counts {
+    my ($self) = @_;
+    my ($sent, $received) = @{ $self->{counted} };
+    $self->{counted} = [ @{$self}{qw(written read)} ];
+    return ($self->{written} - $sent, $self->{read} - $received);
+}
+
+# How it ended: 'drained' (the daemon said that it reads no further request), 'closed' (it didn't),
+# or undef.
+sub end { return $_[0]{end} }
+
+# Sends what can be sent, and waits until something has come or gone. False when the deadline passed.
+sub transfer {
+    my ($self, $deadline) = @_;
+    my $progress = $self->{unsent} ne '' && $self->_write;
+    return 1 if $progress && $self->{unsent} ne '';
+    my ($readable, $writable)
+        = CPANBridge::Clock::wait_for($self->{handle}, $self->{unsent} ne '', $deadline);
+    $self->_read  if $readable;
+    $self->_write if $writable && $self->{unsent} ne '';
+    return $readable || $writable;
+}
+
+sub _write {
+    my ($self) = @_;
+    my $piece = substr $self->{unsent}, 0, SEND_SIZE;
+    my $count;
+    if (defined $NO_SIGNAL) {
+        $count = send $self->{handle}, $piece, $NO_SIGNAL;
+    }
+    else {
+        local $SIG{PIPE} = 'IGNORE';
+        $count = syswrite $self->{handle}, $piece;
+    }
+    if (defined $count) {
+        $self->{written} += $count;
+        substr $self->{unsent}, 0, $count, '';
+        return $count;
+    }
+    return 0 if $! == EAGAIN || $! == EWOULDBLOCK || $! == EINTR;
+    # The daemon has closed; what it said before that is still there to be read.
+    $self->{unsent} = '';
+    $self->{broken} = 1;
+    return 0;
+}
+
+sub _read {
+    my ($self) = @_;
+    my $want = $self->{missing} > READ_SIZE ? 1 << 20 : READ_SIZE;
+    my $count = sysread $self->{handle}, $self->{unread}, $want, length $self->{unread};
+    if ($count) {
+        $self->{read} += $count;
+    }
+    elsif (defined $count || ($! != EAGAIN && $! != EWOULDBLOCK && $! != EINTR)) {
+        $self->{end} = 'closed';
+    }
+    return;
+}
+
+# Whether requests can still be added.
+sub takes_requests { return !defined $_[0]{end} && !$_[0]{broken} }
+
+# The body of the next reply that is here as a whole, or undef. Dies with a CPANBridge::Error of type
+# ReplyTooLarge.
+sub next_reply {
+    my ($self, $limit) = @_;
+    return undef if length $self->{unread} < 4;
+    my $length = unpack 'N', $self->{unread};
+    if ($length == 0) {
+        $self->{end} = 'drained';
+        return undef;
+    }
+    if ($length > $limit) {
+        die CPANBridge::Error->new(
+            error_type => 'ReplyTooLarge',
+            message    => "The reply has $length bytes; at most $limit are allowed (max_json_size)",
+        );
+    }
+    $self->{missing} = 4 + $length - length $self->{unread};
+    return undef if $self->{missing} > 0;
+    my $body = substr $self->{unread}, 4, $length;
+    substr $self->{unread}, 0, 4 + $length, '';
+    return $body;
+}
+
+# Gives this process's copy back. Never shutdown: after a fork the other copy is in use.
+sub close {
+    my ($self) = @_;
+    CORE::close $self->{handle};
+    return;
+}
+
+1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::Connection - a framed connection to the daemon
+
+=head1 DESCRIPTION
+
+Messages are a length of 4 bytes, big-endian, and so many bytes. A message of length 0 from the
+daemon means that no further request on this connection was or will be read.
+
+=head1 METHODS
+
+=over
+
+=item open($candidates, $deadline)
+
+Connects. See L<CPANBridge::SocketPath> for the candidates.
+
+=item is_own
+
+Whether this process (and thread) opened it.
+
+=item is_usable
+
+Whether a connection that was left alone for a while can take a request.
+
+=item takes_requests
+
+Whether requests may be added.
+
+=item enqueue($body)
+
+Adds a request. Returns a count of bytes; the request is out when C<written_bytes> has reached it.
+
+=item transfer($deadline)
+
+Moves bytes in whichever direction is possible.
+
+=item next_reply($limit)
+
+The body of the next reply.
+
+=item end
+
+C<drained>, C<closed>, or undef while it is open.
+
+=item unsent_bytes, written_bytes
+
+How much waits to be written, and was written.
+
+=item take_counts
+
+The bytes sent and received since this was last asked.
+
+=item close
+
+Closes it.
+
+=back
+
+=cut

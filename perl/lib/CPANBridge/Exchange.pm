@@ -1,0 +1,359 @@
+package CPANBridge::Exchange;
+
+# A batch of calls (one or many), from the first connection to the last reply. What decides about a
+# call whose connection ends is whether the daemon can have run it: it can't if it said so, or if it
+# never got the whole request. Such a call is sent again. Any other is not, ever.
+
+use 5.010;
+use strict;
+use warnings;
+
+use CPANBridge::Clock;
+use CPANBridge::Connection;
+use CPANBridge::Error;
+use CPANBridge::JSON;
+use Time::HiRes ();
+
+our $VERSION = '0.1.0';
+
+# As many calls may be on their way at a time, so that a lost worker leaves few in doubt; and so many
+# bytes may wait to be sent, so that a large batch isn't held in memory twice.
+use constant WINDOW       => 128;
+use constant UNSENT_BYTES => 256 * 1024;
+
+# What the first byte of a length may be at most, for the daemon to take it for one.
+use constant MAX_REQUEST => 9 * 2**24 - 1;
+
+# After the daemon was found absent in spite of all retries, calls try just once for so long.
+use constant ABSENT_SECONDS => 5;
+
+my $requests = 0;
+
+# `options` has timeout, retry_count, max_json_size, candidates and perl_caller. `state` is kept
+# between exchanges: connection, absent_until, and the counts retries, reconnects, bytes_sent,
+# bytes_received.
+sub new {
+    my ($class, $state, %options) = @_;
+    my $now = CPANBridge::Clock::now();
+    return bless {
+        %options,
+        state     => $state,
+        started   => $now,
+        deadline  => $now + $options{timeout},
+        waiting   => [],
+        sent      => [],
+        fruitless => 0,
+    }, $class;
+}
+
+# Runs the calls, each { module, function, params }. Returns when each has its outcome, either
+# { success => 1, result => ... } or { success => 0, error => ..., error_type => ... }, and its duration.
+sub run {
+    my ($self, @calls) = @_;
+    my $previous_error = $@;
+    $self->{waiting} = \@calls;
+    while (@{ $self->{waiting} }) {
+        my $error;
+        my $connection = $self->_connection(\$error);
+        if (!$connection) {
+            $self->_fail($_, $error) for splice @{ $self->{waiting} };
+            last;
+        }
+        $self->_converse($connection);
+    }
+    $@ = $previous_error;
+    return;
+}
+
+# The kept connection if the daemon still has it, or else a new one. It is taken out of the state: if
+# a signal handler dies while replies are outstanding, nobody will find it there and read them.
+sub _connection {
+    my ($self, $error) = @_;
+    my $state = $self->{state};
+    if (my $kept = delete $state->{connection}) {
+        return $kept if $kept->is_own && $kept->is_usable;
+        $kept->close;
+    }
+    my $retries = CPANBridge::Clock::now() < ($state->{absent_until} || 0) ? 0 : $self->{retry_count};
+    my $attempt = 0;
+    while (1) {
+        my $connection = _caught(
+            $error,
+            sub { CPANBridge::Connection->open($self->{candidates}->(), $self->{deadline}) },
+        );
+        if ($connection) {
+            delete $state->{absent_until};
+            $state->{reconnects}++ if $state->{connected}++;
+            return $connection;
+        }
+        return undef if !${$error}->{worth_retrying};
+        last if $attempt >= $retries || CPANBridge::Clock::now() >= $self->{deadline};
+        $self->_pause(++$attempt);
+        $state->{retries}++;
+    }
+    $state->{absent_until} = CPANBridge::Clock::now() + ABSENT_SECONDS;
+    return undef;
+}
+
+# 0.1, 0.3, 0.6 and from then on 1 second: a daemon that restarts is away for a moment.
+sub _pause {
+    my ($self, $attempt) = @_;
+    my $seconds = $attempt < 4 ? 0.05 * $attempt * ($attempt + 1) : 1;
+    my $moment = CPANBridge::Clock::now() + $seconds;
+    CPANBridge::Clock::pause_until($moment < $self->{deadline} ? $moment : $self->{deadline});
+    return;
+}
+
+# What the code returns; undef if it died with a CPANBridge::Error, which `error` then has. What a
+# signal handler of the script dies with goes on its way.
+sub _caught {
+    my ($error, $code) = @_;
+    my $result = eval { local $SIG{__DIE__}; $code->() };
+    return $result if defined $result;
+    die $@ if !CPANBridge::Error::is_internal($@);
+    ${$error} = $@;
+    return undef;
+}
+
+# Sends what waits and takes the replies, until all are here or the connection is no more.
+sub _converse {
+    my ($self, $connection) = @_;
+    my $sent     = $self->{sent};
+    my $finished = 0;
+    while (1) {
+        $self->_send($connection) if @{$sent} <= WINDOW / 2;
+        last if !@{$sent} && !@{ $self->{waiting} };
+        $finished += $self->_receive($connection);
+        last if !@{$sent} && !@{ $self->{waiting} } || defined $connection->end || $self->{spoiled};
+        next if !@{$sent} && $connection->takes_requests;
+        last if !@{$sent};
+        if (CPANBridge::Clock::now() >= $self->{deadline} || !$connection->transfer($self->{deadline})) {
+            $self->_time_out($connection);
+            last;
+        }
+    }
+    my $state = $self->{state};
+    my ($bytes_sent, $bytes_received) = $connection->take_counts;
+    $state->{bytes_sent}     += $bytes_sent;
+    $state->{bytes_received} += $bytes_received;
+    if (delete $self->{spoiled} || defined $connection->end || @{$sent} || @{ $self->{waiting} }) {
+        $connection->close;
+        $self->_settle($connection, $finished);
+    }
+    else {
+        $state->{connection} = $connection;
+    }
+    return;
+}
+
+sub _send {
+    my ($self, $connection) = @_;
+    my ($waiting, $sent) = @{$self}{qw(waiting sent)};
+    while (@{$waiting}
+        && @{$sent} < WINDOW
+        && $connection->unsent_bytes < UNSENT_BYTES
+        && $connection->takes_requests)
+    {
+        my $call = shift @{$waiting};
+        my $error;
+        my $body = _caught(\$error, sub { $self->_request($call) });
+        if (!defined $body) {
+            $self->_fail($call, $error);
+            next;
+        }
+        $call->{sent_at} = $connection->enqueue($body);
+        push @{$sent}, $call;
+    }
+    return;
+}
+
+# The request as JSON; dies with a CPANBridge::Error for one that can't be sent.
+sub _request {
+    my ($self, $call) = @_;
+    my $now = CPANBridge::Clock::now();
+    $call->{started} = $now if !defined $call->{started};
+    $call->{request_id} = sprintf '%x-%x-%x', $$, time, ++$requests;
+    for my $name (qw(module function)) {
+        next if defined $call->{$name} && !ref $call->{$name} && $call->{$name} ne '';
+        die CPANBridge::Error->new(error_type => 'InvalidRequest', message => "No $name is named");
+    }
+    my $left = $self->{deadline} - $now;
+    my $head = CPANBridge::JSON::encode(
+        {
+            module         => "$call->{module}",
+            function       => "$call->{function}",
+            request_id     => $call->{request_id},
+            perl_caller    => $self->{perl_caller},
+            client_version => "CPANBridge.pm/$VERSION",
+            timestamp      => Time::HiRes::time(),
+            timeout        => $left > 0.001 ? $left : 0.001,
+        },
+        'the request',
+    );
+    if (defined $call->{params}) {
+        my $params = CPANBridge::JSON::encode($call->{params}, '$params');
+        substr $head, -1, 1, qq(,"params":$params});
+    }
+    my $limit = $self->{max_json_size} < MAX_REQUEST ? $self->{max_json_size} : MAX_REQUEST;
+    if (length $head > $limit) {
+        die CPANBridge::Error->new(
+            error_type => 'InvalidRequest',
+            message    => 'The request has ' . length($head) . " bytes; at most $limit are allowed"
+                . ($limit < MAX_REQUEST ? ' (max_json_size)' : ''),
+        );
+    }
+    return $head;
+}
+
+# Takes the replies that are here; returns how many.
+sub _receive {
+    my ($self, $connection) = @_;
+    my $sent  = $self->{sent};
+    my $count = 0;
+    while (@{$sent}) {
+        my $error;
+        my $body = _caught(\$error, sub { \scalar $connection->next_reply($self->{max_json_size}) });
+        if ($body) {
+            return $count if !defined ${$body};
+            my $call = $sent->[0];
+            if (my $outcome = _caught(\$error, sub { _outcome($call, ${$body}) })) {
+                shift @{$sent};
+                $self->_finish($call, $outcome);
+                $count++;
+                next;
+            }
+        }
+        $self->_fail(shift @{$sent}, $error);
+        $self->{spoiled} = 1;
+        return $count + 1;
+    }
+    return $count;
+}
+
+# What the reply says of the call. Dies with a CPANBridge::Error if it is not a reply to this call.
+sub _outcome {
+    my ($call, $body) = @_;
+    my $wrong = sub {
+        die CPANBridge::Error->new(
+            error_type => 'InvalidReply',
+            message    => "The daemon's reply to $call->{module}.$call->{function} is not valid: $_[0]",
+        );
+    };
+    my $error;
+    my $reply = _caught(\$error, sub { \CPANBridge::JSON::decode($body) });
+    $wrong->($error->message) if !$reply;
+    $reply = ${$reply};
+    $wrong->('it is not an object') if ref $reply ne 'HASH';
+    my $is_success = $reply->{success};
+    # A request that couldn't be read to its end has no id in the error that tells so.
+    $wrong->('it belongs to another request')
+        if defined $reply->{request_id} ? $reply->{request_id} ne $call->{request_id} : $is_success;
+    if ($is_success) {
+        $wrong->('it has no result') if !exists $reply->{result};
+        return { success => 1, result => $reply->{result} };
+    }
+    $wrong->('it has no error') if !defined $reply->{error} || ref $reply->{error};
+    my %outcome = (success => 0);
+    for my $field (qw(error error_type traceback retry_after)) {
+        $outcome{$field} = $reply->{$field} if defined $reply->{$field};
+    }
+    $outcome{error_type} = 'UnknownError' if !defined $outcome{error_type};
+    return \%outcome;
+}
+
+sub _finish {
+    my ($self, $call, $outcome) = @_;
+    my $started = defined $call->{started} ? $call->{started} : $self->{started};
+    $call->{duration} = CPANBridge::Clock::now() - $started;
+    $call->{outcome}  = $outcome;
+    return;
+}
+
+sub _fail {
+    my ($self, $call, $error) = @_;
+    $self->_finish($call, { success => 0, error => $error->message, error_type => $error->error_type });
+    return;
+}
+
+sub _fail_with {
+    my ($self, $call, $type, $message) = @_;
+    my $name = join '.', map { defined $_ ? $_ : '?' } @{$call}{qw(module function)};
+    $self->_fail($call, CPANBridge::Error->new(error_type => $type, message => "$name: $message"));
+    return;
+}
+
+sub _time_out {
+    my ($self, $connection) = @_;
+    my $seconds = $self->{timeout};
+    for my $call (splice @{ $self->{sent} }) {
+        my $fate = $call->{sent_at} <= $connection->written_bytes
+            ? 'the call may have run, or may still run'
+            : 'the call was not sent';
+        $self->_fail_with($call, 'RequestTimeout', "no reply within $seconds s; $fate");
+    }
+    $self->_fail_with($_, 'RequestTimeout', "not sent within $seconds s") for splice @{ $self->{waiting} };
+    $self->{spoiled} = 1;
+    return;
+}
+
+# A connection has ended with calls outstanding: each is either sent again or lost.
+sub _settle {
+    my ($self, $connection, $finished) = @_;
+    my $is_drained = defined $connection->end && $connection->end eq 'drained';
+    my @again;
+    for my $call (splice @{ $self->{sent} }) {
+        if ($is_drained || $call->{sent_at} > $connection->written_bytes) {
+            push @again, $call;
+        }
+        else {
+            $self->_fail_with($call, 'WorkerLost',
+                'the connection was lost before the reply; the call may have run');
+        }
+    }
+    unshift @{ $self->{waiting} }, @again;
+    return if !@{ $self->{waiting} };
+    $self->{state}{retries} += @again;
+    # Connections that end before any reply must not be opened without end.
+    $self->{fruitless} = $finished ? 0 : $self->{fruitless} + 1;
+    if ($self->{fruitless} > $self->{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
+        $self->_fail_with($_, 'ShuttingDown', 'the daemon takes no requests; the call was not run')
+            for splice @{ $self->{waiting} };
+        return;
+    }
+    $self->_pause($self->{fruitless} - 1) if $self->{fruitless} > 1;
+    return;
+}
+
+1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::Exchange - runs a batch of calls
+
+=head1 DESCRIPTION
+
+Requests are sent ahead of the replies, up to 128 calls at a time, while replies are read as they
+come. One deadline holds for everything: connecting, sending, waiting, reading.
+
+A connection may end before all replies are here. If the daemon said that it read no further request,
+or a request wasn't completely sent, the call certainly wasn't run, and is sent again on a new
+connection. Any other call may have run: it is not repeated, and ends with C<WorkerLost>.
+
+=head1 METHODS
+
+=over
+
+=item new($state, %options)
+
+Takes what is kept from one exchange to the next, and C<timeout>, C<retry_count>, C<max_json_size>,
+C<candidates> (code that returns them) and C<perl_caller>. The time starts to run.
+
+=item run(@calls)
+
+Gives every call its C<outcome>, C<duration> and C<request_id>.
+
+=back
+
+=cut

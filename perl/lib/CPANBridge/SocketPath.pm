@@ -1,0 +1,78 @@
+package CPANBridge::SocketPath;
+
+use 5.010;
+use strict;
+use warnings;
+
+use Fcntl ();
+
+our $VERSION = '0.1.0';
+
+# The paths at which the daemon may listen, in the order in which they are to be looked at: a list
+# of [path, problem]; a path with a problem must not be used. The daemon has the same rules.
+sub candidates {
+    my $set = $ENV{CPAN_BRIDGE_SOCKET};
+    return ([$set]) if defined $set && $set ne '';
+    my $system = '/run/cpanbridged/cpanbridged.sock';
+    return ([$system]) if $> == 0;
+    my $runtime = $ENV{XDG_RUNTIME_DIR};
+    my $folder  = "/tmp/cpanbridged-$>";
+    return (
+        (defined $runtime && $runtime ne '' ? ["$runtime/cpanbridged.sock"] : ()),
+        [ "$folder/cpanbridged.sock", not_private($folder) ],
+        [$system],
+    );
+}
+
+# Why a folder in a place where anybody can make one is not to be trusted; undef if it is.
+sub not_private {
+    my ($folder) = @_;
+    my ($mode, $owner) = (lstat $folder)[ 2, 4 ];
+    return undef if !defined $mode;    # it isn't there, as connect will tell
+    return 'refused, because it is not a folder' if !Fcntl::S_ISDIR($mode);
+    return "refused, because user $owner owns $folder" if $owner != $>;
+    return "refused, because others have rights to $folder (chmod 700 it)" if $mode & 077;
+    return undef;
+}
+
+1;
+
+__END__
+
+=head1 NAME
+
+CPANBridge::SocketPath - where the daemon listens
+
+=head1 DESCRIPTION
+
+If C<CPAN_BRIDGE_SOCKET> is set, there and nowhere else. Else, for root:
+F</run/cpanbridged/cpanbridged.sock>. Else at the first of these that exists:
+
+=over
+
+=item F<$XDG_RUNTIME_DIR/cpanbridged.sock>
+
+=item F</tmp/cpanbridged-UID/cpanbridged.sock>
+
+Only if the folder is the user's own and nobody else has any right to it: anybody may make a
+folder in F</tmp>.
+
+=item F</run/cpanbridged/cpanbridged.sock>
+
+=back
+
+=head1 FUNCTIONS
+
+=over
+
+=item candidates()
+
+These as a list of C<[path, problem]>.
+
+=item not_private($folder)
+
+Why the folder is not to be trusted, or undef.
+
+=back
+
+=cut

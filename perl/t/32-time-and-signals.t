@@ -1,0 +1,169 @@
+use strict;
+use warnings;
+
+use POSIX ();
+use Socket qw(AF_UNIX SOCK_STREAM sockaddr_un);
+use Test::More;
+use Time::HiRes ();
+
+use lib 't/lib';
+use CPANBridge;
+use CPANBridge::Clock;
+use FakeDaemon;
+
+sub bridge_to {
+    my ($serve, %options) = @_;
+    my $daemon = FakeDaemon->start($serve);
+    return ($daemon, CPANBridge->new(socket => $daemon->path, %options));
+}
+
+# Seconds that the code takes.
+sub seconds {
+    my ($code) = @_;
+    my $begin = CPANBridge::Clock::now();
+    $code->();
+    return CPANBridge::Clock::now() - $begin;
+}
+
+# On a busy machine, late is right; early is not.
+sub took_half_a_second {
+    my ($took, $name) = @_;
+    ok($took > 0.45 && $took < 3, "$name ($took s)");
+    return;
+}
+
+my $silent_once = sub {
+    my ($connection, $number) = @_;
+    return $connection->echo if $number > 1;
+    $connection->wait_for_end;
+};
+
+subtest 'a daemon that does not answer' => sub {
+    my ($daemon, $bridge) = bridge_to($silent_once, timeout => 0.5);
+    my $result;
+    took_half_a_second(seconds(sub { $result = $bridge->call_python('m', 'f') }), 'the timeout holds');
+    is($result->{error_type}, 'RequestTimeout', 'error_type');
+    like($result->{error}, qr/no reply within 0\.5 s; the call may have run/, 'the message');
+    $bridge->set_timeout(30);
+    is_deeply($bridge->call_python('m', 'f', [1]), [1], 'the next call has a new connection');
+};
+
+subtest 'a daemon that answers in drops' => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection) = @_;
+            $connection->send_bytes(pack 'N', 10_000_000);
+            $connection->send_bytes('x') while 1;
+        },
+        timeout => 0.5,
+    );
+    took_half_a_second(seconds(sub { $bridge->call_python('m', 'f') }), 'gains no time');
+};
+
+subtest 'a daemon that does not read' => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub { my ($connection) = @_; $connection->read_bytes(1); Time::HiRes::sleep(20) },
+        timeout => 0.5,
+    );
+    my $result;
+    took_half_a_second(seconds(sub { $result = $bridge->call_python('m', 'f', 'x' x 5_000_000) }), 'gains no time');
+    like($result->{error}, qr/the call was not sent/, 'half a request cannot have run');
+};
+
+subtest 'a daemon that does not accept' => sub {
+    my $folder = File::Temp->newdir;
+    my $path   = "$folder/full.sock";
+    socket my $listening, AF_UNIX, SOCK_STREAM, 0 or die $!;
+    bind $listening, sockaddr_un($path) or die $!;
+    listen $listening, 0;
+    my @waiting;
+    while (1) {
+        socket my $client, AF_UNIX, SOCK_STREAM, 0 or die $!;
+        fcntl $client, Fcntl::F_SETFL(), Fcntl::O_NONBLOCK();
+        connect $client, sockaddr_un($path) or last;
+        push @waiting, $client;
+    }
+    my $bridge = CPANBridge->new(socket => $path, timeout => 0.5);
+    my $result;
+    took_half_a_second(seconds(sub { $result = $bridge->call_python('m', 'f') }), 'with a full backlog, the timeout holds');
+    is($result->{error_type}, 'RequestTimeout', 'error_type');
+    like($result->{error}, qr/too busy/, 'the message');
+    ok(-e $path && $result->{error} !~ /not running/, 'that is not the same as a daemon that is absent');
+};
+
+subtest 'signals do not shorten a call' => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection) = @_;
+            my $request = $connection->read_request;
+            Time::HiRes::sleep(0.5);
+            $connection->reply($request);
+            $connection->wait_for_end;
+        },
+        timeout => 30,
+    );
+    my $signals = 0;
+    local $SIG{ALRM} = sub { $signals++ };
+    Time::HiRes::setitimer(Time::HiRes::ITIMER_REAL(), 0.01, 0.01);
+    my $result = $bridge->call_python('m', 'f', [ 'x' x 500_000 ]);
+    Time::HiRes::setitimer(Time::HiRes::ITIMER_REAL(), 0);
+    is(ref $result, 'ARRAY', 'a storm of them');
+    cmp_ok($signals, '>', 3, "... and the script's handler ran ($signals times)");
+
+    ($daemon, $bridge) = bridge_to($silent_once, timeout => 0.5);
+    Time::HiRes::setitimer(Time::HiRes::ITIMER_REAL(), 0.01, 0.01);
+    my $took = seconds(sub { $bridge->call_python('m', 'f') });
+    Time::HiRes::setitimer(Time::HiRes::ITIMER_REAL(), 0);
+    took_half_a_second($took, '... nor do they make it longer');
+};
+
+subtest "a handler's die reaches the script" => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection, $number) = @_;
+            return $connection->echo if $number > 1;
+            $connection->reply($connection->read_request);
+            $connection->wait_for_end;
+        },
+        timeout => 30,
+    );
+    is_deeply($bridge->call_python('m', 'f', [0]), [0], 'a connection is kept');
+    local $SIG{ALRM} = sub { die "enough\n" };
+    my $outcome = eval {
+        alarm 1;
+        $bridge->call_python('m', 'f');
+        1;
+    };
+    my $error = $@;
+    alarm 0;
+    ok(!$outcome, 'the call was left');
+    is($error, "enough\n", 'with what the handler said');
+    is_deeply($bridge->call_python('m', 'g', [1]), [1], 'and the object can be used again');
+};
+
+subtest 'a handler may use the bridge itself' => sub {
+    my ($daemon, $bridge) = bridge_to($silent_once, timeout => 1);
+    my $nested;
+    my $pid = $$;
+    local $SIG{ALRM} = sub { $nested = $bridge->call_python('m', 'nested', ['inside']) };
+    Time::HiRes::setitimer(Time::HiRes::ITIMER_REAL(), 0.2);
+    # The fake daemon serves one connection at a time: the nested call waits until its end.
+    my $result = $bridge->call_python('m', 'outer');
+    is($result->{error_type}, 'RequestTimeout', 'the outer call is not disturbed');
+    ok(defined $nested, 'the nested call has an outcome of its own');
+    $bridge->set_timeout(30);
+    is_deeply($bridge->call_python('m', 'f', [1]), [1], 'and the object can be used again');
+};
+
+subtest 'a daemon that leaves causes no SIGPIPE' => sub {
+    for my $handler ('DEFAULT', 'IGNORE', sub { die 'SIGPIPE' }) {
+        my ($daemon, $bridge) = bridge_to(sub { my ($connection, $number) = @_; $connection->echo if $number > 1 },
+            timeout => 30);
+        local $SIG{PIPE} = $handler;
+        my $result = $bridge->call_python('m', 'f', [ 'x' x 5_000_000 ]);
+        is(ref $result, 'ARRAY', "... with $handler: and the request, sent in part, is sent again");
+        is($SIG{PIPE}, $handler, '... and the handler is left alone');
+    }
+};
+
+done_testing;
