@@ -25,6 +25,7 @@ types: $(VENV)/.installed-test $(TYPING)
 	$(BIN)/mypy -p cpanbridge.supervisor -p cpanbridge.workers
 	$(BIN)/mypy tests
 	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml .
+	cd examples/modules && ../../$(BIN)/mypy --config-file ../../pyproject.toml .
 
 pytest: $(VENV)/.installed-test
 	$(BIN)/pytest
@@ -41,7 +42,7 @@ bench: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

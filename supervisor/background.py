@@ -6,10 +6,18 @@ be no daemon. A master that dies without a word closes the pipe, and that is hea
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 
 import msgspec
+
+from cpanbridge.supervisor.master import describe_exit
+from cpanbridge.supervisor.text import printable
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+_MOST = 4000  # bytes of an error: a pipe takes them without a reader
 
 
 class StartOutcome(msgspec.Struct):
@@ -44,19 +52,58 @@ def start(serve: Callable[[Callable[[str | None], None]], int]) -> StartOutcome:
     return msgspec.json.decode(line, type=StartOutcome)
 
 
+def try_in_child(work: Callable[[], object]) -> str | None:
+    """Run `work` in a process of its own; None, or what it raised, or how the process ended.
+
+    For what would change this process or the daemon's fate: importing modules.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        error = ""
+        try:
+            os.close(read_end)
+            os.dup2(2, 1)
+            work()
+        except BaseException as raised:
+            error = printable(str(raised)) or type(raised).__name__
+        finally:
+            os.write(write_end, b"\0" + error.encode()[:_MOST])
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not told:
+        return f"a module ended the process: {describe_exit(status)}"
+    return told[1:].decode("utf-8", "replace") or None
+
+
 def _be_the_daemon(write_end: int, serve: Callable[[Callable[[str | None], None]], int]) -> None:
+    untold = [write_end]
+
+    def close_pipe() -> None:
+        for descriptor in untold:
+            os.close(descriptor)
+        untold.clear()
+
+    def tell(error: str | None) -> None:
+        line = msgspec.json.encode(StartOutcome(os.getpid(), error)) + b"\n"
+        for descriptor in untold:
+            with contextlib.suppress(BrokenPipeError):  # whoever asked has not waited
+                os.write(descriptor, line)
+        close_pipe()
+
     status = 1
     try:
+        # The pipe must end with the master, whatever workers it leaves.
+        os.register_at_fork(after_in_child=close_pipe)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
-
-        def tell(error: str | None) -> None:
-            line = msgspec.json.encode(StartOutcome(os.getpid(), error)) + b"\n"
-            with contextlib.suppress(BrokenPipeError):  # whoever asked has not waited
-                os.write(write_end, line)
-            os.close(write_end)
-
         status = serve(tell)
+    except BaseException as error:
+        LOGGER.critical("The master ends by a fault of the daemon's own", exc_info=True)
+        tell(printable(f"{type(error).__name__}: {error}"))
     finally:
         os._exit(status)

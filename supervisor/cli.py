@@ -7,30 +7,27 @@ Exit status: 0 done, 1 failed (one line on standard error says what and what to 
 import argparse
 import contextlib
 import json
+import math
 import os
-import resource
-import select
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-import psutil
-from cpanbridge.supervisor import background, client, config, listener, logs
-from cpanbridge.supervisor.instance import Instance, InstanceError, running_pid
-from cpanbridge.supervisor.listener import Listener, ListenError
+
+from cpanbridge.supervisor import background, client, config, control, listener
+from cpanbridge.supervisor.daemon import serve
+from cpanbridge.supervisor.instance import InstanceError
+from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
-from cpanbridge.supervisor.master import KILL_MARGIN, Master
 from cpanbridge.supervisor.reports import format_duration
+from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.version import __version__
-from cpanbridge.workers import modules, worker
+from cpanbridge.workers import builtin, modules, worker
 from cpanbridge.workers.modules import ModuleLoadError
 
 DONE, FAILED, WRONG_USAGE, NOT_RUNNING = 0, 1, 2, 3
-_STOP_MARGIN = 10.0
-_SPARE_DESCRIPTORS = 128
 
 
 class CommandError(Exception):
@@ -42,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_descriptors()
     options = _parser().parse_args(arguments)
     try:
-        return COMMANDS[options.command](options)
+        status = COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return status
     except (
         CommandError,
+        control.ControlError,
         config.ConfigError,
         InstanceError,
         ListenError,
@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:
         print(f"cpanbridged: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        # Whoever reads the output has left; what was asked for is done.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -64,6 +68,9 @@ def _open_standard_descriptors() -> None:
     while descriptor <= 2:
         descriptor = os.dup(descriptor)
     os.close(descriptor)
+    # Python has none for a descriptor that it found closed.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,8 +106,31 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("module", metavar="MODULE")
     call.add_argument("function", metavar="FUNCTION")
     call.add_argument("params", metavar="JSON", nargs="?", default="null")
-    call.add_argument("--timeout", type=float, default=60.0, help="seconds to wait (60)")
+    call.add_argument("--timeout", type=_seconds, default=60.0, help="seconds to wait (60)")
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= config.LONGEST_SECONDS:
+        raise ValueError
+    return seconds
+
+
+def _strict_json(text: str) -> Any:
+    """JSON with nothing that JSON does not have. Raises ValueError."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def finite(number: str) -> float:
+        if math.isinf(value := float(number)):
+            raise ValueError(f"{number} is out of range")
+        return value
+
+    value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    json.dumps(value, ensure_ascii=False).encode()  # no lone surrogates: UnicodeEncodeError
+    return value
 
 
 def _load(options: argparse.Namespace) -> config.Loaded:
@@ -117,7 +147,13 @@ def run(options: argparse.Namespace) -> int:
     """`cpanbridged run`."""
     loaded = _load(options)
     reasons: list[str] = []
-    status = _serve(loaded, lambda reason: reasons.append(reason) if reason else None)
+    terminal = os.dup(2)  # to say why it does not start: log_file takes standard error's place
+    try:
+        status = serve(
+            loaded, worker.run, lambda reason: reasons.append(reason) if reason else None
+        )
+    finally:
+        os.dup2(terminal, 2)
     if status and reasons:
         raise CommandError(f"not started: {reasons[0]}")
     return status
@@ -130,12 +166,12 @@ def start(options: argparse.Namespace) -> int:
 
 def _start(loaded: config.Loaded) -> int:
     settings = loaded.settings
-    if settings.log_file == "stderr":
-        # A daemon in the background has no standard error to speak of.
+    chosen = settings.log_file != "stderr"
+    if not chosen:  # a daemon in the background has no standard error to speak of
         log_file = settings.sockets[0].removesuffix(".sock") + ".log"
         settings = msgspec.structs.replace(settings, log_file=log_file)
     loaded = msgspec.structs.replace(loaded, settings=settings)
-    outcome = background.start(lambda tell: _serve_and_tell(loaded, tell))
+    outcome = background.start(lambda tell: _serve_and_tell(loaded, tell, follow_link=chosen))
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
     print(
@@ -145,54 +181,14 @@ def _start(loaded: config.Loaded) -> int:
     return DONE
 
 
-def _serve_and_tell(loaded: config.Loaded, tell: Callable[[str | None], None]) -> int:
+def _serve_and_tell(
+    loaded: config.Loaded, tell: Callable[[str | None], None], *, follow_link: bool
+) -> int:
     try:
-        return _serve(loaded, tell)
+        return serve(loaded, worker.run, tell, follow_link=follow_link)
     except (InstanceError, ListenError, LogError) as error:
         tell(str(error))
         return FAILED
-
-
-def _serve(loaded: config.Loaded, on_ready: Callable[[str | None], None]) -> int:
-    """Be the master, from locking the socket paths to giving them back."""
-    settings = loaded.settings
-    for path in settings.sockets:
-        listener.prepare_folder(path, create=settings.listen is None)
-    instance = Instance(settings.sockets)
-    instance.acquire()
-    listeners: list[Listener] = []
-    try:
-        logs.configure(
-            settings.log_file, settings.security_log, settings.log_format, settings.debug
-        )
-        for note in loaded.notes:
-            logs.LOGGER.warning("%s", note)
-        _raise_descriptor_limit(settings)
-        mode = int(settings.socket_mode, 8)
-        for path in settings.sockets:
-            listeners.append(listener.listen(path, mode, settings.socket_group, instance.unclean))
-        return Master(settings, loaded.source, listeners, worker.run, on_ready).run()
-    finally:
-        for each in listeners:
-            each.unlink()
-        instance.release()
-
-
-def _raise_descriptor_limit(settings: config.Settings) -> None:
-    needed = settings.limits.max_connections + _SPARE_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= needed:
-        return
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-    if hard < needed:
-        logs.LOGGER.warning(
-            "limits.max_connections = %d needs %d file descriptors, but only %d are allowed: "
-            "raise the limit (ulimit -n, LimitNOFILE=)",
-            settings.limits.max_connections,
-            needed,
-            hard,
-        )
 
 
 # -- stop, restart, status --
@@ -201,7 +197,7 @@ def _raise_descriptor_limit(settings: config.Settings) -> None:
 def stop(options: argparse.Namespace) -> int:
     """`cpanbridged stop`."""
     settings = _load(options).settings
-    pid = _stop(settings)
+    pid = control.stop(settings)
     if pid is None:
         print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
         return NOT_RUNNING
@@ -211,48 +207,24 @@ def stop(options: argparse.Namespace) -> int:
 
 def restart(options: argparse.Namespace) -> int:
     """`cpanbridged restart`."""
-    loaded = _load(options)  # raises before anything is stopped
-    pid = _stop(loaded.settings)
+    loaded = _load(options)
+    settings = loaded.settings
+    # All that can be known to fail is tried before anything is stopped.
+    listener.group_id(settings.socket_group)
+    error = background.try_in_child(lambda: _load_modules(settings))
+    if error is not None:
+        raise CommandError(f"nothing stopped, because it would not start again: {error}")
+    pid = control.stop(settings)
     if pid is not None:
         print(f"Stopped: pid {pid}")
     return _start(loaded)
 
 
-def _stop(settings: config.Settings) -> int | None:
-    """Stop the daemon and wait until it has ended; returns its pid, None if none runs."""
-    path = settings.sockets[0]
-    pid = running_pid(path)
-    if pid is None:
-        return None
-    seconds = settings.limits.graceful_timeout + KILL_MARGIN + _STOP_MARGIN
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return pid  # it has ended this moment
-    try:
-        if running_pid(path) != pid:  # the handle may be another process's, which reused the pid
-            raise CommandError(f"the daemon at {path} changed while it was looked at; try again")
-        signal.pidfd_send_signal(handle, signal.SIGTERM)
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            raise CommandError(
-                f"pid {pid} is still stopping after {seconds:g} s; kill -QUIT {pid} ends it at once"
-            )
-    except PermissionError:
-        raise CommandError(f"not allowed to stop pid {pid}: it is another user's") from None
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(handle)
-    return pid
-
-
 def status(options: argparse.Namespace) -> int:
     """`cpanbridged status`."""
     settings = _load(options).settings
-    pid = running_pid(settings.sockets[0])
-    state = _describe(pid, settings) if pid is not None else None
+    pid = control.master_pid(settings)
+    state = control.describe(pid, settings) if pid is not None else None
     if options.json:
         print(json.dumps(state or {"running": False, "sockets": settings.sockets}))
     elif state is None:
@@ -265,27 +237,6 @@ def status(options: argparse.Namespace) -> int:
     return DONE if state else NOT_RUNNING
 
 
-def _describe(pid: int, settings: config.Settings) -> dict[str, Any] | None:
-    """What the kernel knows of the daemon's processes, whatever state they are in."""
-    workers = []
-    try:
-        master = psutil.Process(pid)
-        for child in master.children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                title = " ".join(child.cmdline()).strip()
-                workers.append({"pid": child.pid, "title": title.removeprefix("cpanbridged: ")})
-        uptime = max(0.0, time.time() - master.create_time())
-    except psutil.NoSuchProcess:
-        return None
-    return {
-        "running": True,
-        "pid": pid,
-        "uptime_seconds": uptime,
-        "sockets": settings.sockets,
-        "workers": sorted(workers, key=lambda each: each["title"]),
-    }
-
-
 # -- check, call --
 
 
@@ -296,8 +247,9 @@ def check(options: argparse.Namespace) -> int:
     for path in settings.sockets:
         if settings.listen is not None:
             listener.prepare_folder(path, create=False)
+    listener.group_id(settings.socket_group)
     with _output_to_standard_error():
-        registry = modules.load(settings, {})
+        registry = _load_modules(settings)
     print(f"configuration: {loaded.source}: fine")
     for note in loaded.notes:
         print(f"note: {note}")
@@ -306,6 +258,11 @@ def check(options: argparse.Namespace) -> int:
     for name in registry.names:
         print(f"module {name}: {', '.join(registry.functions_of(name)) or 'no functions'}")
     return DONE
+
+
+def _load_modules(settings: config.Settings) -> modules.Registry:
+    """Import all that is exposed, as a worker would. Raises ModuleLoadError."""
+    return modules.load(settings, builtin.built_in(Shared(1, 1), settings, list))
 
 
 @contextlib.contextmanager
@@ -328,7 +285,7 @@ def call(options: argparse.Namespace) -> int:
         options.socket or os.environ.get("CPAN_BRIDGE_SOCKET") or _load(options).settings.sockets[0]
     )
     try:
-        params = json.loads(options.params)
+        params = _strict_json(options.params)
     except ValueError as error:
         print(f"cpanbridged: JSON: {error}", file=sys.stderr)
         return WRONG_USAGE

@@ -8,7 +8,11 @@
 Everything that takes room is decided under one lock; giving room back needs none. The lock is a
 POSIX record lock on the shared memfd, because the kernel frees such a lock when the process that
 holds it dies, at whatever instruction. It is held per process, so a thread lock comes before it.
-Nothing blocks while it is held.
+
+Only numbers are read and written while the lock is held. In particular nothing gives up the
+interpreter lock: a thread that did would wait for a busy module of its own worker to hand it back,
+and all other workers with it. So a client is accepted outside the lock, into room that was reserved
+under it, and the lock itself is taken by a call that keeps the interpreter lock.
 
 The rate is exact: the ring holds the times of the last admissions, and a request is admitted when
 the entry `max_requests_per_minute` places back has left the window. One comparison, whatever the
@@ -22,6 +26,8 @@ Everything here is called in the worker process, from any of its threads.
 """
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -34,10 +40,11 @@ from typing import Literal, NamedTuple, TypeVar
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.shared import VERDICT_OPEN, WINDOW_NS, Shared
 
-# The lock is held for some ten microseconds, and it takes longer to be put to sleep and woken. So a
-# worker that finds it taken looks again so many times before it goes to sleep: measured with two
-# workers on two cores, that makes half as many calls a second again, and more tries gain no more.
+# The lock is held for a few microseconds, and it takes longer to be put to sleep and woken. So a
+# worker that finds it taken tries again so many times before it sleeps, for longer each time.
 TRIES = 20
+FIRST_SLEEP = 0.0001
+LONGEST_SLEEP = 0.005
 
 LOST_RING_MS = 100
 VERDICT_MS = 1000
@@ -58,6 +65,47 @@ class Bells(NamedTuple):
         return cls(os.eventfd(0, flags), os.eventfd(0, flags))
 
 
+class _Flock(ctypes.Structure):
+    """struct flock of fcntl(2)."""
+
+    _fields_ = (
+        ("l_type", ctypes.c_short),
+        ("l_whence", ctypes.c_short),
+        ("l_start", ctypes.c_long),
+        ("l_len", ctypes.c_long),
+        ("l_pid", ctypes.c_int),
+    )
+
+
+class RecordLock:
+    """The first byte of a file, locked by fcntl(2) without giving up the interpreter lock.
+
+    `fcntl.lockf` gives it up around each call. Neither call here ever blocks (F_SETLK).
+    """
+
+    _fcntl = ctypes.PyDLL(None, use_errno=True).fcntl
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._locked = ctypes.byref(_Flock(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        self._unlocked = ctypes.byref(_Flock(fcntl.F_UNLCK, os.SEEK_SET, 0, 1, 0))
+
+    def take(self) -> bool:
+        """Whether it is ours now; False when another process holds it."""
+        if self._fcntl(self._descriptor, fcntl.F_SETLK, self._locked) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EAGAIN, errno.EACCES, errno.EINTR):
+            return False
+        raise OSError(number, os.strerror(number))
+
+    def give_back(self) -> None:
+        """Let the next one have it."""
+        if self._fcntl(self._descriptor, fcntl.F_SETLK, self._unlocked) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
 class Obstacle(NamedTuple):
     """Why nothing can be admitted now, and what to wait for."""
 
@@ -69,8 +117,7 @@ class Obstacle(NamedTuple):
 class Gate:
     """One worker's view of the gate.
 
-    `with gate:` holds the lock, and `enter` is how one gets it; `obstacle`, `opened` and `admitted`
-    need it, `closed`, `finished` and `refused` do not.
+    `with gate:` holds the lock, and `enter` is how one gets it.
     """
 
     def __init__(self, shared: Shared, slot: int, limits: Limits, bells: Bells) -> None:
@@ -83,24 +130,28 @@ class Gate:
         self._max_running = limits.max_concurrent_requests
         self._window = shared.window
         self._bells = bells
-        self._fd = shared.fd
-        self._open_now = 0  # connections, as of the last look under the lock
+        self._lock = RecordLock(shared.fd)
         self._threads = threading.Lock()
         self._release = threading.Lock()
 
     def __enter__(self) -> None:
         self._threads.acquire()
         try:
-            for _ in range(TRIES):
-                try:
-                    fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
-                    return
-                except BlockingIOError:
-                    os.sched_yield()
-            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1)
+            if not self._lock.take():
+                self._take_lock_patiently()
         except BaseException:
             self._threads.release()
             raise
+
+    def _take_lock_patiently(self) -> None:
+        for _ in range(TRIES):
+            os.sched_yield()
+            if self._lock.take():
+                return
+        pause = FIRST_SLEEP
+        while not self._lock.take():
+            time.sleep(pause)
+            pause = min(LONGEST_SLEEP, 2 * pause)
 
     def __exit__(
         self,
@@ -108,23 +159,25 @@ class Gate:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
+        self._lock.give_back()
         self._threads.release()
 
     # -- taking room, under the lock --
 
     def obstacle(self, *, connection: bool) -> Obstacle | None:
         """What keeps a request out, or with `connection` a new client; None when there is room."""
-        # Written out, and both sums in one loop: this is the hottest code under the lock.
-        open_now = running = 0
+        # Written out, and all sums in one loop: this is the hottest code under the lock.
+        connections = reserved = running = 0
         for slot in self._slots:
-            open_now += slot.opened - slot.closed
+            reserved += slot.reserved  # before `opened`, which it turns into
+            connections += slot.opened - slot.closed
             running += slot.admitted - slot.succeeded - slot.failed
-        self._open_now = open_now
+        if connections > self._header.peak_connections:
+            self._header.peak_connections = connections
         if connection:
             if self._header.verdict != VERDICT_OPEN:
                 return Obstacle("verdict", self._bells.connection, None)
-            if open_now >= self._max_connections:
+            if connections + reserved >= self._max_connections:
                 return Obstacle("connections", self._bells.connection, None)
         if running >= self._max_running:
             return Obstacle("concurrency", self._bells.request, None)
@@ -136,16 +189,18 @@ class Gate:
                     return Obstacle("rate", None, free_at)
         return None
 
-    def connection_room(self) -> bool:
-        """Whether one more connection may be open, whatever there is of requests."""
-        self._open_now = self._shared.connections()
-        return self._open_now < self._max_connections
+    def reserve(self) -> Literal[True]:
+        """Take room for one client; `opened` or `nobody_came` must follow."""
+        self._slot.reserved = 1
+        return True
 
-    def opened(self) -> None:
-        """Charge a connection that was just accepted, after a look for obstacles."""
-        self._slot.opened += 1
-        if self._open_now >= self._header.peak_connections:
-            self._header.peak_connections = self._open_now + 1
+    def reserve_any(self) -> bool:
+        """Take room for a client, whatever there is of requests; False when there is none."""
+        if sum(slot.reserved for slot in self._slots) + self._shared.connections() >= (
+            self._max_connections
+        ):
+            return False
+        return self.reserve()
 
     def admitted(self) -> Literal[True]:
         """Charge a request that is complete and about to run."""
@@ -155,16 +210,23 @@ class Gate:
         self._header.admissions = position + 1
         return True
 
-    # -- giving room back --
+    # -- using room and giving it back, without the lock --
+
+    def opened(self) -> None:
+        """The room that was reserved has a client. Called by the thread at the door."""
+        self._slot.opened += 1
+        self._slot.reserved = 0
+
+    def nobody_came(self) -> None:
+        """Give back the room that was reserved. Called by the thread at the door."""
+        self._slot.reserved = 0
+        self._tell_who_waits_for_connection()
 
     def closed(self) -> None:
         """Give back a connection, after its socket is closed."""
         with self._release:
             self._slot.closed += 1
-        for slot in self._slots:
-            if slot.waits_for_connection:
-                self._ring_bell(self._bells.connection)
-                break
+        self._tell_who_waits_for_connection()
 
     def finished(self, succeeded: bool, duration_ns: int) -> None:
         """Give back a request's place, once its function has returned."""
@@ -187,13 +249,19 @@ class Gate:
             self._slot.invalid += invalid
             self._slot.security_events += security_event
 
+    def _tell_who_waits_for_connection(self) -> None:
+        for slot in self._slots:
+            if slot.waits_for_connection:
+                self._ring_bell(self._bells.connection)
+                break
+
     # -- waiting for room --
 
     def enter(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
         """Run `take` under the lock as soon as there is room, and return what it returns.
 
         Sleeps while there is none; returns None when the descriptor `stop` is readable by then.
-        `take` must not block: it accepts a waiting client, or charges a request.
+        `take` is one of `reserve` and `admitted`.
         """
         obstacle = None
         while True:
@@ -220,14 +288,18 @@ class Gate:
     def _sleep(obstacle: Obstacle, stop: int) -> bool:
         """Sleep until the obstacle may have gone; True when `stop` is readable.
 
-        A time is met exactly: whole milliseconds in poll(2), the rest in a short sleep.
+        A time is met exactly, in several sleeps: poll(2) may be late by a thousandth of what it is
+        asked for, so it is asked for less, and the last milliseconds are a sleep of their own.
         """
         poll = select.poll()
         poll.register(stop, select.POLLIN)
-        rest_ns = 0
+        exact_ns = 0
         if obstacle.until is not None:
             left_ns = max(0, obstacle.until - time.monotonic_ns())
-            limit_ms, rest_ns = divmod(left_ns, 1_000_000)
+            early_ns = max(1_000_000, left_ns // 500)
+            limit_ms = max(0, left_ns - early_ns) // 1_000_000
+            if limit_ms == 0:
+                exact_ns = left_ns
         else:
             limit_ms = VERDICT_MS if obstacle.reason == "verdict" else LOST_RING_MS
         if obstacle.bell is not None:
@@ -239,7 +311,7 @@ class Gate:
             # Another waiter may have taken this ring.
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(obstacle.bell)
-        time.sleep(rest_ns / 1e9)
+        time.sleep(exact_ns / 1e9)
         return False
 
     @staticmethod

@@ -6,13 +6,14 @@ however it dies. The pid file is believed only while the lock is held.
 """
 
 import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Sequence
 
 import filelock
 
-# Somebody who merely looks whether a daemon runs holds the lock for microseconds.
+# Somebody who merely looks whether a daemon runs holds a shared lock for microseconds.
 _PASSING_HOLDER_SECONDS = 0.5
 
 
@@ -37,11 +38,13 @@ class Instance:
         `unclean` has the paths whose last owner died without tidying up: a socket there is stale.
         """
         for path in sorted(set(self._sockets)):
-            lock = _lock(path)
+            lock = filelock.FileLock(
+                f"{path}.lock", mode=0o600, thread_local=False, poll_interval=0.02
+            )
             try:
                 lock.acquire(timeout=_PASSING_HOLDER_SECONDS)
             except filelock.Timeout:
-                pid = _read_pid(path)
+                pid = _read_pid(f"{path}.pid")
                 self.release()
                 raise InstanceError(
                     f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
@@ -69,19 +72,14 @@ class Instance:
 def running_pid(socket_path: str) -> int | None:
     """The master that serves a socket path, or None.
 
-    Raises InstanceError when it cannot be told.
+    Looks with a shared lock, so that who looks keeps nobody else from looking. Raises
+    InstanceError when it cannot be told, or the files are not to be trusted.
     """
-    if not os.path.exists(f"{socket_path}.lock"):
-        return None
     until = time.monotonic() + _PASSING_HOLDER_SECONDS
     while True:
-        try:
-            with _lock(socket_path).acquire(blocking=False):
-                return None
-        except filelock.Timeout:
-            pid = _read_pid(socket_path)
-        except OSError as error:
-            raise InstanceError(f"{socket_path}.lock: {error.strerror}") from None
+        if not _is_locked(f"{socket_path}.lock"):
+            return None
+        pid = _read_pid(f"{socket_path}.pid")
         if pid is not None:
             return pid
         if time.monotonic() > until:
@@ -89,25 +87,57 @@ def running_pid(socket_path: str) -> int | None:
         time.sleep(0.01)  # it has only just got the lock
 
 
-def _lock(socket_path: str) -> filelock.BaseFileLock:
-    return filelock.FileLock(
-        f"{socket_path}.lock", mode=0o600, thread_local=False, poll_interval=0.02
-    )
-
-
-def _read_pid(socket_path: str) -> int | None:
+def _is_locked(path: str) -> bool:
+    descriptor = _open_trusted(path)
+    if descriptor is None:
+        return False
     try:
-        with open(f"{socket_path}.pid", encoding="ascii") as stream:
-            return int(stream.read())
-    except (OSError, ValueError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _read_pid(path: str) -> int | None:
+    descriptor = _open_trusted(path)
+    if descriptor is None:
         return None
+    with open(descriptor, encoding="ascii") as stream:
+        try:
+            return int(stream.read())
+        except ValueError:
+            return None
+
+
+def _open_trusted(path: str) -> int | None:
+    """Open one of our files to read; None if it is not there.
+
+    Raises InstanceError for one that another user has put there: he would choose whom we signal.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InstanceError(f"{path}: cannot be read: {error.strerror}") from None
+    owner = os.fstat(descriptor).st_uid
+    if owner not in (0, os.getuid()):
+        os.close(descriptor)
+        raise InstanceError(f"{path}: not trusted, because it is user {owner}'s")
+    return descriptor
 
 
 def _write_pid(socket_path: str) -> None:
+    """Whole or not at all, and through no link that somebody else has put there."""
     temporary = f"{socket_path}.pid.new"
     try:
-        with open(temporary, "w", encoding="ascii") as stream:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(temporary, flags, 0o644), "w", encoding="ascii") as stream:
             stream.write(f"{os.getpid()}\n")
-        os.rename(temporary, f"{socket_path}.pid")  # whole or not at all
+        os.rename(temporary, f"{socket_path}.pid")
     except OSError as error:
         raise InstanceError(f"{socket_path}.pid: cannot be written: {error.strerror}") from None

@@ -117,7 +117,7 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
 
     The caller holds the path's lock. Raises ListenError.
     """
-    group_id = _group_id(group)
+    gid = group_id(group)
     _remove_stale(path, known=path in stale)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -126,8 +126,8 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
             listening.bind(path)
         finally:
             os.umask(umask)
-        if group_id is not None:
-            os.chown(path, -1, group_id)
+        if gid is not None:
+            os.chown(path, -1, gid)
         os.chmod(path, mode)
         listening.listen(_BACKLOG)
         listening.setblocking(False)
@@ -139,7 +139,8 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
         raise ListenError(f"{path}: cannot listen there: {error.strerror}") from None
 
 
-def _group_id(group: str | None) -> int | None:
+def group_id(group: str | None) -> int | None:
+    """The number of the group that `socket_group` names. Raises ListenError if there is none."""
     if group is None:
         return None
     try:

@@ -5,21 +5,22 @@ The log is standard error; with `log_file` set, that file is put in the place of
 standard error before anything is forked. So what modules print, and what the interpreter says when
 it crashes, are found in the log as well.
 
-A log that cannot be written (a full disk, a closed pipe) loses lines, and nothing else: there is
-nowhere left to say so, and clients are served on.
+A log that cannot be written (a full disk, a closed pipe, a reader that has stopped reading) loses
+lines, and nothing else: there is nowhere left to say so, and clients are served on.
 """
 
 import contextlib
-import json
 import logging
 import os
-import re
+import select
+import stat
 import time
 from typing import Literal
 
+from cpanbridge.supervisor.text import escaped, json_line, printable
+
 STANDARD_ERROR = 2
 LOGGER = logging.getLogger("cpanbridge.master")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class LogError(Exception):
@@ -34,10 +35,10 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        line = f"{when} [{record.levelname}] {_escaped(record.getMessage())}"
+        line = f"{when} [{record.levelname}] {escaped(record.getMessage())}"
         if record.exc_info:
             for each in self.formatException(record.exc_info).split("\n"):
-                line += "\n    " + _escaped(each)
+                line += "\n    " + escaped(each)
         return line
 
 
@@ -49,16 +50,11 @@ class JsonFormatter(logging.Formatter):
             "timestamp": record.created,
             "level": record.levelname,
             "pid": os.getpid(),
-            "message": record.getMessage().encode("utf-8", "backslashreplace").decode(),
+            "message": printable(record.getMessage()),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = printable(self.formatException(record.exc_info))
         return json_line(line)
-
-
-def json_line(value: object) -> str:
-    """JSON in ASCII without a control character: one line for whatever reads it."""
-    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 class PlainFormatter(logging.Formatter):
@@ -69,25 +65,41 @@ class PlainFormatter(logging.Formatter):
 
 
 class DescriptorHandler(logging.Handler):
-    """Writes each record to a descriptor with one system call."""
+    """Writes each record to a descriptor with one system call, and never waits for a reader."""
 
     def __init__(self, descriptor: int, formatter: logging.Formatter) -> None:
         super().__init__()
         self._descriptor = descriptor
+        self._room: select.poll | None = None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            # A pipe or a terminal. O_NONBLOCK would be set for whoever shares it as well.
+            self._room = select.poll()
+            self._room.register(descriptor, select.POLLOUT)
         self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
+        if self._room is not None and not self._room.poll(0):
+            return
         with contextlib.suppress(OSError):
             os.write(self._descriptor, line.encode("utf-8", "backslashreplace"))
 
 
 def configure(
-    log_file: str, security_log: str, log_format: Literal["text", "json"], debug: bool
+    log_file: str,
+    security_log: str,
+    log_format: Literal["text", "json"],
+    debug: bool,
+    *,
+    follow_link: bool = True,
 ) -> None:
-    """Set up this process's log, and that of all it forks. Raises LogError."""
+    """Set up this process's log, and that of all it forks. Raises LogError.
+
+    Without `follow_link` a `log_file` that is a symbolic link is refused: for a place that nobody
+    chose, where somebody else may have put one.
+    """
     if log_file != "stderr":
-        descriptor = _open(log_file)
+        descriptor = _open(log_file, 0 if follow_link else os.O_NOFOLLOW)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, STANDARD_ERROR)
         os.close(descriptor)
@@ -102,13 +114,9 @@ def configure(
         security.propagate = False
 
 
-def _open(path: str) -> int:
+def _open(path: str, extra: int = 0) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
     try:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        return os.open(path, flags | extra, 0o640)
     except OSError as error:
         raise LogError(f"{path}: cannot be opened for the log: {error.strerror}") from None
-
-
-def _escaped(text: str) -> str:
-    """Control characters as escapes: what a client sends must not begin a line of its own."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

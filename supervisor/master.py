@@ -5,8 +5,9 @@ waits in one place, on a signal wake-up descriptor and the workers' report pipes
 A signal NAME is handled by the method `handle_name`.
 
 Every worker sits in a seat, which is its slot in the shared memory and what the master knows of it.
-A worker that dies is replaced at once. One that dies before it is ready, or within a second of it,
-is replaced after a pause that grows each time, so that a broken module is not a hot loop.
+A worker that dies is replaced at once. One that dies before it is ready is replaced after a pause
+that grows each time, and one that dies within a second of being ready after half a second: a broken
+module is never a hot loop.
 """
 
 import gc
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import setproctitle
+
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.listener import Listener
@@ -31,10 +33,12 @@ from cpanbridge.supervisor.version import __version__
 LOGGER = logging.getLogger("cpanbridge.master")
 
 FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 30.0  # for a worker that does not get ready
-LONGEST_PAUSE_AFTER_READY = 1.0
+LONGEST_PAUSE = 30.0
 SETTLED_SECONDS = 1.0  # one that was ready for so long did not die of its start
-KILL_MARGIN = 1.0  # a worker ends itself at graceful_timeout; one that cannot is killed after this
+PAUSE_AFTER_READY = 0.5  # for one that was not
+# A worker ends by itself at graceful_timeout, but its shutdown hooks have a second at least; one
+# that cannot end is killed after this.
+KILL_MARGIN = 3.0
 
 _SIGNALS = ("TERM", "INT", "QUIT", "HUP", "CHLD", "USR1", "USR2", "TTIN", "TTOU")
 
@@ -48,7 +52,7 @@ class Seat:
     report: int = -1  # read end of its report pipe; -1: it has reported
     ready: bool = False
     ready_at: float = 0.0
-    failures: int = 0  # deaths in a row that its start is to blame for
+    failures: int = 0  # starts in a row that did not get it ready
     refill_at: float | None = None
 
 
@@ -98,7 +102,7 @@ class Master:
                 if key.fileobj is self._signals:
                     self._handle_signals()
                 elif key.fd == key.data.report:  # it may have been closed in this round
-                    self._read_report(key.data)
+                    self._read_report(key.data, key.data.pid)
             self._run_timers()
         LOGGER.info("Stopped")
         return self._exit_status
@@ -114,7 +118,9 @@ class Master:
             signal.signal(signal.Signals[f"SIG{name}"], lambda *_: None)
 
     def _handle_signals(self) -> None:
-        for number in dict.fromkeys(self._signals.recv(4096)):
+        numbers = dict.fromkeys(self._signals.recv(4096))
+        numbers[signal.SIGCHLD] = None  # of many at once, some may not have been written
+        for number in numbers:
             name = signal.Signals(number).name.removeprefix("SIG").lower()
             getattr(self, f"handle_{name}")()
 
@@ -173,6 +179,8 @@ class Master:
     # -- workers --
 
     def _fork(self, seat: Seat) -> None:
+        if self._stopping:
+            return
         seat.refill_at = None
         try:
             read_end, write_end = os.pipe()
@@ -203,7 +211,7 @@ class Master:
     def _cannot_fork(self, seat: Seat, error: OSError) -> None:
         LOGGER.error("Worker %d: cannot fork: %s", seat.slot, error.strerror)
         if self._started:
-            self._schedule_refill(seat, LONGEST_PAUSE)
+            self._schedule_refill(seat)
         else:
             self._give_up_start(f"cannot fork a worker: {error.strerror}")
 
@@ -229,10 +237,12 @@ class Master:
                     report=report,
                 )
             )
+        except BaseException:
+            LOGGER.exception("Worker %d cannot begin", seat.slot)
         finally:
             os._exit(1)
 
-    def _read_report(self, seat: Seat) -> None:
+    def _read_report(self, seat: Seat, pid: int) -> None:
         try:
             data = os.read(seat.report, 65536)
         except BlockingIOError:
@@ -245,8 +255,9 @@ class Master:
             self._cannot_boot(seat, report)
             return
         seat.ready = True
+        seat.failures = 0
         seat.ready_at = time.monotonic()
-        LOGGER.info("Worker %d ready (pid %d)", seat.slot, seat.pid)
+        LOGGER.info("Worker %d ready (pid %d)", seat.slot, pid)
         if not self._started and all(other.ready for other in self._seats):
             self._started = True
             LOGGER.info(
@@ -275,10 +286,10 @@ class Master:
             seat.report = -1
 
     def _worker_ended(self, seat: Seat, status: int) -> None:
-        if seat.report >= 0:
-            self._read_report(seat)  # what it said last may not have been read yet
-        how = describe_exit(status)
         pid, seat.pid = seat.pid, 0
+        if seat.report >= 0:
+            self._read_report(seat, pid)  # what it said last may not have been read yet
+        how = describe_exit(status)
         self._shared.clear(self._shared.slots[seat.slot])
         if self._stopping:
             return
@@ -288,14 +299,16 @@ class Master:
             return
         self._shared.header.deaths += 1
         LOGGER.error("Worker %d (pid %d) died: %s; replacing it", seat.slot, pid, how)
-        if seat.ready and time.monotonic() - seat.ready_at >= SETTLED_SECONDS:
-            seat.failures = 0
-            self._fork(seat)
+        if not seat.ready:
+            self._schedule_refill(seat)
+        elif time.monotonic() - seat.ready_at < SETTLED_SECONDS:
+            seat.refill_at = time.monotonic() + PAUSE_AFTER_READY
         else:
-            self._schedule_refill(seat, LONGEST_PAUSE_AFTER_READY if seat.ready else LONGEST_PAUSE)
+            self._fork(seat)
 
-    def _schedule_refill(self, seat: Seat, longest: float) -> None:
-        pause = min(longest, FIRST_PAUSE * 2**seat.failures)
+    def _schedule_refill(self, seat: Seat) -> None:
+        """Start it again after a pause that grows with each start that has failed in a row."""
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**seat.failures)
         seat.failures = min(seat.failures + 1, 16)
         seat.refill_at = time.monotonic() + pause
         LOGGER.warning("Worker %d: next start in %.1f s", seat.slot, pause)
@@ -311,7 +324,10 @@ class Master:
             self._on_ready(reason)
         self._stopping = True
         for listener in self._listeners:
-            listener.unlink()
+            try:
+                listener.unlink()
+            except OSError as error:
+                LOGGER.warning("%s: cannot be removed: %s", listener.path, error.strerror)
             listener.socket.close()
         for seat in self._seats:
             seat.refill_at = None

@@ -5,15 +5,18 @@ worker only as "a function that is run with a Place", so nothing in the master i
 are made of.
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
+
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.text import escaped, printable
 
 
 class Place(NamedTuple):
@@ -38,16 +41,19 @@ class Report(msgspec.Struct):
 WorkerMain = Callable[[Place], None]
 
 _PIPE_BUF = 4096  # a write of up to so many bytes to a pipe is atomic on Linux
-_MAX_ERROR = 900  # characters; each takes at most 4 bytes
+_MAX_ERROR = 900  # characters; none takes more than 4 bytes as they are sent
 
 
 def send_report(descriptor: int, error: str | None) -> None:
     """Called in the worker, once: it is ready, or it cannot boot."""
-    if error is not None and len(error) > _MAX_ERROR:
-        error = error[:_MAX_ERROR] + "..."
+    if error is not None:
+        error = escaped(printable(error))
+        if len(error) > _MAX_ERROR:
+            error = error[:_MAX_ERROR] + "..."
     line = msgspec.json.encode(Report(error))
     assert len(line) <= _PIPE_BUF
-    os.write(descriptor, line)
+    with contextlib.suppress(BrokenPipeError):  # the master is gone; the lifeline tells as well
+        os.write(descriptor, line)
 
 
 def read_report(data: bytes) -> Report:

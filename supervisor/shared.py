@@ -9,10 +9,9 @@ This is the only file that knows an offset; everyone else says `slot.opened` or
 loads whole, so a process that is killed leaves every field either as it was or as it should be.
 
 Who writes what is said at each field. A field has one writer, so that no update is ever lost, or
-is written only under the gate's lock. What is open now is told by counters that only grow, written
-on the way in (under the gate's lock) and on the way out: `opened - closed` connections, `admitted -
-(succeeded + failed)` requests. Clearing a dead worker's slot is then two stores, and no total is
-lost with the worker.
+is written only under the gate's lock. What is open now is told by counters that only grow:
+`opened - closed` connections, `admitted - (succeeded + failed)` requests. Clearing a dead worker's
+slot is then a few stores, and no total is lost with the worker.
 """
 
 import ctypes
@@ -54,10 +53,14 @@ class Slot(ctypes.Structure):
         ("pid", ctypes.c_int64),  # 0: no process has the slot
         ("generation", ctypes.c_int64),
         # Written by the worker under the gate's lock.
-        ("opened", ctypes.c_int64),  # connections accepted
         ("admitted", ctypes.c_int64),  # requests let through to run
         ("waits_for_connection", ctypes.c_int64),  # threads waiting for a connection's room
         ("waits_for_request", ctypes.c_int64),  # threads waiting for a request's room
+        # 1: there is room for a client that the thread at the door may be accepting. Taken under
+        # the gate's lock, given back without.
+        ("reserved", ctypes.c_int64),
+        # Written by the thread at the worker's door; there is one at a time.
+        ("opened", ctypes.c_int64),  # connections accepted
         # Written by the worker under its own release lock, and by the master once it is dead.
         ("closed", ctypes.c_int64),  # connections closed
         ("succeeded", ctypes.c_int64),  # requests that have run and returned a result
@@ -144,6 +147,7 @@ class Shared:
         writer; readers under the gate's lock see room appear, as with any other release.
         """
         slot.pid = 0
+        slot.reserved = 0
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.waits_for_connection = 0

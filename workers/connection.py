@@ -79,7 +79,7 @@ class Connections:
             request = protocol.decode_if_complete(data, self._limits)
             return None if request is None else self._resolve(request)
         except Refusal:
-            return None  # it will be found again, and told, when the gate's lock is not held
+            return None  # it will be found again, and told
 
     @staticmethod
     def is_quick(arrival: Arrival[Call]) -> bool:
@@ -91,39 +91,54 @@ class Connections:
         peer = Peer(arrival.client)
         try:
             if arrival.call is not None:
-                self._send(peer, protocol.to_ascii(self._run(arrival.call)))
+                self._answer_one_shot(peer, arrival.call)
             else:
                 self._serve_slowly(peer, arrival.data)
         except OSError:
             pass  # the client has left, or takes too long (TimeoutError): nobody to tell
         finally:
-            arrival.client.close()
-            self._gate.closed()
+            self._close(peer)
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
         """Tell a client that was waiting outside that nothing is taken up any more."""
         peer = Peer(arrival.client)
         try:
-            first = peer.receive(LEFTOVER_SECONDS)
-            if first and first[0] in FIRST_BYTE_FRAMED:
-                self._send(peer, NO_MORE_REQUESTS)
-            elif first:
-                self._send(peer, protocol.to_ascii(self._shutting_down()))
-            peer.linger(LEFTOVER_SECONDS)
+            self._say_shutting_down(peer)
         except OSError:
             pass  # it has left by itself, or has sent nothing yet
         finally:
-            arrival.client.close()
+            self._close(peer)
+
+    def _close(self, peer: Peer) -> None:
+        try:
+            peer.socket.close()
+        except OSError:
+            LOGGER.exception("A module has closed a client's socket")
+        finally:
             self._gate.closed()
+
+    def _say_shutting_down(self, peer: Peer) -> None:
+        """Answer a client of which nothing was read yet, in the form that it speaks."""
+        first = peer.receive(LEFTOVER_SECONDS)
+        if first and first[0] in FIRST_BYTE_FRAMED:
+            self._send(peer, NO_MORE_REQUESTS)
+        elif first:
+            self._send(peer, protocol.to_ascii(self._shutting_down()))
+        peer.linger(LEFTOVER_SECONDS)
 
     def _serve_slowly(self, peer: Peer, data: bytes | None) -> None:
         """All but the complete one-shot request: it is not all there, wrong, or framed."""
-        with self._interruptible(peer):
-            deadline = time.monotonic() + self._limits.read_timeout
-            if data is None:
-                data = peer.receive(self._limits.read_timeout)
-            if not data:
+        deadline = time.monotonic() + self._limits.read_timeout
+        if data is None:
+            if not peer.wait(self._limits.read_timeout, self._stop):
                 return
+            if self._draining:
+                self._say_shutting_down(peer)
+                return
+            data = peer.receive(self._limits.read_timeout)
+        if not data:
+            return
+        with self._interruptible(peer):
             if data[0] in FIRST_BYTE_FRAMED:
                 self._serve_framed(peer, bytearray(data), deadline)
             else:
@@ -132,16 +147,24 @@ class Connections:
     def _serve_one_shot(self, peer: Peer, data: bytes, deadline: float) -> None:
         try:
             call = self._read_one_shot(peer, data, deadline)
-            self._admit()
         except Draining:
             reply = self._shutting_down()
         except Refusal as refusal:
             reply = self._refuse(peer, refusal)
         else:
-            self._send(peer, protocol.to_ascii(self._run(call)))
+            self._answer_one_shot(peer, call)
             return
         self._send(peer, protocol.to_ascii(reply))
         peer.linger(LINGER_SECONDS)
+
+    def _answer_one_shot(self, peer: Peer, call: Call) -> None:
+        try:
+            self._admit()
+            reply = self._run(call)
+        except Draining:
+            reply = self._shutting_down()
+        self._send(peer, protocol.to_ascii(reply))
+        peer.drop_what_follows()
 
     def _read_one_shot(self, peer: Peer, data: bytes, deadline: float) -> Call:
         """Read until the request is complete. Raises Refusal, Draining."""

@@ -62,6 +62,7 @@ class Crew(Generic[A]):
         self._parked = 0
         self._over = False
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.broken = False  # the worker must leave
         # Readable when the main thread should look after the door sooner than it meant to.
         self.attention = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -88,31 +89,45 @@ class Crew(Generic[A]):
             self._keeps_seen = self._keeps
             return TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
 
+    def wait_until_door_is_left(self, seconds: float) -> bool:
+        """After `fetch` has ended: wait until nobody fetches any more. False: not in time."""
+        with self._lock:
+            return self._idle.wait_for(lambda: self._at_door == 0, timeout=max(0.0, seconds))
+
     def wait_until_idle(self, seconds: float) -> bool:
         """After `fetch` has ended: wait until nothing is served any more. False: not in time."""
         with self._lock:
             return self._idle.wait_for(
-                lambda: self._serving == 0 and self._at_door == 0, timeout=seconds
+                lambda: self._serving == 0 and self._at_door == 0, timeout=max(0.0, seconds)
             )
 
     def _run(self) -> None:
         """A thread's life."""
-        while (arrival := self._fetch()) is not None:
-            if self._is_quick(arrival):
-                self._keep_door()
-            else:
-                with self._lock:
-                    self._leave_door()
-            try:
-                self._serve(arrival)
-            except Exception:
-                LOGGER.exception("A connection ended by a fault of the daemon's own")
-            if not self._return_to_door() and not self._park():
-                return
+        try:
+            while (arrival := self._fetch()) is not None:
+                self._go_and_serve(arrival)
+                if not self._return_to_door() and not self._park():
+                    return
+        except BaseException:
+            # Whoever is at the door next would fail as well, and the worker be deaf.
+            LOGGER.exception("No more clients can be let in, by a fault of the daemon's own")
+            self.broken = True
+            os.eventfd_write(self.attention, 1)
         with self._lock:
             self._over = True
             self._at_door = 0
             self._idle.notify_all()
+
+    def _go_and_serve(self, arrival: A) -> None:
+        if self._is_quick(arrival):
+            self._keep_door()
+        else:
+            with self._lock:
+                self._leave_door()
+        try:
+            self._serve(arrival)
+        except Exception:
+            LOGGER.exception("A connection ended by a fault of the daemon's own")
 
     def _keep_door(self) -> None:
         with self._lock:

@@ -1,11 +1,10 @@
 """Where clients come in: accepting under the gate.
 
-A client is accepted only while the gate has room for its connection and a request. Most clients
-have sent their request by the time they are accepted, so it is read, checked and admitted while the
-gate's lock is held anyway: a fast call takes the lock once.
+A client is accepted only while the gate has room for its connection and a request: room is
+reserved under the gate's lock, and the client accepted into it. Most clients have sent their
+request by then, so it is read at once, and the thread knows what it has before anybody is woken.
 """
 
-import contextlib
 import errno
 import logging
 import select
@@ -19,7 +18,7 @@ from cpanbridge.supervisor.gate import Gate
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-# More than nearly all requests; the rest of a larger one is read after the lock is released.
+# More than nearly all requests have.
 FIRST_READ = 65536
 EXHAUSTED_MS = 100
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -33,7 +32,7 @@ class Arrival(NamedTuple, Generic[C]):
 
     client: socket.socket  # blocking
     data: bytes | None  # what was there to read; None: nothing yet; empty: end of file
-    call: C | None  # the complete request in `data`, admitted to run
+    call: C | None  # the complete request in `data`; not admitted yet
 
 
 class _Outside(Enum):
@@ -61,22 +60,22 @@ class Door(Generic[C]):
         self._prepare = prepare
         self._stop = stop
         self._complained = -_COMPLAIN_EVERY
-        # EPOLLEXCLUSIVE: the kernel wakes one waiting worker for a client, not all of them, and
-        # of the threads that wait on one epoll it wakes one.
+        # Not EPOLLEXCLUSIVE: the one worker that the kernel wakes may be one whose module keeps the
+        # interpreter lock, and the client would wait for that while other workers are idle.
         self._arrivals = select.epoll()
         for listener in listeners:
-            self._arrivals.register(listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            self._arrivals.register(listener, select.EPOLLIN)
         self._arrivals.register(stop, select.EPOLLIN)
 
     def next(self) -> Arrival[C] | None:
         """Wait for a client and let it in; None when the worker is to accept no more."""
         while not self._shut:
-            taken = self._gate.enter(self._take, self._stop, connection=True)
-            if isinstance(taken, Arrival):
-                return taken
-            if taken is None:
+            if not self._gate.enter(self._gate.reserve, self._stop, connection=True):
                 return None
-            if taken is _Outside.NOBODY:
+            client = self._accept()
+            if not isinstance(client, _Outside):
+                return self._receive(client)
+            if client is _Outside.NOBODY:
                 ready = self._arrivals.poll()
             else:
                 ready = self._wait_out_exhaustion()
@@ -92,48 +91,48 @@ class Door(Generic[C]):
         """When nothing is let in any more: a client left waiting, to be told so; None at the end.
 
         `until` (CLOCK_MONOTONIC seconds) is when to give up. Leftovers take connection room only.
+        Called when no thread is at the door any more.
         """
         while time.monotonic() < until:
             with self._gate:
-                if self._gate.connection_room():
-                    client = self._accept()
-                    return None if isinstance(client, _Outside) else Arrival(client, None, None)
+                reserved = self._gate.reserve_any()
+            if reserved:
+                client = self._accept()
+                return None if isinstance(client, _Outside) else Arrival(client, None, None)
             time.sleep(0.01)
         return None
 
-    def _take(self) -> Arrival[C] | _Outside:
-        """Called under the gate's lock, with room for a connection and a request."""
-        client = self._accept()
-        if isinstance(client, _Outside):
-            return client
+    def _receive(self, client: socket.socket) -> Arrival[C]:
+        """What a client that was just accepted has sent already."""
         try:
             data = client.recv(FIRST_READ, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return Arrival(client, None, None)
         except OSError:
             return Arrival(client, b"", None)  # it has left already
-        call = self._prepare(data)
-        if call is not None:
-            self._gate.admitted()
-        return Arrival(client, data, call)
+        return Arrival(client, data, self._prepare(data))
 
     def _accept(self) -> socket.socket | _Outside:
-        for turn, listener in enumerate(self._listeners):
-            try:
-                client, _ = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    self._complain(error)
-                    return _Outside.EXHAUSTED
-                if error.errno == errno.EINVAL:
-                    continue  # shut down: the master is gone and this worker about to leave
+        """A waiting client, in the room that was reserved; which is given back if there is none."""
+        try:
+            for turn, listener in enumerate(self._listeners):
+                try:
+                    client, _ = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    continue
+                self._gate.opened()
+                if client.gettimeout() is not None:
+                    client.settimeout(None)  # a module has called socket.setdefaulttimeout
+                if len(self._listeners) > 1:  # the next look begins at another one
+                    self._listeners.append(self._listeners.pop(turn))
+                return client
+        except OSError as error:
+            self._gate.nobody_came()
+            if error.errno not in _EXHAUSTED:
                 raise
-            self._gate.opened()
-            if len(self._listeners) > 1:  # the next look begins at another one
-                self._listeners.append(self._listeners.pop(turn))
-            return client
+            self._complain(error)
+            return _Outside.EXHAUSTED
+        self._gate.nobody_came()
         return _Outside.NOBODY
 
     def _wait_out_exhaustion(self) -> list[tuple[int, int]]:
@@ -146,10 +145,3 @@ class Door(Generic[C]):
         if now - self._complained >= _COMPLAIN_EVERY:
             self._complained = now
             LOGGER.error("Cannot accept clients, they wait: %s", error.strerror)
-
-    def close(self) -> None:
-        """Stop listening in this process."""
-        self._arrivals.close()
-        for listener in self._listeners:
-            with contextlib.suppress(OSError):
-                listener.close()

@@ -1,25 +1,33 @@
-"""What a module's own fork must not keep.
+"""What a child that a module forks must not keep of its worker.
 
-A module may fork without exec: multiprocessing does. The child has copies of every descriptor, and
-as long as it lives, a client that waits for the end of its reply would wait too. So in such a child
-every client's socket and the listening ones give way to /dev/null, which keeps the numbers taken,
-since Python objects that own them are still about.
+A module may fork without exec: multiprocessing does. The child has copies of every descriptor and
+the worker's signal handlers. As long as it lives, a client that waits for the end of its reply
+would wait too; and a TERM meant for it would be heard by the worker, through the wake-up
+descriptor. So in such a child the signals go back to their defaults, and every client's socket and
+the listening ones give way to /dev/null, which keeps their numbers taken: the objects that own
+them are still about.
 
 Called in the child of a worker, by the interpreter.
 """
 
 import os
+import signal
 import socket
 from collections.abc import Collection
 
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 def let_go_in_children(sockets: Collection[str]) -> None:
-    """From now on, children that this process forks let go of connections on these paths."""
+    """From now on, children that this process forks keep nothing of the worker on these paths."""
     paths = frozenset(sockets)
     os.register_at_fork(after_in_child=lambda: _let_go(paths))
 
 
 def _let_go(paths: Collection[str]) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         if _is_ours(int(name), paths):

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -174,8 +175,8 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
     for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
         if not Path(folder).is_dir():
             raise ModuleLoadError(f"{folder}: not a folder")
-        if folder not in sys.path:
-            sys.path.append(folder)
+        if os.path.abspath(folder) not in sys.path:
+            sys.path.append(os.path.abspath(folder))
     exposed: dict[str, Exposed] = {}
     for directory in settings.module_dirs:
         for file in sorted(Path(directory.path).glob("*.py")):
@@ -207,11 +208,12 @@ def _import_file(name: str, file: Path) -> ModuleType:
     another one; it must not stand in for the library's module.
     """
     present = sys.modules.get(name)
-    if present is not None and getattr(present, "__file__", None) == str(file):
+    present_file = getattr(present, "__file__", None)
+    if present is not None and present_file and os.path.samefile(present_file, file):
         return present  # another helper has imported it
     if name in sys.stdlib_module_names or present is not None:
         name = f"cpanbridge_module_{name}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file.absolute())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

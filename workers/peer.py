@@ -6,11 +6,13 @@ when it differs from the last one.
 """
 
 import contextlib
+import select
 import socket
 import struct
 import time
 
 READ_SIZE = 65536
+MOST_DROPPED = 16  # reads; a client that still sends has not understood
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -33,6 +35,13 @@ class Peer:
         except BlockingIOError:
             raise TimeoutError from None
 
+    def wait(self, seconds: float, stop: int) -> bool:
+        """Wait for the client or for `stop` to be readable; False when neither was in time."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        poll.register(stop, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
     def send(self, data: bytes, seconds: float) -> None:
         """Send it all. Raises TimeoutError when the client takes nothing for so long."""
         try:
@@ -49,11 +58,22 @@ class Peer:
             except BlockingIOError:
                 raise TimeoutError from None
 
+    def drop_what_follows(self) -> None:
+        """Read what a client has sent after its one request, such as a newline.
+
+        Closing with bytes unread makes the kernel reset the connection, and the client would get
+        an error after the reply instead of its end.
+        """
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(MOST_DROPPED):
+                if not self.socket.recv(READ_SIZE, socket.MSG_DONTWAIT):
+                    return
+
     def linger(self, seconds: float) -> None:
         """End the sending side and read on until the client ends its own, but not for longer.
 
-        Closing with bytes unread makes the kernel reset the connection: a client that still sends
-        would get an error instead of the reply that tells what is wrong.
+        For a client that may still be sending: closed with bytes unread, it would get an error
+        instead of the reply that tells what is wrong.
         """
         self.socket.shutdown(socket.SHUT_WR)
         until = time.monotonic() + seconds

@@ -15,9 +15,11 @@ from collections.abc import Iterable
 from typing import Annotated, Any, NoReturn, TypeAlias
 
 import msgspec
-from cpanbridge.supervisor.config import FunctionName, Limits, ModuleName
-from cpanbridge.supervisor.version import __version__
 from msgspec import Meta
+
+from cpanbridge.supervisor.config import FunctionName, Limits, ModuleName
+from cpanbridge.supervisor.text import printable
+from cpanbridge.supervisor.version import __version__
 
 PYTHON_VERSION = platform.python_version()
 FRAME_HEADER = struct.Struct(">I")
@@ -243,10 +245,10 @@ def encode_failure(
     message: str, kind: str, request_id: str | None, traceback: str | None = None
 ) -> bytes:
     """The reply that says what went wrong. Lone surrogates in it are shown escaped."""
-    message = message.encode("utf-8", "backslashreplace").decode()
+    message = printable(message)
     if traceback is None:
         return _encode_reply(Failure(message, kind, request_id, _DAEMON_INFO))
-    traceback = traceback.encode("utf-8", "backslashreplace").decode()
+    traceback = printable(traceback)
     failure = FailureWithTraceback(message, kind, request_id, _DAEMON_INFO, traceback=traceback)
     return _encode_reply(failure)
 

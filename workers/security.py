@@ -5,12 +5,13 @@ exposed, a malformed or oversized request. The line says who it was (the kernel'
 SO_PEERCRED), never what the client sent beyond the names.
 """
 
-import json
 import logging
 import socket
 import struct
 import threading
 import time
+
+from cpanbridge.supervisor.text import json_line, printable
 
 LOGGER = logging.getLogger("cpanbridge.security")
 LINES_PER_SECOND = 10
@@ -57,7 +58,7 @@ class SecurityLog:
             pid = uid = gid = -1  # the socket is broken already
         line = {
             "event": _KINDS[error_type],
-            "message": message[:500],
+            "message": printable(message[:500]),
             "pid": pid,
             "uid": uid,
             "gid": gid,
@@ -66,5 +67,4 @@ class SecurityLog:
         }
         if suppressed:
             line["suppressed_before"] = suppressed
-        # ASCII without a control character, so that it stays one line for whatever reads it.
-        LOGGER.warning("%s", json.dumps(line).replace("\x7f", "\\u007f"))
+        LOGGER.warning("%s", json_line(line))

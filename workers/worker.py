@@ -23,6 +23,7 @@ import time
 from typing import NoReturn
 
 import setproctitle
+
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.place import Place, send_report
 from cpanbridge.workers import builtin, modules
@@ -48,6 +49,7 @@ def run(place: Place) -> NoReturn:
         # What modules print goes where the log goes, never to a client or the terminal's reader.
         os.dup2(2, 1)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        let_go_in_children(place.settings.sockets)
         try:
             registry = _boot(place)
         except ModuleLoadError as error:
@@ -56,9 +58,8 @@ def run(place: Place) -> NoReturn:
             worker = Worker(place, registry)
             send_report(place.report, None)
             os.close(place.report)
-            let_go_in_children(place.settings.sockets)
             worker.watch()
-            status = 0
+            status = 1 if worker.broken else 0
     except BaseException:
         LOGGER.exception("Worker %d ends by a fault of the daemon's own", place.slot)
     finally:
@@ -110,6 +111,11 @@ class Worker:
         self._cleanup_thread: threading.Thread | None = None
         self._next_cleanup = time.monotonic() + self._limits.cleanup_interval
 
+    @property
+    def broken(self) -> bool:
+        """Whether it left because it could not go on."""
+        return self._crew.broken
+
     def watch(self) -> None:
         """Serve until told to leave, or the master is gone; then drain."""
         signals, wakeup = socket.socketpair()
@@ -127,6 +133,8 @@ class Worker:
             ready = {key.fileobj for key, _ in selector.select(self._crew.look_after_door())}
             if self._crew.attention in ready:
                 os.eventfd_read(self._crew.attention)
+                if self._crew.broken:
+                    break
             if self._place.lifeline in ready:
                 LOGGER.error("Worker %d: the master is gone, leaving", self._place.slot)
                 # Nobody will accept from this queue again; let clients see that at once.
@@ -145,9 +153,9 @@ class Worker:
         self._door.shut()
         os.eventfd_write(self._stop, 1)
         self._connections.drain()
-        while (arrival := self._door.take_leftover(until)) is not None:
-            self._connections.turn_away(arrival)
-        self._door.close()
+        if self._crew.wait_until_door_is_left(until - time.monotonic()):
+            while (arrival := self._door.take_leftover(until)) is not None:
+                self._connections.turn_away(arrival)
         if not self._crew.wait_until_idle(until - time.monotonic()):
             LOGGER.warning(
                 "Worker %d: %d connections still busy after graceful_timeout (%g s), cutting them",

@@ -1,0 +1,21 @@
+"""What may be written on a line of the log, whatever a client or an exception brought in."""
+
+import json
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def escaped(text: str) -> str:
+    """Control characters as escapes: nothing from outside begins a line of its own."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates shown as escapes, so that it can be encoded."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_line(value: object) -> str:
+    """JSON in ASCII without a control character: one line for whatever reads it."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
