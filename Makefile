@@ -28,7 +28,7 @@ types: $(VENV)/.installed-test $(TYPING)
 	cd examples/modules && ../../$(BIN)/mypy --config-file ../../pyproject.toml .
 
 pytest: $(VENV)/.installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n 4 --dist worksteal
 
 perl-test: $(VENV)/.installed
 	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l t

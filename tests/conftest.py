@@ -1,0 +1,194 @@
+"""Real daemons for the tests: each in its own folder, started and stopped by its own command."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from plain_client import one_shot, until
+
+COMMAND = str(Path(sys.executable).with_name("cpanbridged"))
+MODULES = Path(__file__).parent / "modules"
+
+
+class Daemon:
+    """A daemon under test. `folder` holds its configuration, socket and log."""
+
+    def __init__(self, folder: Path, config: str, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.path = str(folder / "d.sock")
+        self.config = folder / "c.toml"
+        self.log_file = folder / "d.log"
+        self.environment = environment
+        self.write_config(config)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def write_config(self, config: str) -> None:
+        """Write the configuration: the socket, the tests' modules, and `config` after them.
+
+        Top-level keys must come first in `config`, before any table.
+        """
+        self.config.write_text(
+            f'listen = ["{self.path}"]\n'
+            f'log_file = "{self.log_file}"\n'
+            f"{config}\n"
+            f'[[module_dirs]]\npath = "{MODULES}"\n'
+        )
+
+    def command(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run `cpanbridged ARGUMENTS --config ...` to its end."""
+        return subprocess.run(
+            [COMMAND, arguments[0], "--config", str(self.config), *arguments[1:]],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    def run(self) -> "Daemon":
+        """Start it in the foreground, as a child of the test, and wait until it is ready."""
+        self.process = subprocess.Popen(
+            [COMMAND, "run", "--config", str(self.config)],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+        def ready() -> bool:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"it did not start: {self.log()}")
+            return f" ready: pid {self.process.pid}," in self.log()
+
+        until(ready, 60, "the daemon's start")
+        return self
+
+    @property
+    def pid(self) -> int:
+        """The master's process id."""
+        assert self.process is not None
+        return self.process.pid
+
+    def workers(self) -> list[int]:
+        """The process ids of the master's children."""
+        return [child.pid for child in psutil.Process(self.pid).children()]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop the workers for a while: what is sent now is there before a client is accepted."""
+        workers = self.workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+
+    def log(self) -> str:
+        """The log so far."""
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def call(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
+        """One one-shot call; its result. Fails when the call does."""
+        reply = one_shot(self.path, module, function, params, **fields)
+        assert reply["success"], reply
+        return reply["result"]
+
+    def metrics(self) -> dict[str, Any]:
+        """`system.metrics`."""
+        result: dict[str, Any] = self.call("system", "metrics")
+        return result
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal the master and wait for its end; returns its exit status."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        self.process.communicate(timeout=90)
+        return self.process.returncode
+
+    def clean_up(self) -> None:
+        """Leave no process behind, whatever the test did."""
+        pids = []
+        if self.process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                pids = self.workers()
+            self.process.kill()
+            self.process.communicate()
+        pid_file = Path(f"{self.path}.pid")
+        if pid_file.exists():  # one that `start` put in the background
+            with contextlib.suppress(psutil.NoSuchProcess):
+                master = psutil.Process(int(pid_file.read_text()))
+                pids += [child.pid for child in master.children()]
+                master.kill()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+NewDaemon = Callable[..., Daemon]
+
+
+class Clock:
+    """CLOCK_MONOTONIC in the test's hand, for the modules that it is installed in."""
+
+    def __init__(self) -> None:
+        self.now = 10**15
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, *modules: types.ModuleType) -> None:
+        fake = types.SimpleNamespace(monotonic_ns=lambda: self.now, time_ns=lambda: self.now)
+        for module in modules:
+            monkeypatch.setattr(module, "time", fake)
+
+
+@contextlib.contextmanager
+def _daemons() -> Iterator[NewDaemon]:
+    daemons: list[Daemon] = []
+
+    def make(config: str = "", **environment: str) -> Daemon:
+        # Short, because a socket's path has 107 bytes at most.
+        folder = Path(tempfile.mkdtemp(prefix="cb-", dir="/tmp"))
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("CPAN_BRIDGE_")}
+        daemon = Daemon(folder, config, kept | environment)
+        daemons.append(daemon)
+        return daemon
+
+    try:
+        yield make
+    finally:
+        for daemon in daemons:
+            daemon.clean_up()
+            shutil.rmtree(daemon.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def new_daemon() -> Iterator[NewDaemon]:
+    """Make daemons: `new_daemon(config, **environment)`; not started yet."""
+    with _daemons() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[Daemon]:
+    """As `daemon`, but one for all tests of a file: for tests that leave it as it was."""
+    with _daemons() as make:
+        yield make("workers = 2\nlimits.max_requests_per_minute = 0").run()
+
+
+@pytest.fixture
+def daemon(new_daemon: NewDaemon) -> Daemon:
+    """A running daemon with two workers and limits that no test meets by chance."""
+    return new_daemon("workers = 2\nlimits.max_requests_per_minute = 0").run()

@@ -1,0 +1,191 @@
+"""What the tests call: functions that do one thing that can be seen from outside."""
+
+import ctypes
+import dataclasses
+import datetime
+import decimal
+import enum
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from typing import Any
+
+
+def echo(**params: Any) -> dict[str, Any]:
+    return params
+
+
+def echo_after(seconds: float, **params: Any) -> dict[str, Any]:
+    time.sleep(seconds)
+    return params
+
+
+def worker_pid() -> int:
+    return os.getpid()
+
+
+def nap(seconds: float) -> float:
+    """Sleeps; returns when it began, in CLOCK_MONOTONIC seconds."""
+    began = time.monotonic()
+    time.sleep(seconds)
+    return began
+
+
+def span(seconds: float, note: str | None = None) -> list[float]:
+    """Sleeps; returns when it began and ended. Before, it writes its pid to the file `note`."""
+    began = time.monotonic()
+    if note is not None:
+        with open(f"{note}.new", "w") as stream:
+            stream.write(str(os.getpid()))
+        os.rename(f"{note}.new", note)
+    time.sleep(seconds)
+    return [began, time.monotonic()]
+
+
+def hold_interpreter(seconds: int, note: str) -> None:
+    """As `span`, in C code that never lets another thread of the process run."""
+    span(0, note)
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+def stamp(file: str) -> float:
+    """Appends the time at which it ran, CLOCK_MONOTONIC nanoseconds, to a file."""
+    now = time.monotonic_ns()
+    with open(file, "a") as stream:
+        stream.write(f"{now}\n")
+    return now / 1e9
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def fail(message: str = "as asked") -> None:
+    raise ValueError(message)
+
+
+def leave() -> None:
+    sys.exit(3)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def type_error_inside(value: int) -> Any:
+    return value + "text"  # type: ignore[operator]
+
+
+def fork_and_return() -> int:
+    """Both parent and child return from here; only the parent's client may hear of it."""
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+    return os.getpid()
+
+
+def threads() -> int:
+    return threading.active_count()
+
+
+def two(first: Any, second: Any = "default") -> list[Any]:
+    return [first, second]
+
+
+def big(size: int) -> str:
+    return "x" * size
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int
+
+
+class Opaque:
+    def __str__(self) -> str:
+        return "an opaque object"
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Exits:
+    def __str__(self) -> str:
+        sys.exit(4)
+
+
+class Doubly:
+    """Neither it nor what it raises can be shown."""
+
+    def __str__(self) -> str:
+        raise UnprintableError
+
+
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class ExitingError(Exception):
+    def __str__(self) -> str:
+        sys.exit(4)
+
+
+def fail_as(kind: str) -> None:
+    """Raises an exception of each kind that is not plain."""
+    raise {
+        "unprintable": UnprintableError(),
+        "exiting": ExitingError(),
+        "surrogate": ValueError("a \udc80 b"),
+        "two_lines": ValueError("one\ntwo"),
+        "empty": KeyError(),
+        "interrupt": KeyboardInterrupt("now"),
+        "generator_exit": GeneratorExit(),
+        "group": ExceptionGroup("both", [ValueError("a"), TypeError("b")]),
+    }[kind]
+
+
+def results(kind: str) -> Any:
+    """A value of each kind that a function may return."""
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    return {
+        "none": None,
+        "true": True,
+        "int": 7,
+        "big_int": 2**70,
+        "float": 0.1,
+        "nan": float("nan"),
+        "infinity": float("-inf"),
+        "str": "snowman \u2603 and \U0001f600",
+        "bytes": b"\x00\xff",
+        "date": datetime.date(2026, 11, 24),
+        "datetime": datetime.datetime(2026, 11, 24, 12, 30, 15),
+        "datetime_utc": datetime.datetime(2026, 11, 24, 12, 30, tzinfo=datetime.UTC),
+        "time": datetime.time(12, 30),
+        "decimal": decimal.Decimal("1.10"),
+        "uuid": uuid.UUID(int=1),
+        "set": {3},
+        "frozenset": frozenset({4}),
+        "tuple": (1, (2,)),
+        "dataclass": Point(1, 2),
+        "enum": Colour.RED,
+        "opaque": Opaque(),
+        "nested": {"list": [{"tuple": (1, None)}]},
+        "int_keys": {1: "one"},
+        "unprintable": Unprintable(),
+        "cycle": cycle,
+        "surrogate": "\udc80",
+        "exits": Exits(),
+        "doubly": Doubly(),
+    }[kind]

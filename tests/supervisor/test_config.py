@@ -1,0 +1,437 @@
+"""Settings: every key, from every source, and every mistake in words."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cpanbridge.supervisor import config
+from cpanbridge.supervisor.config import ConfigError, Limits, Loaded, Settings, load
+
+# Key, its default, another value, and its name in the environment after CPAN_BRIDGE_.
+LIMITS: list[tuple[str, Any, Any]] = [
+    ("max_memory_mb", 1024, 512),
+    ("max_cpu_percent", 200.0, 150.5),
+    ("max_requests_per_minute", 2000, 0),
+    ("max_concurrent_requests", 100, 7),
+    ("max_connections", 100, 8),
+    ("stale_timeout", 300, 60.5),
+    ("resource_check_interval", 60, 5),
+    ("max_request_size", 10_485_760, 1000),
+    ("idle_timeout", 1800, 20),
+    ("cleanup_interval", 300, 1.5),
+    ("max_string_length", 0, 100),
+    ("max_array_length", 0, 101),
+    ("max_param_count", 0, 102),
+    ("max_object_depth", 64, 10),
+    ("read_timeout", 30, 0.5),
+    ("request_timeout", 0, 9),
+    ("graceful_timeout", 30, 3),
+    ("drain_timeout", 0, 4),
+    ("sample_interval", 1, 0.25),
+    ("memory_grace", 5, 0),
+    ("slow_request", 0, 2.5),
+]
+KEYS: list[tuple[str, Any, Any]] = [
+    ("listen", None, ["/tmp/a.sock", "/tmp/b.sock"]),
+    ("socket_mode", "0600", "0660"),
+    ("socket_group", None, "staff"),
+    ("workers", 0, 3),
+    ("threads", 0, 9),
+    ("log_file", "stderr", "/tmp/x.log"),
+    ("security_log", "-", "/tmp/s.log"),
+    ("log_format", "text", "json"),
+    ("debug", False, True),
+    ("overload", "wait", "wait"),
+    ("python_path", [], ["/opt/a", "/opt/b"]),
+    *((f"limits.{name}", default, other) for name, default, other in LIMITS),
+]
+IN_ENVIRONMENT = {
+    "CPAN_BRIDGE_SOCKET": "listen",
+    "CPAN_BRIDGE_WORKERS": "workers",
+    "CPAN_BRIDGE_THREADS": "threads",
+    "CPAN_BRIDGE_DEBUG": "debug",
+    "CPAN_BRIDGE_OVERLOAD": "overload",
+    "CPAN_BRIDGE_TIMEOUT": "limits.idle_timeout",
+    **{f"CPAN_BRIDGE_{n.upper()}": f"limits.{n}" for n, _, _ in LIMITS if n != "idle_timeout"},
+}
+OTHER = {key: other for key, _, other in KEYS}
+
+
+def get(settings: Settings, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def as_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def as_text(value: Any) -> str:
+    """A value as the environment and flags have it."""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+class File:
+    """Loads settings from a text, or tells the error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self, text: str, *flags: str, **environ: str) -> Loaded:
+        self.path.write_text(text)
+        return load(str(self.path), flags, environ)
+
+    def error(self, text: str, *flags: str, **environ: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            self.load(text, *flags, **environ)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> File:
+    return File(tmp_path / "c.toml")
+
+
+# -- defaults --
+
+
+@pytest.mark.parametrize(("key", "default", "_"), KEYS)
+def test_the_default_of_every_key(file: File, key: str, default: Any, _: Any) -> None:
+    assert get(file.load("").settings, key) == default
+
+
+def test_there_is_no_key_besides() -> None:
+    fields = {f.name for f in msgspec.structs.fields(Settings)} - {"limits"}
+    assert fields == {key for key in OTHER if "." not in key} | {"modules", "module_dirs"}
+    assert {f.name for f in msgspec.structs.fields(Limits)} == {name for name, _, _ in LIMITS}
+
+
+def test_workers_are_one_per_core_between_2_and_8(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = file.load("").settings
+    for cores, workers in ((1, 2), (2, 2), (5, 5), (8, 8), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert settings.worker_count == workers
+    assert file.load("workers = 20").settings.worker_count == 20
+
+
+def test_threads_are_enough_for_all_connections(file: File) -> None:
+    assert file.load("limits.max_connections = 37").settings.thread_count == 37
+    assert file.load("threads = 4").settings.thread_count == 4
+
+
+@pytest.mark.parametrize(
+    ("uid", "environ", "path"),
+    [
+        (0, {"XDG_RUNTIME_DIR": "/run/user/0"}, "/run/cpanbridged/cpanbridged.sock"),
+        (7, {"XDG_RUNTIME_DIR": "/run/user/7"}, "/run/user/7/cpanbridged.sock"),
+        (7, {}, "/tmp/cpanbridged-7/cpanbridged.sock"),
+        (7, {"XDG_RUNTIME_DIR": ""}, "/tmp/cpanbridged-7/cpanbridged.sock"),
+    ],
+)
+def test_where_the_socket_is_when_none_is_set(
+    monkeypatch: pytest.MonkeyPatch, uid: int, environ: dict[str, str], path: str
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    assert config.default_socket(environ) == path
+
+
+def test_without_a_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(config, "DEFAULT_FILE", str(tmp_path / "none.toml"))
+    loaded = load(environ={})
+    assert loaded.settings == Settings()
+    assert loaded.source == "defaults"
+    (tmp_path / "none.toml").write_text("workers = 3")
+    assert load(environ={}).settings.workers == 3
+
+
+# -- sources --
+
+
+@pytest.mark.parametrize(("key", "_", "other"), KEYS)
+def test_every_key_in_the_file(file: File, key: str, _: Any, other: Any) -> None:
+    loaded = file.load(f"{key} = {as_toml(other)}")
+    assert get(loaded.settings, key) == other
+    assert loaded.source == str(file.path)
+
+
+@pytest.mark.parametrize(("name", "key"), IN_ENVIRONMENT.items())
+def test_every_key_in_the_environment(file: File, name: str, key: str) -> None:
+    settings = file.load("", **{name: as_text(OTHER[key])}).settings
+    assert get(settings, key) == OTHER[key]
+
+
+def test_the_environment_has_no_names_besides() -> None:
+    assert config.ENVIRONMENT == IN_ENVIRONMENT
+
+
+@pytest.mark.parametrize(("key", "_", "other"), KEYS)
+def test_every_key_as_a_flag(file: File, key: str, _: Any, other: Any) -> None:
+    assert get(file.load("", f"{key}={as_text(other)}").settings, key) == other
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "values"),
+    [
+        ("workers", "CPAN_BRIDGE_WORKERS", (2, 3, 4)),
+        ("limits.max_connections", "CPAN_BRIDGE_MAX_CONNECTIONS", (20, 30, 40)),
+        ("limits.idle_timeout", "CPAN_BRIDGE_TIMEOUT", (20.5, 30.5, 40.5)),
+        ("listen", "CPAN_BRIDGE_SOCKET", (["/tmp/a"], ["/tmp/b"], ["/tmp/c"])),
+        ("debug", "CPAN_BRIDGE_DEBUG", (True, False, True)),
+    ],
+)
+def test_the_environment_beats_the_file_and_flags_beat_both(
+    file: File, key: str, name: str, values: tuple[Any, Any, Any]
+) -> None:
+    text = f"{key} = {as_toml(values[0])}"
+    environ = {name: as_text(values[1])}
+    flag = f"{key}={as_text(values[2])}"
+    assert get(file.load(text).settings, key) == values[0]
+    assert get(file.load(text, **environ).settings, key) == values[1]
+    assert get(file.load(text, flag).settings, key) == values[2]
+    assert get(file.load(text, flag, **environ).settings, key) == values[2]
+    assert get(file.load("", flag, **environ).settings, key) == values[2]
+
+
+def test_sources_do_not_hide_each_others_other_keys(file: File) -> None:
+    limits = file.load(
+        "[limits]\nmax_connections = 5", "limits.read_timeout=2", CPAN_BRIDGE_MAX_OBJECT_DEPTH="9"
+    ).settings.limits
+    assert limits == Limits(max_connections=5, read_timeout=2, max_object_depth=9)
+
+
+def test_an_empty_variable_is_as_good_as_none(file: File) -> None:
+    assert file.load("workers = 3", CPAN_BRIDGE_WORKERS="").settings.workers == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", False), ("1", True), ("false", False), ("true", True)]
+)
+def test_debug_is_0_or_1_everywhere(file: File, text: str, value: bool) -> None:
+    assert file.load(f"debug = {text}").settings.debug is value
+    assert file.load("", CPAN_BRIDGE_DEBUG=text).settings.debug is value
+    assert file.load("", f"debug={text}").settings.debug is value
+
+
+def test_modules_and_folders(file: File) -> None:
+    settings = file.load(
+        '[modules.stats]\nimport = "statistics"\nfunctions = ["mean", "stdev"]\n'
+        '[modules.all]\nimport = "math"\nfunctions = "*"\naffinity = "none"\n'
+        '[[module_dirs]]\npath = "/opt/a"\n'
+        '[[module_dirs]]\npath = "/opt/b"\nfunctions = ["f"]\naffinity = "none"\n'
+    ).settings
+    assert settings.modules["stats"].import_ == "statistics"
+    assert settings.modules["stats"].functions == ["mean", "stdev"]
+    assert settings.modules["all"].functions == "*"
+    assert [each.path for each in settings.module_dirs] == ["/opt/a", "/opt/b"]
+    assert [each.functions for each in settings.module_dirs] == ["*", ["f"]]
+
+
+# -- mistakes --
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("workers = 'two'", "workers = 'two': expected a whole number"),
+        ("workers = 2.5", "workers = 2.5: expected a whole number"),
+        ("workers = -1", "workers = -1: expected a whole number >= 0"),
+        ("workers = 257", "workers = 257: expected a whole number <= 256"),
+        ("workers = true", "workers = True: expected a whole number"),
+        ("threads = []", "threads = []: expected a whole number"),
+        ("debug = 2", "debug = 2: must be true or false"),
+        ("debug = 'yes'", "debug = 'yes': must be true or false"),
+        ("listen = 5", "listen = 5: must be a list of socket paths"),
+        ("listen = '/tmp/x'", "listen = '/tmp/x': must be a list of socket paths"),
+        ("listen = []", "listen = []: must be a list of socket paths"),
+        ("listen = ['']", "listen[0] = '': must be a list of socket paths"),
+        ("listen = ['/a', 5]", "listen[1] = 5: must be a list of socket paths"),
+        ("socket_mode = '0999'", "socket_mode = '0999': must be an octal mode"),
+        ("socket_mode = 0o600", "socket_mode = 384: must be an octal mode"),
+        ("socket_group = ''", "socket_group = '': expected a string of length >= 1"),
+        ("log_file = ''", "log_file = '': expected a string of length >= 1"),
+        ("log_format = 'xml'", 'log_format = \'xml\': must be "text" or "json"'),
+        ("overload = 'drop'", "overload = 'drop': must be \"wait\""),
+        ("python_path = '/opt'", "python_path = '/opt': expected a list"),
+        ("python_path = [1]", "python_path[0] = 1: expected a string"),
+        ("limits = 5", "limits = 5: expected a table"),
+        ("modules = 5", "modules = 5: expected a table"),
+        ("modules.m = 5", "modules.m = 5: expected a table"),
+        ("module_dirs = {}", "module_dirs: expected a list"),
+        ("module_dirs = [5]", "module_dirs[0] = 5: expected a table"),
+        ("limits.max_connections = 0", "limits.max_connections = 0: expected a whole number >= 1"),
+        ("limits.max_cpu_percent = 0", "limits.max_cpu_percent = 0: expected a number > 0"),
+        ("limits.max_cpu_percent = '5'", "limits.max_cpu_percent = '5': expected a number"),
+        ("limits.read_timeout = 0", "limits.read_timeout = 0: expected a number > 0"),
+        ("limits.read_timeout = nan", "limits.read_timeout = nan: expected a number > 0"),
+        ("limits.read_timeout = inf", "limits.read_timeout = inf: expected a number <= 31536000"),
+        ("limits.idle_timeout = -1", "limits.idle_timeout = -1: expected a number > 0"),
+        (
+            "limits.max_object_depth = 501",
+            "limits.max_object_depth = 501: expected a whole number <=",
+        ),
+        ("limits.max_request_size = 150994944", "max_request_size = 150994944: expected a whole"),
+        ("modules.m.functions = '*'", "modules.m: lacks the key import"),
+        ("modules.m.import = 'os'", "modules.m: lacks the key functions"),
+        (
+            "modules.m = {import = '', functions = '*'}",
+            "modules.m.import = '': expected a string of length >= 1",
+        ),
+        (
+            "modules.m = {import = 'os', functions = 'getpid'}",
+            "modules.m.functions = 'getpid': must be \"*\" or a list of function names",
+        ),
+        (
+            "modules.m = {import = 'os', functions = ['getpid', '_exit']}",
+            "modules.m.functions[1] = '_exit': must be a letter followed by letters",
+        ),
+        (
+            "modules.m = {import = 'os', functions = [5]}",
+            "modules.m.functions[0] = 5: must be a letter followed by letters",
+        ),
+        ("modules.'a-b' = {import = 'os', functions = '*'}", "modules: the name 'a-b' must be a"),
+        (f"modules.{'m' * 51} = {{import = 'os', functions = '*'}}", "at most 50 characters"),
+        ("module_dirs = [{functions = '*'}]", "module_dirs[0]: lacks the key path"),
+        ("module_dirs = [{path = 5}]", "module_dirs[0].path = 5: expected a string"),
+        ("module_dirs = [{path = ''}]", "module_dirs[0].path = '': expected a string of length"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_told(file: File, text: str, words: str) -> None:
+    message = file.error(text)
+    assert message.startswith(f"{file.path}: ")
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "allowed"),
+    [
+        ("worker = 2", "worker", "workers"),
+        ("limits.max_connection = 5", "limits.max_connection", "max_connections"),
+        ("[limits]\nworkers = 5", "limits.workers", "max_connections"),
+        ("max_connections = 5", "max_connections", "limits"),
+        ("modules.m = {import = 'os', functions = '*', x = 1}", "modules.m.x", "import, functions"),
+        ("[[module_dirs]]\npath = '/a'\nimport = 'os'", "module_dirs[0].import", "path, functions"),
+        ("[modules.m.sub]\nx = 1", "modules.m.sub", "import, functions"),
+    ],
+)
+def test_an_unknown_key_is_told_with_those_that_are_allowed(
+    file: File, text: str, where: str, allowed: str
+) -> None:
+    message = file.error(text)
+    assert message.startswith(f"{file.path}: {where}: unknown key; allowed: ")
+    assert allowed in message.partition("allowed: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("CPAN_BRIDGE_WORKERS", "many", "expected a whole number"),
+        ("CPAN_BRIDGE_WORKERS", "2.5", "expected a whole number"),
+        ("CPAN_BRIDGE_WORKERS", "-1", "expected a whole number >= 0"),
+        ("CPAN_BRIDGE_DEBUG", "maybe", "must be true or false"),
+        ("CPAN_BRIDGE_OVERLOAD", "drop", 'must be "wait"'),
+        ("CPAN_BRIDGE_SOCKET", "/a,,/b", "must be a list of socket paths"),
+        ("CPAN_BRIDGE_MAX_CONNECTIONS", "0", "expected a whole number >= 1"),
+        ("CPAN_BRIDGE_TIMEOUT", "soon", "expected a number"),
+        ("CPAN_BRIDGE_READ_TIMEOUT", "nan", "expected a number"),
+    ],
+)
+def test_a_wrong_variable_is_told(file: File, name: str, text: str, words: str) -> None:
+    message = file.error("", **{name: text})
+    assert message.startswith(f"environment: {name}")
+    assert words in message
+    shown = repr(text) if "," not in text else "''"
+    assert shown in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("workers", "--set workers: must be KEY=VALUE"),
+        ("workers=many", "--set workers = 'many': expected a whole number"),
+        ("limits.max_connections=0", "--set limits.max_connections = '0': expected a whole number"),
+        ("worker=2", "--set: 'worker' is not an option that can be set here; "),
+        ("max_connections=2", "--set: 'max_connections' is not an option"),
+        ("modules={}", "--set: 'modules' is not an option that can be set here"),
+        ("limits=5", "--set: 'limits' is not an option that can be set here"),
+        ("=5", "--set: '' is not an option"),
+    ],
+)
+def test_a_wrong_flag_is_told(file: File, flag: str, words: str) -> None:
+    assert file.error("", flag).startswith(words)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
+        load(str(tmp_path / "none.toml"), environ={})
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load(str(tmp_path), environ={})
+
+
+@pytest.mark.parametrize("text", ["workers =", "[limits", "workers = 1\nworkers = 2", "\x00"])
+def test_what_is_not_toml_is_told_with_its_line(file: File, text: str) -> None:
+    message = file.error(text)
+    assert message.startswith(f"{file.path}: not valid TOML: ")
+    assert re.search(r"line \d|end of document", message)
+
+
+def test_a_file_that_is_not_utf_8_is_told(file: File) -> None:
+    file.path.write_bytes(b"log_file = '\xff'")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load(str(file.path), environ={})
+
+
+# -- this version --
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ('overload = "reject"', "overload = 'reject'"),
+        ("modules.m = {import='os', functions='*', affinity='client'}", "modules.m.affinity = 'c"),
+        ("modules.m = {import='os', functions='*', affinity='module'}", "modules.m.affinity = 'm"),
+        ("module_dirs = [{path='/a', affinity='module'}]", "module_dirs[0].affinity = 'module'"),
+    ],
+)
+def test_what_this_version_does_not_have_is_refused(file: File, text: str, where: str) -> None:
+    message = file.error(text)
+    assert message.startswith(f"{file.path}: {where}")
+    assert message.endswith("the only one in this version")
+
+
+def test_overload_reject_is_refused_from_every_source(file: File) -> None:
+    assert "only one in this version" in file.error("", CPAN_BRIDGE_OVERLOAD="reject")
+    assert "only one in this version" in file.error("", "overload=reject")
+
+
+def test_keys_that_are_not_enforced_yet_are_noted_when_they_are_set(file: File) -> None:
+    assert file.load("").notes == []
+    assert file.load("workers = 2\nlimits.read_timeout = 5").notes == []
+    for key in config.NOT_YET_ENFORCED:
+        note = f"{key} is set, but this version does not enforce it yet"
+        name = "CPAN_BRIDGE_" + key.removeprefix("limits.").upper()
+        value = as_text(OTHER[key])
+        assert file.load(f"{key} = {value}").notes == [note]
+        assert file.load("", f"{key}={value}").notes == [note]
+        assert file.load("", **{name: value}).notes == [note]
+
+
+def test_a_variable_that_is_no_option_is_noted(file: File) -> None:
+    loaded = file.load("", CPAN_BRIDGE_MAX_CONECTIONS="5", CPAN_BRIDGE_JSON="PP", PATH="/bin")
+    (note,) = loaded.notes
+    assert note == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"

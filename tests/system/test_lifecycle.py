@@ -1,0 +1,804 @@
+"""Start, stop, and what the command says: messages, exit statuses, what is left and what is not."""
+
+import contextlib
+import grp
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import COMMAND, Daemon, NewDaemon
+from plain_client import Framed, connect, one_shot, read_to_end, until
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def only_line(text: str) -> str:
+    """The text, which must be one line."""
+    assert text.count("\n") == 1, text
+    assert text.endswith("\n"), text
+    return text[:-1]
+
+
+def failed(done: Finished, status: int = 1) -> str:
+    """The one line on standard error of a command that failed."""
+    assert done.returncode == status, done
+    assert done.stdout == ""
+    line = only_line(done.stderr)
+    assert line.startswith("cpanbridged: ")
+    return line
+
+
+def processes_of(daemon: Daemon) -> list[int]:
+    """All processes that have the daemon's log open: the master, workers, and what they forked."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == str(daemon.log_file) for file in process.open_files()):
+                found.append(process.pid)
+    return found
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for whoever inherited it to take note."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return True
+
+
+def ends(daemon: Daemon) -> bool:
+    """Whether a daemon that was told to stop ends as it should, long before graceful_timeout."""
+    assert daemon.process is not None
+    try:
+        return daemon.process.wait(15) == 0
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"it does not end: {daemon.log()}") from None
+
+
+def nothing_is_left(daemon: Daemon) -> bool:
+    """Whether there is neither a process nor a socket nor a pid file."""
+    files = [daemon.path, f"{daemon.path}.pid", f"{daemon.path}.pid.new"]
+    return not any(map(os.path.lexists, files)) and not processes_of(daemon)
+
+
+def started_pid(done: Finished) -> int:
+    """The master's pid as `start` tells it."""
+    assert done.returncode == 0, done
+    match = re.search(r"^Started: pid (\d+), ", done.stdout, re.MULTILINE)
+    assert match, done
+    return int(match[1])
+
+
+@contextlib.contextmanager
+def under_way(daemon: Daemon, seconds: float, function: str = "span") -> Iterator[Any]:
+    """While a one-shot call runs; gives a future of its whole reply."""
+    note = daemon.folder / "runs"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one_shot, daemon.path, "probe", function, [seconds, str(note)])
+        until(note.exists)
+        yield call
+
+
+# -- start, status, stop, restart --
+
+
+def test_start_status_and_stop_say_what_they_did(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    started = daemon.command("start")
+    pid = started_pid(started)
+    assert started.stdout == (
+        f"Started: pid {pid}, 2 workers, listening on {daemon.path}, log {daemon.log_file}\n"
+    )
+    assert started.stderr == ""
+    assert Path(f"{daemon.path}.pid").read_text() == f"{pid}\n"
+    assert os.getsid(pid) not in (os.getsid(0), pid)  # of no terminal, and it can get none
+    assert daemon.call("test", "ping")["message"] == "pong"
+
+    status = daemon.command("status")
+    assert status.returncode == 0
+    first, *workers = status.stdout.splitlines()
+    assert re.fullmatch(rf"running: pid {pid}, up 0h 0m \d+s, listening on {daemon.path}", first)
+    assert [re.sub(r"\d+:", "N:", line, count=1) for line in workers] == [
+        "  pid N: worker 0 gen 1 busy 0/100",
+        "  pid N: worker 1 gen 1 busy 0/100",
+    ]
+
+    stopped = daemon.command("stop")
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (0, f"Stopped: pid {pid}\n", "")
+    assert nothing_is_left(daemon)
+
+
+def test_status_as_json_is_one_object(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 3")
+    status = daemon.command("status", "--json")
+    assert status.returncode == 3
+    assert json.loads(only_line(status.stdout)) == {"running": False, "sockets": [daemon.path]}
+    daemon.run()
+    status = daemon.command("status", "--json")
+    assert status.returncode == 0
+    found = json.loads(only_line(status.stdout))
+    assert found["running"] is True
+    assert found["pid"] == daemon.pid
+    assert found["sockets"] == [daemon.path]
+    assert found["uptime_seconds"] >= 0
+    assert sorted(each["pid"] for each in found["workers"]) == sorted(daemon.workers())
+
+
+def test_what_is_not_running_cannot_be_stopped_or_called(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    assert f"not running at {daemon.path}" in failed(daemon.command("stop"), 3)
+    assert "not running" in failed(daemon.command("call", "test", "ping"), 3)
+    status = daemon.command("status")
+    assert (status.returncode, status.stdout) == (3, f"not running at {daemon.path}\n")
+
+
+@pytest.mark.parametrize("command", ["start", "run"])
+def test_a_second_start_fails_and_names_the_socket_and_the_first_ones_pid(
+    new_daemon: NewDaemon, command: str
+) -> None:
+    daemon = new_daemon("workers = 2").run()
+    line = failed(daemon.command(command))
+    assert daemon.path in line
+    assert f"pid {daemon.pid}" in line
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert daemon.command("status").returncode == 0
+
+
+def test_restart_replaces_the_daemon_or_starts_one(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    first = started_pid(daemon.command("restart"))
+    done = daemon.command("restart")
+    second = started_pid(done)
+    assert done.stdout.startswith(f"Stopped: pid {first}\n")
+    assert first != second
+    assert ended(first)
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert daemon.command("stop").returncode == 0
+
+
+def test_restart_with_a_bad_configuration_changes_nothing(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2").run()
+    daemon.write_config("workers = -1")
+    line = failed(daemon.command("restart"))
+    assert str(daemon.config) in line
+    assert "workers = -1" in line
+    assert daemon.call("test", "ping")["message"] == "pong"
+
+
+def test_without_a_log_file_start_logs_beside_the_socket(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    done = daemon.command("start", "--set", "log_file=stderr")
+    assert done.stdout.endswith(f", log {daemon.folder}/d.log\n")
+    assert " ready: pid " in daemon.log()
+    assert daemon.command("stop").returncode == 0
+
+
+BROKEN = {
+    "a syntax error": ("def broken(:\n", "SyntaxError"),
+    "a missing import": ("import no_such_module_at_all\n", "no_such_module_at_all"),
+    "an exception": ("raise RuntimeError('two\\nlines')\n", "RuntimeError"),
+    "an exit": ("import sys\nsys.exit(3)\n", "SystemExit"),
+    "a crash": ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "SIGSEGV"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_module_fails_the_start_with_one_line_and_leaves_nothing(
+    new_daemon: NewDaemon, kind: str
+) -> None:
+    text, said = BROKEN[kind]
+    daemon = new_daemon("")
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    (helpers / "bad_helper.py").write_text(text)
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    line = failed(daemon.command("start"))
+    assert said in line
+    if kind != "a crash":  # of which nobody but the log can tell where it was
+        assert f"{helpers}/bad_helper.py" in line
+    assert nothing_is_left(daemon)
+
+
+@pytest.mark.parametrize("log", ["a file", "stderr"])
+def test_a_run_that_cannot_start_says_so_on_standard_error_wherever_the_log_is(
+    new_daemon: NewDaemon, log: str
+) -> None:
+    daemon = new_daemon(
+        'workers = 2\n[modules.a]\nimport = "no_such_module_at_all"\nfunctions = "*"'
+    )
+    flags = ["--set", "log_file=stderr"] if log == "stderr" else []
+    done = daemon.command("run", *flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    *logged, told = done.stderr.splitlines()
+    assert told.startswith("cpanbridged: not started: modules.a: import of 'no_such_module_at_all'")
+    assert bool(logged) == (log == "stderr")
+    assert nothing_is_left(daemon)
+
+
+def test_an_unknown_function_fails_the_start_and_a_close_one_is_offered(
+    new_daemon: NewDaemon,
+) -> None:
+    table = '[modules.stats]\nimport = "statistics"\nfunctions = ["mean", "meddian"]'
+    daemon = new_daemon(f"workers = 2\n{table}")
+    line = failed(daemon.command("start"))
+    assert "modules.stats: function 'meddian' does not exist" in line
+    assert "did you mean 'median'?" in line
+    assert nothing_is_left(daemon)
+
+
+# -- stopping --
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_running_requests_finish_and_nobody_else_in(
+    new_daemon: NewDaemon, number: signal.Signals
+) -> None:
+    daemon = new_daemon("workers = 2").run()
+    with under_way(daemon, 1.5) as reply, Framed(daemon.path) as framed:
+        framed.send("probe", "span", [1.5])
+        until(lambda: daemon.metrics()["gate"]["running"] == 3)
+        framed.send("test", "ping")
+        os.kill(daemon.pid, number)
+
+        def refused() -> bool:
+            try:
+                connect(daemon.path).close()
+            except (FileNotFoundError, ConnectionRefusedError):
+                return True
+            return False
+
+        until(refused)
+        assert not reply.done()
+        assert reply.result()["success"]
+        last = framed.receive()
+        assert last is not None
+        assert last["function"] == "span"
+        # The one that was sent after it was not run, and the client is told so.
+        assert framed.receive() is None
+    assert ends(daemon)
+    assert nothing_is_left(daemon)
+
+
+def test_the_stop_command_waits_for_running_requests(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    pid = started_pid(daemon.command("start"))
+    with under_way(daemon, 1.5) as reply:
+        assert daemon.command("stop").returncode == 0
+        assert ended(pid)
+        assert nothing_is_left(daemon)
+        assert reply.result()["success"]
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_concurrent_requests"])
+def test_clients_that_wait_for_room_are_told_that_the_daemon_stops(
+    new_daemon: NewDaemon, limit: str
+) -> None:
+    daemon = new_daemon(f"workers = 2\nlimits.{limit} = 1").run()
+    with under_way(daemon, 1.5) as running, ThreadPoolExecutor(3) as pool:
+        framed = [Framed(daemon.path) for _ in range(3)]
+        for client in framed:
+            client.send("probe", "echo", {})
+        one_shots = [pool.submit(one_shot, daemon.path, "probe", "echo", {}) for _ in range(3)]
+        time.sleep(0.3)  # so that they are in the backlog; one that is not finds no socket
+        daemon.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        for client in framed:
+            assert client.receive() is None
+            client.socket.close()
+        for reply in one_shots:
+            assert reply.result()["error_type"] == "ShuttingDown"
+        # Saying so takes a connection's room, but no request's.
+        assert running.done() == (limit == "max_connections")
+        assert running.result()["success"]
+    assert ends(daemon)
+
+
+def test_a_stop_in_the_midst_of_arriving_clients_waits_for_nobody(new_daemon: NewDaemon) -> None:
+    """A thread that was on its way to wait for clients must not be waited for."""
+    for _ in range(8):
+        daemon = new_daemon("workers = 3\nlimits.graceful_timeout = 20").run()
+
+        def come_and_go(path: str = daemon.path) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connect(path).close()
+
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(2):
+                pool.submit(come_and_go)
+            began = time.monotonic()
+            assert daemon.stop() == 0
+            assert time.monotonic() - began < 10
+        assert "Traceback" not in daemon.log()
+
+
+def test_an_idle_client_is_told_that_the_daemon_stops(daemon: Daemon) -> None:
+    with (
+        Framed(daemon.path, timeout=15) as fresh,
+        Framed(daemon.path, timeout=15) as used,
+        connect(daemon.path, timeout=15) as silent,
+    ):
+        assert used.call("test", "ping") is not None
+        fresh.socket.sendall(b"\0")  # a frame that has only begun
+        until(lambda: daemon.metrics()["gate"]["connections"] == 4)
+        daemon.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        for client in (fresh, used):
+            assert client.receive() is None
+            with contextlib.suppress(ConnectionResetError):
+                assert read_to_end(client.socket) == b""
+        assert read_to_end(silent) == b""
+        assert ends(daemon)
+
+
+def test_a_one_shot_request_that_has_only_begun_is_told_that_the_daemon_stops(
+    daemon: Daemon,
+) -> None:
+    with connect(daemon.path) as client:
+        client.sendall(b'{"module": "te')
+        until(lambda: daemon.metrics()["gate"]["connections"] == 2)
+        daemon.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        assert json.loads(read_to_end(client))["error_type"] == "ShuttingDown"
+    assert ends(daemon)
+
+
+@pytest.mark.parametrize("function", ["span", "hold_interpreter"])
+def test_requests_that_take_longer_than_graceful_timeout_are_cut(
+    new_daemon: NewDaemon, function: str
+) -> None:
+    daemon = new_daemon("workers = 2\nlimits.graceful_timeout = 1").run()
+    with under_way(daemon, 60, function) as reply:
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert 1 <= time.monotonic() - began < 10
+        assert isinstance(reply.exception(), ConnectionError | ValueError)  # no reply at all
+    assert nothing_is_left(daemon)
+
+
+def test_quit_ends_it_at_once(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits.graceful_timeout = 60").run()
+    with under_way(daemon, 60) as reply:
+        began = time.monotonic()
+        assert daemon.stop(signal.SIGQUIT) == 0
+        assert time.monotonic() - began < 10
+        assert isinstance(reply.exception(), ConnectionError | ValueError)
+    assert nothing_is_left(daemon)
+
+
+def test_quit_ends_it_at_once_while_it_stops(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits.graceful_timeout = 60").run()
+    with under_way(daemon, 60):
+        daemon.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        until(lambda: not os.path.exists(daemon.path))
+        assert daemon.stop(signal.SIGQUIT) == 0
+    assert nothing_is_left(daemon)
+
+
+def test_being_told_twice_to_stop_harms_no_running_request(daemon: Daemon) -> None:
+    with under_way(daemon, 1.5) as reply:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            daemon.process.send_signal(number)  # type: ignore[union-attr]
+            until(lambda: not os.path.exists(daemon.path))
+        assert not reply.done()
+        assert reply.result()["success"]
+    assert ends(daemon)
+
+
+@pytest.mark.parametrize("command", ["start", "run"])
+def test_a_daemon_that_is_told_to_stop_while_it_boots_leaves_nothing(
+    new_daemon: NewDaemon, command: str
+) -> None:
+    daemon = new_daemon("")
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    note = daemon.folder / "boots"
+    (helpers / "slow.py").write_text(f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(60)\n")
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(daemon.command, command)
+        until(note.exists)
+        os.kill(int(Path(f"{daemon.path}.pid").read_text()), signal.SIGTERM)
+        finished = done.result(20)
+    if command == "start":
+        assert "told to stop" in failed(finished)
+    else:
+        assert (finished.returncode, finished.stderr) == (0, "")
+    until(lambda: nothing_is_left(daemon))
+
+
+def test_no_other_signal_ends_it(daemon: Daemon) -> None:
+    workers = sorted(daemon.workers())
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"):
+        os.kill(daemon.pid, signal.Signals[name])
+        until(lambda name=name: name in daemon.log())
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert sorted(daemon.workers()) == workers
+    assert daemon.stop() == 0
+
+
+# -- sockets --
+
+
+def too_long(daemon: Daemon) -> tuple[str, str]:
+    return f"{daemon.folder}/{'x' * 107}", "at most 107"
+
+
+def no_folder(daemon: Daemon) -> tuple[str, str]:
+    return f"{daemon.folder}/none/d.sock", f"{daemon.folder}/none"
+
+
+def open_folder(daemon: Daemon) -> tuple[str, str]:
+    folder = daemon.folder / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    return f"{folder}/d.sock", f"chmod go-w {folder}"
+
+
+def inside_an_open_folder(daemon: Daemon) -> tuple[str, str]:
+    folder = daemon.folder / "open"
+    (folder / "closed").mkdir(parents=True)
+    folder.chmod(0o777)
+    return f"{folder}/closed/d.sock", f"chmod go-w {folder}"
+
+
+def a_file(daemon: Daemon) -> tuple[str, str]:
+    path = daemon.folder / "file"
+    path.write_text("precious")
+    return str(path), "not a socket"
+
+
+@pytest.mark.parametrize(
+    "trouble", [too_long, no_folder, open_folder, inside_an_open_folder, a_file]
+)
+def test_a_socket_that_cannot_be_had_is_told_in_one_line(
+    new_daemon: NewDaemon, trouble: Callable[[Daemon], tuple[str, str]]
+) -> None:
+    daemon = new_daemon("workers = 2")
+    path, said = trouble(daemon)
+    line = failed(daemon.command("start", "--socket", path))
+    assert str(daemon.folder) in line
+    assert said in line
+    assert not processes_of(daemon)
+    assert not os.path.exists(f"{path}.pid")
+    if trouble is a_file:
+        assert Path(path).read_text() == "precious"
+
+
+def test_a_folder_of_another_user_is_refused(new_daemon: NewDaemon) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder to another user")
+    daemon = new_daemon("workers = 2")
+    folder = daemon.folder / "theirs"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    line = failed(daemon.command("start", "--socket", f"{folder}/d.sock"))
+    assert "user 65534 owns" in line
+    assert str(folder) in line
+
+
+def test_another_programs_socket_is_left_alone(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(daemon.path)
+        other.listen()
+        line = failed(daemon.command("start"))
+        assert f"{daemon.path}: in use by another program" in line
+        connect(daemon.path).close()
+    assert not processes_of(daemon)
+    assert not os.path.exists(f"{daemon.path}.pid")
+
+
+def test_a_socket_that_nobody_listens_on_any_more_is_replaced(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(daemon.path)
+        dead.listen()
+    assert stat.S_ISSOCK(os.lstat(daemon.path).st_mode)
+    daemon.run()
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert daemon.stop() == 0
+
+
+def test_an_unknown_group_is_told_in_one_line(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon('workers = 2\nsocket_group = "no-such-group"')
+    line = failed(daemon.command("start"))
+    assert "socket_group" in line
+    assert "'no-such-group'" in line
+    assert nothing_is_left(daemon)
+
+
+def test_the_socket_has_the_mode_and_group_that_are_set(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2").run()
+    assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o600
+    assert daemon.stop() == 0
+    group = grp.getgrgid(1 if os.getuid() == 0 else os.getgroups()[-1])
+    daemon.write_config(f'workers = 2\nsocket_mode = "0660"\nsocket_group = "{group.gr_name}"')
+    daemon.run()
+    assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o660
+    assert os.stat(daemon.path).st_gid == group.gr_gid
+    assert daemon.stop() == 0
+
+
+def test_all_paths_of_listen_are_served_and_taken_away_again(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("")
+    paths = [daemon.path, f"{daemon.folder}/second.sock"]
+    config = daemon.config.read_text().replace(f'["{daemon.path}"]', json.dumps(paths))
+    daemon.config.write_text(f"workers = 2\n{config}")
+    daemon.run()
+    for _ in range(3):
+        for path in paths:
+            assert one_shot(path, "test", "echo", [path])["result"] == [path]
+    for path in paths:
+        assert daemon.command("status", "--socket", path).returncode == 0
+        assert f"{path}: in use by a running" in failed(daemon.command("start", "--socket", path))
+    assert daemon.stop() == 0
+    for path in paths:
+        assert not os.path.exists(path)
+        assert not os.path.exists(f"{path}.pid")
+
+
+def test_a_socket_that_others_took_over_is_not_taken_away_at_the_end(daemon: Daemon) -> None:
+    os.unlink(daemon.path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(daemon.path)
+        other.listen()
+        assert daemon.stop() == 0
+        connect(daemon.path).close()
+
+
+# -- check, call, settings --
+
+
+def test_check_lists_what_may_be_called_and_starts_nothing(new_daemon: NewDaemon) -> None:
+    table = '[modules.stats]\nimport = "statistics"\nfunctions = ["median", "mean"]'
+    daemon = new_daemon(f"workers = 3\n{table}")
+    done = daemon.command("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert f"configuration: {daemon.config}: fine" in lines
+    assert f"sockets: {daemon.path}" in lines
+    assert "workers: 3" in lines
+    assert "module stats: mean, median" in lines
+    probe = next(line for line in lines if line.startswith("module probe: "))
+    assert {"echo", "nap", "worker_pid"} <= set(probe.removeprefix("module probe: ").split(", "))
+    assert nothing_is_left(daemon)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("workers = 2\ncolour = 1", "colour"),
+        ("limits.max_connections = 0", "limits.max_connections = 0"),
+        ("workers = [", "not valid TOML"),
+        ('python_path = ["/no/such/folder"]', "/no/such/folder: not a folder"),
+        ('[modules.a]\nimport = "no_such_module_at_all"\nfunctions = "*"', "modules.a: "),
+        ('[modules.a]\nimport = "statistics"\nfunctions = ["nothing"]', "'nothing'"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_told_in_one_line(
+    new_daemon: NewDaemon, config: str, said: str
+) -> None:
+    daemon = new_daemon(config)
+    line = failed(daemon.command("check"))
+    assert said in line
+    assert failed(daemon.command("start")).endswith(line.removeprefix("cpanbridged: "))
+    assert nothing_is_left(daemon)
+
+
+def test_check_says_what_start_would_say_of_a_broken_module(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("")
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    (helpers / "bad_helper.py").write_text("print('loading')\nimport no_such_module_at_all\n")
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    done = daemon.command("check")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("loading\n")  # what modules print is not the command's answer
+    told = only_line(done.stderr.removeprefix("loading\n"))
+    assert told.removeprefix("cpanbridged: ") in failed(daemon.command("start"))
+
+
+def test_call_prints_the_result_as_json(daemon: Daemon) -> None:
+    done = daemon.command("call", "probe", "echo", '{"a": [1, null, "\\u2603"]}')
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"a": [1, None, "\u2603"]}
+    assert json.loads(daemon.command("call", "test", "ping").stdout)["message"] == "pong"
+    assert json.loads(daemon.command("call", "probe", "two", "[1, 2]").stdout) == [1, 2]
+
+
+def test_call_tells_in_its_exit_status_how_it_went(daemon: Daemon) -> None:
+    line = failed(daemon.command("call", "probe", "fail", '["as asked"]'))
+    assert "ValueError: Error in probe.fail: as asked" in line
+    assert "ModuleNotAllowed" in failed(daemon.command("call", "none", "f"))
+    assert "FunctionNotAllowed" in failed(daemon.command("call", "probe", "f"))
+    assert "InvalidParams" in failed(daemon.command("call", "probe", "two", "[]"))
+    assert "closed without a reply" in failed(daemon.command("call", "probe", "die"))
+    assert "no reply within 0.2 s" in failed(
+        daemon.command("call", "probe", "nap", "[1]", "--timeout", "0.2")
+    )
+    assert "JSON" in failed(daemon.command("call", "probe", "echo", "{oops"), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("call", "probe"), ("fly",), ("stop", "now"), ("status", "--jsonp"), ("start", "--set")],
+)
+def test_wrong_usage_is_exit_status_2(new_daemon: NewDaemon, arguments: tuple[str, ...]) -> None:
+    done = new_daemon().command(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: cpanbridged")
+
+
+def test_flags_beat_the_environment_and_that_beats_the_file(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 3")
+    assert "workers: 3\n" in daemon.command("check").stdout
+    daemon.environment["CPAN_BRIDGE_WORKERS"] = "4"
+    assert "workers: 4\n" in daemon.command("check").stdout
+    assert "workers: 5\n" in daemon.command("check", "--set", "workers=5").stdout
+    daemon.environment["CPAN_BRIDGE_SOCKET"] = f"{daemon.folder}/e.sock"
+    assert f"sockets: {daemon.folder}/e.sock\n" in daemon.command("check").stdout
+    other = f"{daemon.folder}/f.sock"
+    assert f"sockets: {other}\n" in daemon.command("check", "--socket", other).stdout
+    daemon.environment["CPAN_BRIDGE_WORKERS"] = "many"
+    line = failed(daemon.command("check"))
+    assert "CPAN_BRIDGE_WORKERS" in line
+    assert "many" in line
+
+
+def test_settings_that_are_set_in_each_way_are_the_running_daemons(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits.max_connections = 7\nlimits.idle_timeout = 70")
+    daemon.environment["CPAN_BRIDGE_TIMEOUT"] = "80"
+    daemon.environment["CPAN_BRIDGE_MAX_CONCURRENT_REQUESTS"] = "8"
+    started_pid(daemon.command("start", "--set", "limits.max_concurrent_requests=9"))
+    found = daemon.call("system", "info")["configuration"]
+    assert found["max_connections"] == 7
+    assert found["connection_timeout"] == 80
+    assert found["max_concurrent_requests"] == 9
+    assert daemon.command("stop").returncode == 0
+
+
+# -- what ps shows --
+
+
+def title(pid: int) -> str:
+    return " ".join(psutil.Process(pid).cmdline()).strip()
+
+
+def test_process_titles_say_what_each_process_is_and_does(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits.max_connections = 50").run()
+    assert title(daemon.pid) == f"cpanbridged: master [{daemon.config}]"
+
+    def titles() -> list[str]:
+        return sorted(title(pid) for pid in daemon.workers())
+
+    idle = [f"cpanbridged: worker {number} gen 1 busy 0/50" for number in range(2)]
+    until(lambda: titles() == idle)
+    with under_way(daemon, 60):
+        until(lambda: sorted(each[-4:] for each in titles()) == ["0/50", "1/50"])
+        daemon.stop(signal.SIGQUIT)
+
+
+# -- other users --
+
+
+class OtherUser:
+    """Runs the command as a user that is not root, with an environment of its own."""
+
+    def __init__(self, uid: int, environment: dict[str, str], prefix: list[str]) -> None:
+        self.uid = uid
+        self.environment = environment
+        self._prefix = prefix
+
+    def command(self, *arguments: str) -> Finished:
+        return subprocess.run(
+            [*self._prefix, COMMAND, *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+
+@pytest.fixture
+def other_user() -> Iterator[OtherUser]:
+    """The user who runs the tests, or when that is root, one that nobody else is."""
+    environment = {"PATH": os.environ["PATH"]}
+    if os.getuid() != 0:
+        yield OtherUser(os.getuid(), environment, [])
+        return
+    uid = 61000 + os.getpid() % 4000
+    become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    # Where Python stands in root's home, others cannot read it without this right to read.
+    read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    for prefix in (become, become + read):
+        with contextlib.suppress(FileNotFoundError):
+            user = OtherUser(uid, environment, prefix)
+            if user.command("--version").returncode == 0:
+                yield user
+                return
+    pytest.skip("no other user can run this Python: setpriv is missing, or may not pass rights on")
+
+
+@pytest.fixture
+def their_folder(other_user: OtherUser) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="cb-", dir="/tmp"))
+    os.chown(folder, other_user.uid, -1)
+    yield folder
+    with contextlib.suppress(OSError, ValueError):
+        master = psutil.Process(int((folder / "cpanbridged.sock.pid").read_text()))
+        for each in (master, *master.children()):
+            each.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_users_own_daemon_stands_in_the_runtime_folder(
+    other_user: OtherUser, their_folder: Path
+) -> None:
+    other_user.environment["XDG_RUNTIME_DIR"] = str(their_folder)
+    path = their_folder / "cpanbridged.sock"
+    done = other_user.command("start", "--set", "workers=2")
+    pid = started_pid(done)
+    assert f"listening on {path}, log {their_folder}/cpanbridged.log" in done.stdout
+    assert psutil.Process(pid).uids().effective == other_user.uid
+    assert os.stat(path).st_uid == other_user.uid
+    assert other_user.command("status").returncode == 0
+    assert json.loads(other_user.command("call", "test", "echo", "[1]").stdout) == [1]
+    assert other_user.command("stop").returncode == 0
+    assert not path.exists()
+
+
+def test_without_a_runtime_folder_it_stands_in_one_of_the_users_own(other_user: OtherUser) -> None:
+    folder = Path(f"/tmp/cpanbridged-{other_user.uid}")
+    if folder.exists():
+        pytest.skip(f"{folder} is somebody's already")
+    try:
+        started_pid(other_user.command("start", "--set", "workers=2"))
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert folder.stat().st_uid == other_user.uid
+        assert (folder / "cpanbridged.sock").is_socket()
+        assert other_user.command("call", "test", "ping").returncode == 0
+        assert other_user.command("stop").returncode == 0
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_folder_that_somebody_else_put_in_its_place_is_refused(other_user: OtherUser) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder to another user")
+    folder = Path(f"/tmp/cpanbridged-{other_user.uid}")
+    folder.mkdir(0o777)
+    try:
+        os.chown(folder, other_user.uid + 1, -1)
+        line = failed(other_user.command("start"))
+        assert f"{folder}" in line
+        assert "refused" in line
+        assert f"user {other_user.uid + 1} owns" in line
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_another_user_can_neither_call_nor_stop_it(
+    other_user: OtherUser, new_daemon: NewDaemon
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("takes two users")
+    daemon = new_daemon("workers = 2").run()
+    daemon.folder.chmod(0o755)
+    line = failed(other_user.command("call", "--socket", daemon.path, "test", "ping"))
+    assert "Permission denied" in line
+    failed(other_user.command("stop", "--socket", daemon.path))
+    failed(other_user.command("start", "--socket", daemon.path))
+    assert daemon.call("test", "ping")["message"] == "pong"
