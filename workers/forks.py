@@ -13,6 +13,7 @@ Called in the child of a worker, by the interpreter.
 import os
 import signal
 import socket
+import threading
 from collections.abc import Collection
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -21,7 +22,20 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 def let_go_in_children(sockets: Collection[str]) -> None:
     """From now on, children that this process forks keep nothing of the worker on these paths."""
     paths = frozenset(sockets)
-    os.register_at_fork(after_in_child=lambda: _let_go(paths))
+    masks = threading.local()
+
+    def before() -> None:
+        # A signal may reach the child before it has let go of the handlers.
+        masks.kept = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.kept)
+
+    def after_in_child() -> None:
+        _let_go(paths)
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
 def _let_go(paths: Collection[str]) -> None:

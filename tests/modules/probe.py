@@ -5,8 +5,10 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -189,3 +191,28 @@ def results(kind: str) -> Any:
         "exits": Exits(),
         "doubly": Doubly(),
     }[kind]
+
+
+def set_default_timeout(seconds: float) -> None:
+    socket.setdefaulttimeout(seconds)
+
+
+def terminate_a_child() -> int | None:
+    """Forks a child that sleeps, asks it to end, and returns how it ended."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(20)
+    return child.exitcode
+
+
+def leave_a_child(seconds: float) -> int:
+    """Forks a child that goes on after the call; returns its pid."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,))
+    child.start()
+    assert child.pid is not None
+    return child.pid
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,62 @@
+"""What a module does in one worker does not reach the clients of another."""
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+
+from conftest import Daemon, NewDaemon
+from plain_client import connect, one_shot, until
+
+
+def test_a_module_that_keeps_the_interpreter_lock_holds_up_no_other_worker(
+    daemon: Daemon,
+) -> None:
+    note = daemon.folder / "note"
+    holder = threading.Thread(
+        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [3, str(note)])
+    )
+    holder.start()
+    busy = int(until(lambda: note.exists() and note.read_text(), what="the call's begin"))
+    waits = []
+    for _ in range(30):
+        asked = time.monotonic()
+        assert daemon.call("probe", "worker_pid") != busy
+        waits.append(time.monotonic() - asked)
+    assert holder.is_alive(), "it did not hold for long enough to show anything"
+    holder.join()
+    assert max(waits) < 1.0
+
+
+def test_a_default_timeout_set_by_a_module_changes_no_client(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 1\nlimits.max_requests_per_minute = 0").run()
+    daemon.call("probe", "set_default_timeout", [0.2])
+    with connect(daemon.path) as silent:
+        silent.settimeout(0.6)
+        with contextlib.suppress(TimeoutError):
+            assert silent.recv(1) != b"", "closed as if its time were over"
+        began = time.monotonic()
+        daemon.call("test", "echo", [1])
+        assert time.monotonic() - began < 5
+    assert daemon.call("probe", "nap", [0.5])
+
+
+def test_terminating_a_child_that_a_module_forked_ends_the_child_and_not_the_worker(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon("workers = 1").run()
+    (worker,) = daemon.workers()
+    assert daemon.call("probe", "terminate_a_child") == -15
+    assert daemon.call("probe", "worker_pid") == worker
+    assert daemon.workers() == [worker]
+
+
+def test_a_child_that_a_module_leaves_running_keeps_no_client_waiting(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    daemon = new_daemon("workers = 1").run()
+    began = time.monotonic()
+    child = daemon.call("probe", "leave_a_child", [30])
+    assert time.monotonic() - began < 20
+    assert Path(f"/proc/{child}").exists()
+    daemon.call("probe", "kill", [child])
