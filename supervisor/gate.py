@@ -133,6 +133,8 @@ class Gate:
         self._lock = RecordLock(shared.fd)
         self._threads = threading.Lock()
         self._release = threading.Lock()
+        self._line_for_connection = threading.Lock()
+        self._line_for_request = threading.Lock()
 
     def __enter__(self) -> None:
         self._threads.acquire()
@@ -263,6 +265,25 @@ class Gate:
         Sleeps while there is none; returns None when the descriptor `stop` is readable by then.
         `take` is one of `reserve` and `admitted`.
         """
+        with self:
+            if self.obstacle(connection=connection) is None:
+                return take()
+        # Of the threads that wait for the same, one looks and the others wait for their turn.
+        if connection:
+            with self._line_for_connection:
+                return self._wait_and_take(take, stop, connection)
+        self._queue(+1)
+        try:
+            with self._line_for_request:
+                return self._wait_and_take(take, stop, connection)
+        finally:
+            self._queue(-1)
+
+    def _queue(self, change: int) -> None:
+        with self._release:
+            self._slot.queued += change
+
+    def _wait_and_take(self, take: Callable[[], T], stop: int, connection: bool) -> T | None:
         obstacle = None
         while True:
             with self:

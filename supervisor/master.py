@@ -104,6 +104,9 @@ class Master:
                 elif key.fd == key.data.report:  # it may have been closed in this round
                     self._read_report(key.data, key.data.pid)
             self._run_timers()
+        for name in _SIGNALS:  # Python would put the defaults back while it ends
+            if name != "CHLD":
+                signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
         LOGGER.info("Stopped")
         return self._exit_status
 

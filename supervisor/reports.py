@@ -78,7 +78,7 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
             "admitted_last_minute": shared.admitted_in_window(),
             "max_requests_per_minute": limits.max_requests_per_minute,
             "waiting_for_connection": sum(slot.waits_for_connection for slot in shared.slots),
-            "waiting_for_request": sum(slot.waits_for_request for slot in shared.slots),
+            "waiting_for_request": sum(slot.queued for slot in shared.slots),
             "worker_deaths": shared.header.deaths,
         },
     }

@@ -54,8 +54,8 @@ class Slot(ctypes.Structure):
         ("generation", ctypes.c_int64),
         # Written by the worker under the gate's lock.
         ("admitted", ctypes.c_int64),  # requests let through to run
-        ("waits_for_connection", ctypes.c_int64),  # threads waiting for a connection's room
-        ("waits_for_request", ctypes.c_int64),  # threads waiting for a request's room
+        ("waits_for_connection", ctypes.c_int64),  # 1: a thread listens to the connection bell
+        ("waits_for_request", ctypes.c_int64),  # 1 or 2: threads listen to the request bell
         # 1: there is room for a client that the thread at the door may be accepting. Taken under
         # the gate's lock, given back without.
         ("reserved", ctypes.c_int64),
@@ -63,14 +63,13 @@ class Slot(ctypes.Structure):
         ("opened", ctypes.c_int64),  # connections accepted
         # Written by the worker under its own release lock, and by the master once it is dead.
         ("closed", ctypes.c_int64),  # connections closed
+        ("queued", ctypes.c_int64),  # threads that have a request and wait for its room
         ("succeeded", ctypes.c_int64),  # requests that have run and returned a result
         ("failed", ctypes.c_int64),  # requests that have run and did not
         ("refused", ctypes.c_int64),  # requests answered with an error without running
         ("invalid", ctypes.c_int64),  # of these, malformed ones
         ("security_events", ctypes.c_int64),
         ("busy_ns", ctypes.c_int64),  # time that finished requests took, all together
-        # Written by the worker's main thread, once, when all modules are imported.
-        ("loaded_modules", ctypes.c_int64),
     )
 
     @property
@@ -152,6 +151,7 @@ class Shared:
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.waits_for_connection = 0
         slot.waits_for_request = 0
+        slot.queued = 0
 
     def admitted_in_window(self) -> int:
         """Requests admitted in the last 60 seconds, by a search in the ring: O(log window).

@@ -197,7 +197,12 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
             raise ModuleLoadError(f"{label}: the name is taken by a built-in module")
         importing = partial(importlib.import_module, table.import_)
         module = _import(f"{label}: import of {table.import_!r}", importing)
-        exposed[name] = Exposed(_select(module, table.functions, label), module)
+        functions = _select(module, table.functions, label)
+        if table.functions == "*" and not functions:
+            raise ModuleLoadError(
+                f'{label}: "*" finds no function of {table.import_!r}\'s own; name them'
+            )
+        exposed[name] = Exposed(functions, module)
     return Registry(built_in | exposed)
 
 

@@ -6,12 +6,12 @@ form each has its length before it, 4 bytes, big-endian; in the one-shot form re
 ASCII, because deployed clients decode them twice.
 """
 
-import base64
-import codecs
+import json
 import platform
 import struct
 import time
 from collections.abc import Iterable
+from json.encoder import encode_basestring_ascii
 from typing import Annotated, Any, NoReturn, TypeAlias
 
 import msgspec
@@ -28,6 +28,9 @@ NO_MORE_REQUESTS = FRAME_HEADER.pack(0)
 MAX_FRAME = 2**32 - 1
 
 
+RequestId = Annotated[str, Meta(max_length=100)]
+
+
 class Request(msgspec.Struct, forbid_unknown_fields=True):
     """What a client sends. Fields that may be absent may be null as well."""
 
@@ -35,7 +38,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     function: FunctionName
     params: Any = None
     timestamp: float | None = None
-    request_id: Annotated[str, Meta(max_length=100)] | None = None
+    request_id: RequestId | None = None
     perl_caller: Annotated[str, Meta(max_length=200)] | None = None
     client_version: Annotated[str, Meta(max_length=50)] | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
@@ -55,7 +58,7 @@ class Refusal(Exception):
 
 
 class _Identity(msgspec.Struct):
-    request_id: str | None = None
+    request_id: RequestId | None = None
 
 
 _decode_request = msgspec.json.Decoder(Request).decode
@@ -68,7 +71,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> Request:
     try:
         request = _decode_request(data)
     except _DECODE_ERRORS as error:
-        raise Refusal("InvalidRequest", _explain(error, limits), _identity(data)) from None
+        raise Refusal("InvalidRequest", _explain(error, data, limits), _identity(data)) from None
     if request.params is not None:
         _check_limits(request, data, limits)
     return request
@@ -92,14 +95,25 @@ def _identity(data: bytes | bytearray | memoryview) -> str | None:
         return None
 
 
-def _explain(error: Exception, limits: Limits) -> str:
+def _explain(error: Exception, data: bytes | bytearray | memoryview, limits: Limits) -> str:
     if isinstance(error, RecursionError):
         return f"Invalid request: nested deeper than {limits.max_object_depth} levels"
     if isinstance(error, UnicodeDecodeError):
         return f"Invalid request: not UTF-8: {error.reason} at byte {error.start} of a string"
     if isinstance(error, msgspec.ValidationError):
         return f"Invalid request: {error}"
+    if "truncated" in str(error) and _is_json(data):
+        # msgspec's word for half of a surrogate pair; the standard library lets it pass.
+        return "Invalid request: a string has a lone surrogate, which is not a character"
     return f"Invalid request: not JSON: {error}"
+
+
+def _is_json(data: bytes | bytearray | memoryview) -> bool:
+    try:
+        json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 # Where a value stands: the place that it is in, and its key there; None: it is `params`.
@@ -257,20 +271,12 @@ def to_ascii(reply: bytes) -> bytes:
     r"""The same JSON with every character beyond ASCII as `\uXXXX`."""
     if reply.isascii():
         return reply
-    return reply.decode().encode("ascii", "cpanbridge.json_escape")
+    # The standard library's escapes are made in C. It escapes backslashes and quotes as well, but
+    # these are JSON's own here, and are put back; in this order, each pair is what it was.
+    escaped = encode_basestring_ascii(reply.decode())[1:-1]
+    return escaped.replace("\\\\", "\\").replace('\\"', '"').encode()
 
 
 def to_frame(reply: bytes) -> bytes:
     """The reply with its length before it."""
     return FRAME_HEADER.pack(len(reply)) + reply
-
-
-def _json_escape(error: UnicodeError) -> tuple[str, int]:
-    # Characters beyond ASCII stand only inside JSON strings, where an escape means the same.
-    assert isinstance(error, UnicodeEncodeError)
-    units = base64.b16encode(error.object[error.start : error.end].encode("utf-16-be")).decode()
-    escaped = "".join(f"\\u{units[n : n + 4].lower()}" for n in range(0, len(units), 4))
-    return escaped, error.end
-
-
-codecs.register_error("cpanbridge.json_escape", _json_escape)

@@ -48,7 +48,7 @@ def run(place: Place) -> NoReturn:
         faulthandler.enable()
         # What modules print goes where the log goes, never to a client or the terminal's reader.
         os.dup2(2, 1)
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
         let_go_in_children(place.settings.sockets)
         try:
             registry = _boot(place)
@@ -151,8 +151,8 @@ class Worker:
         """Finish what runs, within `graceful_timeout`, and leave."""
         until = time.monotonic() + self._limits.graceful_timeout
         self._door.shut()
+        self._connections.drain()  # before anybody is woken, who would not know why
         os.eventfd_write(self._stop, 1)
-        self._connections.drain()
         if self._crew.wait_until_door_is_left(until - time.monotonic()):
             while (arrival := self._door.take_leftover(until)) is not None:
                 self._connections.turn_away(arrival)

@@ -252,6 +252,11 @@ def registered(house: House) -> int:
     return sum(slot.waits_for_connection + slot.waits_for_request for slot in house.shared.slots)
 
 
+def queued(house: House) -> int:
+    """How many threads wait for a request's room."""
+    return sum(slot.queued for slot in house.shared.slots)
+
+
 @pytest.mark.parametrize("connection", [True, False])
 def test_who_waits_is_let_in_when_another_worker_gives_room_back(
     new_house: NewHouse, connection: bool
@@ -286,7 +291,8 @@ def test_all_who_wait_are_let_in_one_after_another(new_house: NewHouse) -> None:
     house = new_house(4, max_concurrent_requests=1)
     assert house.try_to_admit(house.gates[0])
     waiters = [Waiter(house, gate, connection=False) for gate in house.gates for _ in range(5)]
-    until(lambda: registered(house) == 20)
+    until(lambda: queued(house) == 20)
+    assert registered(house) == 4  # one of each worker looks, whatever their number
     house.gates[0].finished(True, 1)
     for _ in range(20):
         inside = until(lambda: [w for w in waiters if w.result == "in"])
@@ -294,7 +300,7 @@ def test_all_who_wait_are_let_in_one_after_another(new_house: NewHouse) -> None:
         assert house.shared.running() == 1
         inside[0].gate.finished(True, 1)
         waiters.remove(inside[0])
-    assert registered(house) == 0
+    until(lambda: queued(house) == registered(house) == 0)
 
 
 def test_who_waits_for_the_verdict_is_let_in_when_it_opens(new_house: NewHouse) -> None:
