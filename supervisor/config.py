@@ -32,7 +32,7 @@ MAX_REQUEST_SIZE = 9 * 2**24 - 1
 
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
-LONGEST_SECONDS = 31_536_000  # a year
+LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
 Seconds = Annotated[float, Meta(gt=0, le=LONGEST_SECONDS)]
 SecondsOrNever = Annotated[float, Meta(ge=0, le=LONGEST_SECONDS)]
 ModuleName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_MODULE_NAME)]

@@ -18,27 +18,33 @@ The rate is exact: the ring holds the times of the last admissions, and a reques
 the entry `max_requests_per_minute` places back has left the window. One comparison, whatever the
 load. Times are CLOCK_MONOTONIC: setting the machine's clock changes nothing.
 
-Who finds no room registers in its slot and sleeps on an eventfd, the bell, which whoever gives
-room back rings when somebody is registered. The bell is only a hint: a ring that is lost because
-its process was killed costs the waiter `LOST_RING_MS`, not its turn.
+Who finds no room says in its slot what it waits for, looks once more, and sleeps on its worker's
+eventfd, the bell. Whoever gives room back rings the bell of every worker that waits for such room;
+two threads of a worker wait at most, one at the door and one for all that have a request. A ring is
+only a hint to look again: one that is lost because its process was killed costs `LOST_RING_MS`.
 
 Everything here is called in the worker process, from any of its threads.
 """
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.shared import VERDICT_OPEN, WINDOW_NS, Shared
+from cpanbridge.supervisor.recordlock import RecordLock
+from cpanbridge.supervisor.shared import (
+    VERDICT_OPEN,
+    WAITS_FOR_CONNECTION,
+    WAITS_FOR_NOTHING,
+    WAITS_FOR_REQUEST,
+    WINDOW_NS,
+    Shared,
+)
 
 # The lock is held for a few microseconds, and it takes longer to be put to sleep and woken. So a
 # worker that finds it taken tries again so many times before it sleeps, for longer each time.
@@ -53,65 +59,24 @@ T = TypeVar("T")
 
 
 class Bells(NamedTuple):
-    """Eventfds in semaphore mode, one ring wakes one waiter. Made by the master before it forks."""
+    """One worker's eventfds, which whoever gives room back rings. Made by the master."""
 
-    connection: int
-    request: int
+    door: int  # for its thread at the door
+    request: int  # for the one of its threads that looks for a request's room
 
     @classmethod
     def hang(cls) -> "Bells":
         """Create both. Raises OSError when the process is out of descriptors."""
-        flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         return cls(os.eventfd(0, flags), os.eventfd(0, flags))
-
-
-class _Flock(ctypes.Structure):
-    """struct flock of fcntl(2)."""
-
-    _fields_ = (
-        ("l_type", ctypes.c_short),
-        ("l_whence", ctypes.c_short),
-        ("l_start", ctypes.c_long),
-        ("l_len", ctypes.c_long),
-        ("l_pid", ctypes.c_int),
-    )
-
-
-class RecordLock:
-    """The first byte of a file, locked by fcntl(2) without giving up the interpreter lock.
-
-    `fcntl.lockf` gives it up around each call. Neither call here ever blocks (F_SETLK).
-    """
-
-    _fcntl = ctypes.PyDLL(None, use_errno=True).fcntl
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._locked = ctypes.byref(_Flock(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
-        self._unlocked = ctypes.byref(_Flock(fcntl.F_UNLCK, os.SEEK_SET, 0, 1, 0))
-
-    def take(self) -> bool:
-        """Whether it is ours now; False when another process holds it."""
-        if self._fcntl(self._descriptor, fcntl.F_SETLK, self._locked) == 0:
-            return True
-        number = ctypes.get_errno()
-        if number in (errno.EAGAIN, errno.EACCES, errno.EINTR):
-            return False
-        raise OSError(number, os.strerror(number))
-
-    def give_back(self) -> None:
-        """Let the next one have it."""
-        if self._fcntl(self._descriptor, fcntl.F_SETLK, self._unlocked) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
 
 
 class Obstacle(NamedTuple):
     """Why nothing can be admitted now, and what to wait for."""
 
     reason: str
-    bell: int | None  # rung when it may have gone
-    until: int | None  # CLOCK_MONOTONIC nanoseconds when it will have gone
+    waits_for: int  # whose giving back may remove it: WAITS_FOR_...
+    until: int | None = None  # CLOCK_MONOTONIC nanoseconds when it will have gone
 
 
 class Gate:
@@ -120,7 +85,7 @@ class Gate:
     `with gate:` holds the lock, and `enter` is how one gets it.
     """
 
-    def __init__(self, shared: Shared, slot: int, limits: Limits, bells: Bells) -> None:
+    def __init__(self, shared: Shared, slot: int, limits: Limits, bells: Sequence[Bells]) -> None:
         self._shared = shared
         self._header = shared.header
         self._ring = shared.ring
@@ -129,7 +94,8 @@ class Gate:
         self._max_connections = limits.max_connections
         self._max_running = limits.max_concurrent_requests
         self._window = shared.window
-        self._bells = bells
+        self._bells = bells[slot]
+        self._workers = list(zip(shared.slots, bells, strict=True))
         self._lock = RecordLock(shared.fd)
         self._threads = threading.Lock()
         self._release = threading.Lock()
@@ -178,17 +144,17 @@ class Gate:
             self._header.peak_connections = connections
         if connection:
             if self._header.verdict != VERDICT_OPEN:
-                return Obstacle("verdict", self._bells.connection, None)
+                return Obstacle("verdict", WAITS_FOR_CONNECTION)
             if connections + reserved >= self._max_connections:
-                return Obstacle("connections", self._bells.connection, None)
+                return Obstacle("connections", WAITS_FOR_CONNECTION)
         if running >= self._max_running:
-            return Obstacle("concurrency", self._bells.request, None)
+            return Obstacle("concurrency", WAITS_FOR_REQUEST)
         if self._window:
             decisive = self._header.admissions - self._window
             if decisive >= 0:
                 free_at = self._ring[decisive % self._shared.ring_size] + WINDOW_NS + 1
                 if free_at > time.monotonic_ns():
-                    return Obstacle("rate", None, free_at)
+                    return Obstacle("rate", WAITS_FOR_NOTHING, free_at)
         return None
 
     def reserve(self) -> Literal[True]:
@@ -239,10 +205,11 @@ class Gate:
                 slot.succeeded += 1
             else:
                 slot.failed += 1
-        for slot in self._slots:
-            if slot.waits_for_request:
-                self._ring_bell(self._bells.request)
-                break
+        for other, bells in self._workers:
+            if other.request_waits:
+                self._ring_bell(bells.request)
+            if other.door_waits_for == WAITS_FOR_REQUEST:
+                self._ring_bell(bells.door)
 
     def refused(self, *, invalid: bool, security_event: bool) -> None:
         """Count a request that is answered with an error without having been admitted."""
@@ -252,10 +219,15 @@ class Gate:
             self._slot.security_events += security_event
 
     def _tell_who_waits_for_connection(self) -> None:
-        for slot in self._slots:
-            if slot.waits_for_connection:
-                self._ring_bell(self._bells.connection)
-                break
+        for other, bells in self._workers:
+            if other.door_waits_for == WAITS_FOR_CONNECTION:
+                self._ring_bell(bells.door)
+
+    @staticmethod
+    def _ring_bell(bell: int) -> None:
+        # Rung 2**64 - 2 times and not heard yet: it will be.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(bell, 1)
 
     # -- waiting for room --
 
@@ -284,36 +256,41 @@ class Gate:
             self._slot.queued += change
 
     def _wait_and_take(self, take: Callable[[], T], stop: int, connection: bool) -> T | None:
-        obstacle = None
-        while True:
-            with self:
-                if obstacle is not None:
-                    self._expect(obstacle, -1)
-                obstacle = self.obstacle(connection=connection)
-                if obstacle is None:
-                    return take()
-                self._expect(obstacle, +1)
-            if self._sleep(obstacle, stop):
+        try:
+            while True:
                 with self:
-                    self._expect(obstacle, -1)
-                return None
+                    obstacle = self.obstacle(connection=connection)
+                    if obstacle is None:
+                        return take()
+                # Room that was given back before this thread was registered has rung nobody: so
+                # it looks once more before it sleeps.
+                if self._register(obstacle.waits_for, connection):
+                    continue
+                if self._sleep(obstacle, stop, connection):
+                    return None
+        finally:
+            self._register(WAITS_FOR_NOTHING, connection)
 
-    def _expect(self, obstacle: Obstacle, change: int) -> None:
-        """Register (+1) or leave (-1) as waiting, under the lock, so that who gives back rings."""
-        if obstacle.bell == self._bells.connection:
-            self._slot.waits_for_connection += change
-        elif obstacle.bell == self._bells.request:
-            self._slot.waits_for_request += change
+    def _register(self, waits_for: int, connection: bool) -> bool:
+        """Say what this thread waits for, so that it is rung; whether that is something new."""
+        slot = self._slot
+        if connection:
+            before, slot.door_waits_for = slot.door_waits_for, waits_for
+            return bool(before != waits_for)
+        waits = 1 if waits_for == WAITS_FOR_REQUEST else 0
+        before, slot.request_waits = slot.request_waits, waits
+        return bool(before != waits)
 
-    @staticmethod
-    def _sleep(obstacle: Obstacle, stop: int) -> bool:
+    def _sleep(self, obstacle: Obstacle, stop: int, connection: bool) -> bool:
         """Sleep until the obstacle may have gone; True when `stop` is readable.
 
         A time is met exactly, in several sleeps: poll(2) may be late by a thousandth of what it is
         asked for, so it is asked for less, and the last milliseconds are a sleep of their own.
         """
+        bell = self._bells.door if connection else self._bells.request
         poll = select.poll()
         poll.register(stop, select.POLLIN)
+        poll.register(bell, select.POLLIN)
         exact_ns = 0
         if obstacle.until is not None:
             left_ns = max(0, obstacle.until - time.monotonic_ns())
@@ -323,20 +300,11 @@ class Gate:
                 exact_ns = left_ns
         else:
             limit_ms = VERDICT_MS if obstacle.reason == "verdict" else LOST_RING_MS
-        if obstacle.bell is not None:
-            poll.register(obstacle.bell, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(limit_ms)]
         if stop in ready:
             return True
-        if obstacle.bell in ready:
-            # Another waiter may have taken this ring.
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(obstacle.bell)
-        time.sleep(exact_ns / 1e9)
+        if bell in ready:
+            os.eventfd_read(bell)  # all rings so far: this thread looks after it
+        else:
+            time.sleep(exact_ns / 1e9)
         return False
-
-    @staticmethod
-    def _ring_bell(bell: int) -> None:
-        # Rung 2**64 - 2 times already: whoever waits is awake.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(bell, 1)

@@ -44,8 +44,8 @@ class Instance:
             try:
                 lock.acquire(timeout=_PASSING_HOLDER_SECONDS)
             except filelock.Timeout:
-                pid = _read_pid(f"{path}.pid")
                 self.release()
+                pid = _read_pid(f"{path}.pid")
                 raise InstanceError(
                     f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
                 ) from None
@@ -56,9 +56,15 @@ class Instance:
                     "the socket's folder must exist and be writable"
                 ) from None
             self._locks.append(lock)
-            if os.path.exists(f"{path}.pid"):
-                self.unclean.add(path)
-            _write_pid(path)
+            try:
+                left_over = _open_trusted(f"{path}.pid")
+                if left_over is not None:
+                    os.close(left_over)
+                    self.unclean.add(path)
+                _write_pid(path)
+            except InstanceError:
+                self.release()
+                raise
 
     def release(self) -> None:
         """Remove the pid files and free the locks. Called in the master only."""

@@ -162,7 +162,7 @@ def _remove_stale(path: str, *, known: bool) -> None:
         return
     if not stat.S_ISSOCK(status.st_mode):
         raise ListenError(f"{path}: exists and is not a socket; remove it or choose another path")
-    if not known and _answers(path):
+    if not (known and status.st_uid == os.getuid()) and _answers(path):
         raise ListenError(f"{path}: in use by another program")
     os.unlink(path)
 

@@ -12,7 +12,7 @@ lines, and nothing else: there is nowhere left to say so, and clients are served
 import contextlib
 import logging
 import os
-import select
+import socket
 import stat
 import time
 from typing import Literal
@@ -69,20 +69,34 @@ class DescriptorHandler(logging.Handler):
 
     def __init__(self, descriptor: int, formatter: logging.Formatter) -> None:
         super().__init__()
-        self._descriptor = descriptor
-        self._room: select.poll | None = None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            # A pipe or a terminal. O_NONBLOCK would be set for whoever shares it as well.
-            self._room = select.poll()
-            self._room.register(descriptor, select.POLLOUT)
+        self._descriptor, self._socket = _never_waiting(descriptor)
         self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record) + "\n"
-        if self._room is not None and not self._room.poll(0):
-            return
+        line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
-            os.write(self._descriptor, line.encode("utf-8", "backslashreplace"))
+            if self._socket is not None:
+                self._socket.send(line, socket.MSG_DONTWAIT)
+            elif os.write(self._descriptor, line) < len(line):
+                os.write(self._descriptor, b"\n")  # cut by a full pipe: the next begins anew
+
+
+def _never_waiting(descriptor: int) -> tuple[int, socket.socket | None]:
+    """A way to write to what a descriptor is, such that a reader who has stopped holds up nobody.
+
+    O_NONBLOCK belongs to the open file, which others share: so a pipe or a terminal is opened
+    again.
+    """
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(kind):
+        return descriptor, socket.socket(fileno=os.dup(descriptor))
+    if stat.S_ISREG(kind):
+        return descriptor, None
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", flags), None
+    except OSError:
+        return descriptor, None  # not ours to open, such as another user's terminal
 
 
 def configure(

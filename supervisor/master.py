@@ -79,7 +79,7 @@ class Master:
         self._generation = 1
         self._shared = Shared(settings.worker_count, settings.limits.max_requests_per_minute)
         self._shared.header.master_pid = os.getpid()
-        self._bells = Bells.hang()
+        self._bells = [Bells.hang() for _ in range(settings.worker_count)]
         # Workers hold the read end only, so it ends when the master does, however that happens.
         self._lifeline, self._life = os.pipe()
         self._seats = [Seat(number) for number in range(settings.worker_count)]

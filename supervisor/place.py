@@ -26,7 +26,7 @@ class Place(NamedTuple):
     generation: int
     settings: Settings
     shared: Shared
-    bells: Bells
+    bells: Sequence[Bells]  # of all slots
     listeners: Sequence[socket.socket]
     lifeline: int  # reads end of file when the master is gone
     report: int  # where the worker writes its Report, once

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.shared import VERDICT_OPEN, Shared
+from cpanbridge.supervisor.shared import VERDICT_OPEN, WAITS_FOR_NOTHING, Shared
 from cpanbridge.supervisor.version import __version__
 
 
@@ -77,8 +77,8 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
             "max_concurrent_requests": limits.max_concurrent_requests,
             "admitted_last_minute": shared.admitted_in_window(),
             "max_requests_per_minute": limits.max_requests_per_minute,
-            "waiting_for_connection": sum(slot.waits_for_connection for slot in shared.slots),
-            "waiting_for_request": sum(slot.queued for slot in shared.slots),
+            "waiting_doors": sum(slot.door_waits_for != WAITS_FOR_NOTHING for slot in shared.slots),
+            "waiting_requests": sum(slot.queued for slot in shared.slots),
             "worker_deaths": shared.header.deaths,
         },
     }

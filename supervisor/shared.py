@@ -22,6 +22,10 @@ import time
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
 
+WAITS_FOR_NOTHING = 0  # or for a time to come
+WAITS_FOR_CONNECTION = 1
+WAITS_FOR_REQUEST = 2
+
 # Without a rate limit the ring only serves the count of the last minute; it then counts up to this.
 UNLIMITED_WINDOW = 1 << 20
 WINDOW_NS = 60 * 1_000_000_000
@@ -33,7 +37,7 @@ class Header(ctypes.Structure):
     """What there is one of in the daemon."""
 
     _fields_ = (
-        # Written by the master, before it forks and at each reload.
+        # Written by the master.
         ("started_at", ctypes.c_int64),  # CLOCK_REALTIME, nanoseconds
         ("started_monotonic", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds
         ("master_pid", ctypes.c_int64),
@@ -54,13 +58,14 @@ class Slot(ctypes.Structure):
         ("generation", ctypes.c_int64),
         # Written by the worker under the gate's lock.
         ("admitted", ctypes.c_int64),  # requests let through to run
-        ("waits_for_connection", ctypes.c_int64),  # 1: a thread listens to the connection bell
-        ("waits_for_request", ctypes.c_int64),  # 1 or 2: threads listen to the request bell
         # 1: there is room for a client that the thread at the door may be accepting. Taken under
         # the gate's lock, given back without.
         ("reserved", ctypes.c_int64),
         # Written by the thread at the worker's door; there is one at a time.
         ("opened", ctypes.c_int64),  # connections accepted
+        ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...
+        # Written by the one thread of the worker that looks for a request's room: 1 if it waits.
+        ("request_waits", ctypes.c_int64),
         # Written by the worker under its own release lock, and by the master once it is dead.
         ("closed", ctypes.c_int64),  # connections closed
         ("queued", ctypes.c_int64),  # threads that have a request and wait for its room
@@ -149,8 +154,8 @@ class Shared:
         slot.reserved = 0
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
-        slot.waits_for_connection = 0
-        slot.waits_for_request = 0
+        slot.door_waits_for = WAITS_FOR_NOTHING
+        slot.request_waits = 0
         slot.queued = 0
 
     def admitted_in_window(self) -> int:

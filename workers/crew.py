@@ -30,6 +30,7 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 TAKEOVER_SECONDS = 0.01
 LOOK_SECONDS = 1.0
 PARKED_SECONDS = 60.0
+COMPLAIN_SECONDS = 60.0
 
 A = TypeVar("A")
 
@@ -53,7 +54,7 @@ class Crew(Generic[A]):
         self._serve = serve
         self._lock = threading.Lock()  # over all that follows
         self._idle = threading.Condition(self._lock)
-        self._at_door = 0  # there, on the way there, or keeping it: 0 or 1
+        self._at_door = 1  # there, on the way there, or keeping it: 0 or 1; `start` sends the first
         self._kept_since = 0.0  # when the thread that keeps the door began to serve; 0: it is there
         self._keeps = 0
         self._keeps_seen = 0
@@ -61,6 +62,7 @@ class Crew(Generic[A]):
         self._serving = 0  # away from the door
         self._parked = 0
         self._over = False
+        self._complained = -COMPLAIN_SECONDS
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.broken = False  # the worker must leave
         # Readable when the main thread should look after the door sooner than it meant to.
@@ -73,7 +75,6 @@ class Crew(Generic[A]):
 
     def start(self) -> None:
         """Send the first thread to the door."""
-        self._at_door = 1
         self._start_thread()
 
     def look_after_door(self) -> float:
@@ -85,9 +86,19 @@ class Crew(Generic[A]):
             if self._kept_since and time.monotonic() - self._kept_since >= TAKEOVER_SECONDS:
                 self._kept_since = 0.0
                 self._leave_door()
+            if not self._at_door and not self._over and self._serving < self._limit:
+                self._send_to_door()  # no thread was to be had before
             self._looked_after = bool(self._kept_since) or self._keeps != self._keeps_seen
             self._keeps_seen = self._keeps
             return TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
+
+    def close_door(self) -> None:
+        """Nobody goes to the door any more; who keeps it while serving does not come back."""
+        with self._lock:
+            self._over = True
+            if self._kept_since:
+                self._kept_since = 0.0
+                self._leave_door()
 
     def wait_until_door_is_left(self, seconds: float) -> bool:
         """After `fetch` has ended: wait until nobody fetches any more. False: not in time."""
@@ -131,6 +142,9 @@ class Crew(Generic[A]):
 
     def _keep_door(self) -> None:
         with self._lock:
+            if self._over:
+                self._leave_door()
+                return
             self._kept_since = time.monotonic()
             self._keeps += 1
             looked_after, self._looked_after = self._looked_after, True
@@ -141,7 +155,9 @@ class Crew(Generic[A]):
         """The one at the door is serving now: send another there. Called under the lock."""
         self._serving += 1
         self._at_door = 0
-        if self._serving < self._limit and not self._over:
+        if self._over:
+            self._idle.notify_all()
+        elif self._serving < self._limit:
             self._send_to_door()
 
     def _send_to_door(self) -> None:
@@ -153,9 +169,12 @@ class Crew(Generic[A]):
         try:
             self._start_thread()
         except RuntimeError:
-            # No thread to be had now; whoever comes back first takes the place at the door.
+            # Whoever comes back first takes the place, or the main thread finds it empty.
             self._at_door = 0
-            LOGGER.warning("Cannot start another thread; clients wait for one of the present ones")
+            now = time.monotonic()
+            if now - self._complained >= COMPLAIN_SECONDS:
+                self._complained = now
+                LOGGER.warning("Cannot start another thread; clients wait for one that is there")
 
     def _start_thread(self) -> None:
         threading.Thread(target=self._run, name="client", daemon=True).start()

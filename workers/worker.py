@@ -151,6 +151,7 @@ class Worker:
         """Finish what runs, within `graceful_timeout`, and leave."""
         until = time.monotonic() + self._limits.graceful_timeout
         self._door.shut()
+        self._crew.close_door()
         self._connections.drain()  # before anybody is woken, who would not know why
         os.eventfd_write(self._stop, 1)
         if self._crew.wait_until_door_is_left(until - time.monotonic()):

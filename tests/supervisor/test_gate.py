@@ -32,12 +32,16 @@ class House:
     def __init__(self, workers: int = 2, **limits: Any) -> None:
         self.limits = Limits(**({"max_requests_per_minute": 0} | limits))
         self.shared = Shared(workers, self.limits.max_requests_per_minute)
-        self.bells = Bells.hang()
+        self.bells = [Bells.hang() for _ in range(workers)]
         self.gates = [Gate(self.shared, slot, self.limits, self.bells) for slot in range(workers)]
         self.stop = os.eventfd(0, os.EFD_NONBLOCK)
 
     def close(self) -> None:
-        for descriptor in (self.shared.fd, *self.bells, self.stop):
+        for descriptor in (
+            self.shared.fd,
+            *(fd for bells in self.bells for fd in bells),
+            self.stop,
+        ):
             os.close(descriptor)
 
     def try_to_admit(self, gate: Gate) -> bool:
@@ -249,7 +253,7 @@ def test_without_a_rate_limit_nothing_is_refused_and_the_last_minute_is_counted(
 
 def registered(house: House) -> int:
     """How many threads are registered as waiting."""
-    return sum(slot.waits_for_connection + slot.waits_for_request for slot in house.shared.slots)
+    return sum(bool(slot.door_waits_for) + slot.request_waits for slot in house.shared.slots)
 
 
 def queued(house: House) -> int:

@@ -63,12 +63,12 @@ def test_clear_gives_back_what_a_dead_worker_held_and_keeps_its_totals() -> None
     slot.pid = 99
     slot.opened, slot.closed = 10, 4
     slot.admitted, slot.succeeded, slot.failed = 9, 5, 1
-    slot.waits_for_connection, slot.waits_for_request = 2, 3
+    slot.door_waits_for, slot.request_waits = 2, 1
     slot.refused, slot.security_events, slot.busy_ns = 3, 2, 12345
     other.opened, other.admitted = 2, 1
     shared.clear(slot)
     assert (slot.pid, slot.connections, slot.running) == (0, 0, 0)
-    assert (slot.waits_for_connection, slot.waits_for_request) == (0, 0)
+    assert (slot.door_waits_for, slot.request_waits) == (0, 0)
     assert (slot.opened, slot.admitted) == (10, 9)
     assert slot.finished == slot.admitted
     assert (slot.succeeded, slot.failed) == (5, 4)  # those that it ran have failed

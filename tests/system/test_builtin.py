@@ -147,7 +147,7 @@ def test_metrics_equal_an_independent_count(new_daemon: NewDaemon) -> None:
     assert 1 <= connections["peak_connections"] <= 2 * clients + 2
     gate = metrics["gate"]
     assert (gate["connections"], gate["running"], gate["worker_deaths"]) == (1, 1, 0)
-    assert (gate["waiting_for_connection"], gate["waiting_for_request"]) == (0, 0)
+    assert (gate["waiting_doors"], gate["waiting_requests"]) == (0, 0)
     assert gate["admitted_last_minute"] == ran + polls + 1
     assert sum(worker["requests"] for worker in metrics["workers"]) == ran + polls
     assert sum(worker["running"] for worker in metrics["workers"]) == 1

@@ -50,7 +50,7 @@ def settled_workers(daemon: Daemon, count: int) -> list[int]:
 def only_the_asking_client(daemon: Daemon) -> bool:
     """Whether room is taken by the one who asks alone. What closes gives it back a bit later."""
     gate = daemon.metrics()["gate"]
-    waiting = gate["waiting_for_connection"], gate["waiting_for_request"]
+    waiting = gate["waiting_doors"], gate["waiting_requests"]
     return (gate["connections"], gate["running"], *waiting) == (1, 1, 0, 0)
 
 

@@ -219,7 +219,7 @@ def test_never_more_connections_are_open_than_allowed_and_the_others_are_served_
         print(f"\n  let in after another one left: {max(waits) * 1e3:.1f} ms at most")
     assert max(waits) < 1.0
     until(lambda: daemon.metrics()["gate"]["connections"] == 1)
-    assert daemon.metrics()["gate"]["waiting_for_connection"] == 0
+    assert daemon.metrics()["gate"]["waiting_doors"] == 0
 
 
 def test_clients_that_come_all_at_once_never_open_more_connections_than_allowed(

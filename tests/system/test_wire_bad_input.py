@@ -28,7 +28,7 @@ def frame(body: bytes) -> bytes:
 def at_rest(daemon: Daemon) -> bool:
     """Whether the asking client is the only one, and its request the only one that runs."""
     gate = daemon.metrics()["gate"]
-    counts = ("connections", "running", "waiting_for_connection", "waiting_for_request")
+    counts = ("connections", "running", "waiting_doors", "waiting_requests")
     return [gate[name] for name in counts] == [1, 1, 0, 0]
 
 
