@@ -8,6 +8,7 @@ Called in the `cpanbridged` command before anything is started; the master and t
 handed the finished `Settings`.
 """
 
+import difflib
 import os
 import re
 import tomllib
@@ -241,8 +242,12 @@ def _get(tables: Mapping[str, Any], key: str) -> Any:
 def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
     """Put one value, given as text, in its place, after checking it by itself."""
     if key not in _SETTABLE:
+        close = difflib.get_close_matches(key, _SETTABLE, 1, 0.7)
+        meant = f"did you mean {close[0]}? " if close else ""
         allowed = ", ".join(sorted(_SETTABLE))
-        raise ConfigError(f"{source}: {key!r} is not an option that can be set here; {allowed}")
+        raise ConfigError(
+            f"{source}: {key!r} is not an option that can be set here; {meant}allowed: {allowed}"
+        )
     raw: Any = text.split(",") if key in ("listen", "python_path") else text
     label = source if source.startswith("environment") else f"{source} {key}"
     value = _checked(raw, _SETTABLE[key], label, key, strict=False)

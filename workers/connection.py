@@ -280,8 +280,16 @@ class Connections:
         trace = None
         if self._debug:
             trace = "".join(traceback.format_exception(error))
-            LOGGER.info("%s.%s raised %s", request.module, request.function, type(error).__name__)
-        text = f"Error in {request.module}.{request.function}: {protocol.message_of(error)}"
+            LOGGER.info(
+                "%s.%s raised %s (request %s of %s)",
+                request.module,
+                request.function,
+                type(error).__name__,
+                request.request_id or "without id",
+                request.perl_caller or "an unknown caller",
+            )
+        message = protocol.message_of(error) or type(error).__name__
+        text = f"Error in {request.module}.{request.function}: {message}"
         return protocol.encode_failure(text, type(error).__name__, request.request_id, trace)
 
     def _refuse(self, peer: Peer, refusal: Refusal) -> bytes:
@@ -289,7 +297,7 @@ class Connections:
         is_event = security.is_event(refusal.kind)
         self._gate.refused(invalid=refusal.kind == "InvalidRequest", security_event=is_event)
         if is_event:
-            self._security.event(refusal.kind, refusal.message, peer.socket)
+            self._security.event(refusal, peer.socket)
         return protocol.encode_failure(refusal.message, refusal.kind, refusal.request_id)
 
     def _shutting_down(self) -> bytes:

@@ -26,6 +26,7 @@ from cpanbridge.workers.protocol import Refusal, Request
 # Less than it costs to change over to another thread and back under load.
 QUICK_NS = 250_000
 _NAMES_SHOWN = 30
+_IMPORTLIB = os.path.dirname(importlib.__file__)
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
 
 
@@ -99,14 +100,14 @@ class Registry:
         functions = self._targets.get(request.module)
         if functions is None:
             message = f"Module {request.module!r} is not exposed; {_listed(self._targets)}"
-            raise Refusal("ModuleNotAllowed", message, request.request_id)
+            raise Refusal("ModuleNotAllowed", message, request.request_id, request.perl_caller)
         target = functions.get(request.function)
         if target is None:
             message = (
                 f"Function {request.function!r} of module {request.module!r} is not exposed; "
                 f"{_listed(functions)}"
             )
-            raise Refusal("FunctionNotAllowed", message, request.request_id)
+            raise Refusal("FunctionNotAllowed", message, request.request_id, request.perl_caller)
         return target
 
     def hooks(self, name: str) -> Iterable[tuple[str, Callable[[], object]]]:
@@ -234,7 +235,9 @@ def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
         # The line in the operator's own code tells more than the one in a library that it called.
-        own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or theirs
+        own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or [
+            f for f in theirs if not f.filename.startswith(_IMPORTLIB)
+        ]
         at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
         if isinstance(error, SyntaxError):
             at = f" ({error.filename}:{error.lineno})"

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from cpanbridge.supervisor.config import FunctionName, Limits, ModuleName
+from cpanbridge.supervisor.config import NAME_PATTERN, FunctionName, Limits, ModuleName
 from cpanbridge.supervisor.text import printable
 from cpanbridge.supervisor.version import __version__
 
@@ -50,17 +50,26 @@ class Refusal(Exception):
     `kind` becomes the reply's `error_type`, `message` its `error`.
     """
 
-    def __init__(self, kind: str, message: str, request_id: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        request_id: str | None = None,
+        perl_caller: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.request_id = request_id
+        self.perl_caller = perl_caller
 
 
 class _Identity(msgspec.Struct):
     request_id: RequestId | None = None
 
 
+_NAME_RULE = f"matching regex {NAME_PATTERN!r}"
+_NAME_RULE_IN_WORDS = "of a letter, then letters, digits and _"
 _decode_request = msgspec.json.Decoder(Request).decode
 _decode_identity = msgspec.json.Decoder(_Identity).decode
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -101,7 +110,7 @@ def _explain(error: Exception, data: bytes | bytearray | memoryview, limits: Lim
     if isinstance(error, UnicodeDecodeError):
         return f"Invalid request: not UTF-8: {error.reason} at byte {error.start} of a string"
     if isinstance(error, msgspec.ValidationError):
-        return f"Invalid request: {error}"
+        return f"Invalid request: {error}".replace(_NAME_RULE, _NAME_RULE_IN_WORDS)
     if "truncated" in str(error) and _is_json(data):
         # msgspec's word for half of a surrogate pair; the standard library lets it pass.
         return "Invalid request: a string has a lone surrogate, which is not a character"

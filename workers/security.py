@@ -2,7 +2,7 @@
 
 An event is a request that somebody should perhaps look at: a module or function that is not
 exposed, a malformed or oversized request. The line says who it was (the kernel's word for it,
-SO_PEERCRED), never what the client sent beyond the names.
+SO_PEERCRED), and of what the client sent only the names.
 """
 
 import logging
@@ -12,6 +12,7 @@ import threading
 import time
 
 from cpanbridge.supervisor.text import json_line, printable
+from cpanbridge.workers.protocol import Refusal
 
 LOGGER = logging.getLogger("cpanbridge.security")
 LINES_PER_SECOND = 10
@@ -40,7 +41,7 @@ class SecurityLog:
         self._written = 0
         self._suppressed = 0
 
-    def event(self, error_type: str, message: str, client: socket.socket) -> None:
+    def event(self, refusal: Refusal, client: socket.socket) -> None:
         """Log one event, or count it as suppressed when this second has had enough lines."""
         with self._lock:
             second = int(time.monotonic())
@@ -56,9 +57,11 @@ class SecurityLog:
             pid, uid, gid = _UCRED.unpack(credentials)
         except OSError:
             pid = uid = gid = -1  # the socket is broken already
-        line = {
-            "event": _KINDS[error_type],
-            "message": printable(message[:500]),
+        line: dict[str, object] = {
+            "event": _KINDS[refusal.kind],
+            "message": printable(refusal.message[:500]),
+            "request_id": refusal.request_id,
+            "perl_caller": refusal.perl_caller,
             "pid": pid,
             "uid": uid,
             "gid": gid,
