@@ -22,7 +22,7 @@ from plain_client import until
 from cpanbridge.supervisor import gate as gate_module
 from cpanbridge.supervisor import shared as shared_module
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Bells, Gate
+from cpanbridge.supervisor.gate import Bells, Gate, Obstacle
 from cpanbridge.supervisor.shared import VERDICT_CLOSED, VERDICT_OPEN, WINDOW_NS, Shared
 
 
@@ -549,3 +549,59 @@ def test_totals_are_counted(new_house: NewHouse) -> None:
     gate.refused(invalid=False, security_event=False)
     assert (slot.finished, slot.succeeded, slot.failed, slot.busy_ns) == (3, 2, 1, 300)
     assert (slot.refused, slot.invalid, slot.security_events) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("connection", [True, False])
+def test_room_given_back_between_a_look_and_the_sleep_is_not_missed(
+    new_house: NewHouse, connection: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "LOST_RING_MS", 60_000)
+    house = new_house(max_concurrent_requests=1)
+    holder, other = house.gates
+    assert house.try_to_admit(holder)
+    look, looks = other.obstacle, []
+
+    def look_and_then_lose(*, connection: bool) -> Obstacle | None:
+        obstacle = look(connection=connection)
+        looks.append(obstacle)
+        if len(looks) == 2:  # the first look in line, before anybody is registered
+            holder.finished(True, 1)
+        return obstacle
+
+    monkeypatch.setattr(other, "obstacle", look_and_then_lose)
+    waiter = Waiter(house, other, connection=connection)
+    waiter.join(20)
+    assert waiter.result == "in"
+
+
+def test_a_ring_for_the_door_is_not_taken_from_who_has_a_request(
+    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "LOST_RING_MS", 60_000)
+    house = new_house(3, max_concurrent_requests=1)
+    assert house.try_to_admit(house.gates[0])
+    door = Waiter(house, house.gates[1], connection=True)
+    request = Waiter(house, house.gates[2], connection=False)
+    until(lambda: registered(house) == 2)
+    house.gates[0].finished(True, 1)
+    request.join(20)
+    assert request.result == "in"
+    house.gates[2].finished(True, 1)
+    door.join(20)
+    assert door.result == "in"
+
+
+def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
+    house = new_house(max_concurrent_requests=1)
+    for _ in range(20):
+        assert house.try_to_admit(house.gates[0])
+        waiter = Waiter(house, house.gates[1], connection=False)
+        until(lambda: registered(house) == 1)
+        house.gates[0].finished(True, 1)
+        waiter.join(20)
+        house.gates[1].finished(True, 1)
+    # Read at once, whatever was rung; in semaphore mode there would be one for each.
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(house.bells[1].request)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(house.bells[1].request)

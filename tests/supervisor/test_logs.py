@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,17 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     texts = [line.partition("[INFO] ")[2] for line in file.read_text().splitlines()]
     assert len(texts) == 2000
     assert set(texts) == {letter * 2000 for letter in "abcd"}
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_reader_that_has_stopped_holds_up_nobody(new_log: NewLog, size: int) -> None:
+    log = new_log(PlainFormatter())
+
+    def write() -> None:
+        for _ in range(10_000):
+            log.logger.warning("x" * size)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(30)
+    assert not writer.is_alive()

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import COMMAND, Daemon, NewDaemon
-from plain_client import Framed, connect, one_shot, read_to_end, until
+from plain_client import Framed, connect, one_shot, read_to_end, request, until
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -802,3 +802,16 @@ def test_another_user_can_neither_call_nor_stop_it(
     failed(other_user.command("stop", "--socket", daemon.path))
     failed(other_user.command("start", "--socket", daemon.path))
     assert daemon.call("test", "ping")["message"] == "pong"
+
+
+def test_the_longest_times_that_are_allowed_work(new_daemon: NewDaemon) -> None:
+    longest = 2_000_000
+    names = ("read_timeout", "graceful_timeout", "idle_timeout", "cleanup_interval")
+    limits = "".join(f"limits.{name} = {longest}\n" for name in names)
+    daemon = new_daemon(f"workers = 1\n{limits}").run()
+    with connect(daemon.path) as late:
+        until(lambda: daemon.metrics()["gate"]["connections"] >= 2)
+        late.sendall(json.dumps(request("test", "echo", [1])).encode())
+        assert json.loads(read_to_end(late))["result"] == [1]
+    assert daemon.stop() == 0
+    assert "fault" not in daemon.log()

@@ -213,3 +213,38 @@ def test_at_the_end_it_is_idle_once_the_last_has_been_served(hall: Hall) -> None
     began = time.monotonic()
     assert hall.crew.wait_until_idle(20)
     assert time.monotonic() - began < 19
+
+
+def test_a_door_that_is_closed_does_not_wait_for_who_keeps_it(hall: Hall) -> None:
+    hall.over.set()  # the main thread looks after nothing while it drains
+    gate = threading.Event()
+    begun, ended = hall.hold(gate, quick=True)
+    assert begun.wait(20)
+    hall.crew.close_door()
+    assert hall.crew.wait_until_door_is_left(20)
+    assert not hall.crew.wait_until_idle(0)
+    gate.set()
+    assert ended.wait(20)
+    assert hall.crew.wait_until_idle(20)
+
+
+def test_a_thread_that_could_not_be_started_is_made_up_for(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    failures: list[threading.Thread] = []
+
+    def fail_once(thread: threading.Thread) -> None:
+        if thread.name == "client" and not failures:
+            failures.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    gate = threading.Event()
+    begun, ended = hall.hold(gate)
+    assert begun.wait(20)
+    assert failures
+    assert hall.send(quick=False).wait(20), "nobody went to the door again"
+    gate.set()
+    assert ended.wait(20)
