@@ -1,8 +1,9 @@
 """Putting the master in the background, and hearing from it how its start went.
 
 The command forks twice, so that the master belongs to no terminal and to no shell's job control,
-and waits on a pipe for one line: the master writes it when all workers are ready, or why there will
-be no daemon. A master that dies without a word closes the pipe, and that is heard as well.
+and waits on a pipe for one message: the master writes it when all workers are ready, or why there
+will be no daemon, and has ended by the time that is reported. A master that dies without a word
+closes the pipe, and that is heard as well.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ def start(serve: Callable[[Callable[[str | None], None]], int]) -> StartOutcome:
     os.close(write_end)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
-        line = pipe.readline()
+        line = pipe.read()  # to the end: a master that has failed keeps it open until it is gone
     if not line:
         return StartOutcome(error="the master died while starting; its log may say why")
     return msgspec.json.decode(line, type=StartOutcome)
@@ -80,19 +81,21 @@ def try_in_child(work: Callable[[], object]) -> str | None:
 
 
 def _be_the_daemon(write_end: int, serve: Callable[[Callable[[str | None], None]], int]) -> None:
-    untold = [write_end]
+    pipe = [write_end]
+    told: list[str | None] = []
 
     def close_pipe() -> None:
-        for descriptor in untold:
+        for descriptor in pipe:
             os.close(descriptor)
-        untold.clear()
+        pipe.clear()
 
     def tell(error: str | None) -> None:
-        line = msgspec.json.encode(StartOutcome(os.getpid(), error)) + b"\n"
-        for descriptor in untold:
+        if not told:
+            told.append(error)
             with contextlib.suppress(BrokenPipeError):  # whoever asked has not waited
-                os.write(descriptor, line)
-        close_pipe()
+                os.write(write_end, msgspec.json.encode(StartOutcome(os.getpid(), error)))
+        if error is None:
+            close_pipe()
 
     status = 1
     try:
