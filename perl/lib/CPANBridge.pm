@@ -44,7 +44,7 @@ sub new {
 
 sub set_timeout {
     my ($self, $seconds) = @_;
-    croak 'timeout must be a number of seconds above 0'
+    croak 'timeout must be a number of seconds above 0 and at most 1e9'
         if !_is_number($seconds) || $seconds <= 0 || $seconds > 1e9;
     $self->{timeout} = $seconds + 0;
     return $self;
@@ -108,6 +108,10 @@ sub call_many {
 # Runs the calls in one exchange and returns them with their outcomes.
 sub _run {
     my ($self, @requests) = @_;
+    if (!ref $self) {
+        my ($method) = (caller 1)[3] =~ /([^:]+)\z/;
+        croak "$method is an object method: use CPANBridge->new";
+    }
     local $!;
     my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @requests;
     my $state  = $self->{_state};
@@ -257,8 +261,10 @@ CPANBridge - call Python functions from Perl
 =head1 DESCRIPTION
 
 The daemon C<cpanbridged> runs Python functions for Perl scripts. This is the scripts' side of it:
-pure Perl, with nothing but what Perl 5.10 brings along. A call costs well under a millisecond. The
-state of Python modules (open connections, parsed documents) is kept from one call to the next.
+pure Perl, with nothing but what Perl 5.10 brings along. A call costs well under a millisecond. Python
+modules stay loaded from one call to the next. What a module keeps in its variables (open connections,
+parsed documents) is seen only by calls that happen to reach the same worker process, which nothing
+promises: keep state outside, in a file or a database.
 
 An object keeps one connection to the daemon, which it opens with the first call, and again when the
 daemon was restarted, has closed it because it rested for long, or the script has forked. Nothing has
@@ -274,8 +280,8 @@ Makes a bridge; does not connect yet. Dies if an option is unknown or has an imp
 
 =item timeout
 
-How long a call may take, in seconds, from connecting to the last byte of the reply. Fractions are
-fine. 60 by default.
+How long a call may take, in seconds, from connecting to the last byte of the reply. Above 0 and at most
+1e9; fractions are fine. 60 by default.
 
 =item retry_count
 
@@ -290,6 +296,7 @@ How many bytes a request, and a reply, may have. 10485760 (10 MiB) by default.
 =item socket
 
 The path of the daemon's socket. See L<CPANBridge::SocketPath> for where it is looked for by default.
+Scripts that run with taint checks (C<perl -T>) have to give it: a path out of the environment is tainted.
 
 =item debug
 
@@ -305,7 +312,7 @@ keyword arguments; to an array: positional ones; with undef none; and anything e
 
 If the call fails, this returns a reference to a hash of C<success> (0), C<error>,
 C<error_type>, C<module>, C<function>, C<duration> in seconds, and where there are such: C<request_id>,
-C<traceback>, C<retry_after>. See L</ERRORS>. It never dies because a call failed.
+C<traceback>, C<retry_after> (reserved: not in this version of the daemon). See L</ERRORS>. It never dies because a call failed.
 
 =head2 call($module, $function, $params)
 
@@ -319,6 +326,13 @@ C<call_python> would return, in the order of the calls; in scalar context, a ref
 timeout is for all of them together. A failed call doesn't keep the others from running. If a
 connection is lost, calls that may have run fail with C<WorkerLost> (up to 128 are on their way at a
 time), and all others go on over a new one.
+
+One reply over C<max_json_size> ends the connection as well: that call fails with C<ReplyTooLarge>, and
+those that were sent with it and have no reply yet with C<WorkerLost>, though the worker lives; their
+messages tell which call was the cause.
+
+The daemon takes 2000 requests a minute by default (C<limits.max_requests_per_minute>). Larger
+batches have to wait: give them a C<timeout> that allows for it, or raise the limit.
 
 =head2 get_last_error
 
@@ -358,7 +372,7 @@ The paths where the daemon may listen; the first that exists is used. Called bef
 
 =item perl_caller
 
-Who makes the call, for the daemon's log; at most 200 characters are sent. By default the sub that the
+Who makes the call, for the daemon's log, which has it with security events only; at most 200 characters are sent. By default the sub that the
 call stands in (as C<Package::name>), or the script and line. Frames of subclasses are not counted.
 
 =item call_finished($call)
@@ -390,7 +404,8 @@ of a surrogate pair is refused.
 
 stay numbers and strings stay strings: C<"007"> and C<"1.0"> arrive as such. What counts is how the value
 was made, not how it was used; before Perl 5.36, a number that was printed counts as a string, and only
-C<< $value + 0 >> is sure. A float that is a whole number is sent without a fraction. Infinity and NaN are
+C<< $value + 0 >> is sure. A float that is a whole number is sent as an integer up to 2**53 (9007199254740992); one above
+that as Perl prints it, mostly with an exponent, and arrives as a float. Infinity and NaN are
 refused. A whole number beyond Perl's own arrives as a L<Math::BigInt>, and such objects are sent as
 numbers.
 
@@ -409,25 +424,32 @@ may be nested, as deep as the daemon allows. One that contains itself is refused
 
 =item Objects
 
-are sent as what their method C<TO_JSON> returns. Others are refused, as are code, globs and
+are sent as what their method C<TO_JSON> returns. If that dies, the call fails with C<InvalidParams>, whatever
+it died with: also with the exception of a signal handler that ran meanwhile. Others are refused, as are code, globs and
 references to scalars.
 
 =back
 
 =head1 ERRORS
 
+Messages are character strings, like all else: before you print one, C<binmode STDERR, ':utf8'>.
+
 An exception of the function has the name of its Python class for C<error_type>, such as
 C<ValueError>. Others come from the daemon:
 
 =over
 
-=item InvalidRequest, InvalidParams, ModuleNotAllowed, FunctionNotAllowed, PermissionDenied, UnencodableResult
+=item InvalidRequest, InvalidParams, ModuleNotAllowed, FunctionNotAllowed, UnencodableResult
 
 The call is wrong, or not allowed. The bridge itself uses the first two for what it can't send.
 
+=item PermissionDenied
+
+The user may not make this call. Reserved: not in this version of the daemon.
+
 =item Overloaded
 
-Turned away; C<retry_after> has the seconds to wait. Not run.
+Turned away; C<retry_after> has the seconds to wait. Not run. Reserved: not in this version of the daemon.
 
 =item ShuttingDown
 
@@ -435,7 +457,7 @@ The daemon is about to leave. Not run.
 
 =item SessionLost
 
-The process that had the state of earlier calls is gone.
+The process that had the state of earlier calls is gone. Reserved: not in this version of the daemon.
 
 =back
 
@@ -445,7 +467,9 @@ or from the bridge:
 
 =item DaemonNotRunning
 
-Nobody listens. The message tells each path that was tried, and why it failed.
+Nobody listens, or the user has no right to connect ("Permission denied"). The message tells each path that
+was tried, why it failed, and what to do: start the daemon, or ask its operator for access (its settings
+C<socket_mode> and C<socket_group>).
 
 =item ConnectionFailed
 
@@ -453,12 +477,13 @@ The script can have no further socket.
 
 =item RequestTimeout
 
-No reply in time; the call may have run, or may still run, unless the message says otherwise. The
-daemon has such an error, too.
+No reply in time; the call may have run, or may still run, unless the message says otherwise. That
+the daemon reports such an error itself is reserved: not in this version of the daemon.
 
 =item WorkerLost
 
-The connection ended before the reply. The call may have run; it is for the script to tell whether it may
+The connection ended before the reply: mostly because the worker died, but see C<call_many> for another
+cause. The call may have run; it is for the script to tell whether it may
 be repeated.
 
 =item ReplyTooLarge
@@ -467,7 +492,7 @@ The call has run, but its reply is over C<max_json_size>.
 
 =item InvalidReply
 
-The call has run, but its reply isn't what it should be.
+What came isn't a reply to the call, which may have run; or it isn't a cpanbridged that listens there.
 
 =back
 
@@ -483,7 +508,7 @@ that leaves causes no C<SIGPIPE>.
 
 =item CPAN_BRIDGE_SOCKET
 
-Where the daemon listens.
+Where the daemon listens: one path, or several separated by commas, each of which is tried.
 
 =item CPAN_BRIDGE_JSON
 

@@ -21,6 +21,10 @@ sub refusal {
     package Dying;
     sub TO_JSON { die "no way\n" }
 
+    package Once;
+    our $calls = 0;
+    sub TO_JSON { my ($self) = @_; $calls++; return $self->{to} if exists $self->{to}; die "call $calls\n" }
+
     package Circular;
     sub TO_JSON { return [ $_[0] ] }
 }
@@ -57,6 +61,9 @@ subtest 'numbers stay numbers' => sub {
     is(sent(-9223372036854775808), '-9223372036854775808', 'the smallest integer');
     is(sent(9007199254740993),     '9007199254740993',     'more digits than a float has');
     is(sent(6.0 * 0.5),            '3',                    'a whole float is sent without a fraction');
+    is(sent($_->[0]), $_->[1], "... $_->[1]")
+        for [ 1e15, '1000000000000000' ], [ -3e15, '-3000000000000000' ], [ 9007199254740992.0, '9007199254740992' ];
+    is(sent(1e16), '1e+16', '... up to 2**53');
     is(sent(-1 / 9**9**9),         '-0.0',                 'negative zero');
     for my $float (0.1, 0.1 + 0.2, 1 / 3, 2.9999999999999996, 1e22, 5e-324, 1.7976931348623157e308, -1e-7) {
         my $text = sent($float);
@@ -125,6 +132,10 @@ subtest 'what has no JSON form is refused with its place' => sub {
     like(refusal([ \\1 ]),          qr/reference to a scalar/,                              'a reference to one');
     like(refusal({ 'a b' => qr/x/ }), qr/\A\$params->\{'a b'\} cannot be sent: an object of class Regexp/, 'a pattern');
     like(refusal([ bless {}, 'Dying' ]),    qr/\$params->\[0\] .*TO_JSON of class Dying died: no way/, 'a dying TO_JSON');
+    like(refusal({ a => [ bless({ to => 1 }, 'Once'), bless({ to => { b => bless {}, 'Once' } }, 'Once') ] }),
+        qr/\A\$params->\{a\}\[1\]\{b\} cannot be sent: TO_JSON of class Once died: call 3/, '... inside of others');
+    is($Once::calls, 3, '... and none is called again for the message');
+    like(refusal([ bless({ to => [ sub { } ] }, 'Once') ]), qr/\A\$params->\[0\]\[0\] cannot be sent: a CODE/, 'what TO_JSON returns');
     like(refusal([ bless {}, 'Circular' ]), qr/cannot be sent/, 'a TO_JSON that never ends');
 };
 

@@ -32,6 +32,10 @@ for my $bad (undef, 0, -1, 'soon', '', 9**9**9, -sin 9**9**9, []) {
 like(refusal(sub { $bridge->set_retry_count($_) }),   qr/retry_count must be/,   'a bad retry_count')   for -1, 1.5, 'x';
 like(refusal(sub { $bridge->set_max_json_size($_) }), qr/max_json_size must be/, 'a bad max_json_size') for 0, -1, '10M';
 like(refusal(sub { CPANBridge->new(socket => '') }),  qr/socket must be/,        'an empty socket');
+like(refusal(sub { CPANBridge->new(timeout => 2e9) }), qr/above 0 and at most 1e9 at \Q$0/, 'a timeout that is too long');
+like(refusal(sub { CPANBridge->$_('a', 'b') }), qr/\A$_ is an object method: use CPANBridge->new at \Q$0/, "$_ of the class")
+    for qw(call call_python);
+like(refusal(sub { CPANBridge->call_many([]) }), qr/\Acall_many is an object method/, 'call_many of the class');
 is($bridge->{timeout}, 60, 'a refused value changes nothing');
 
 $bridge->set_timeout(1)->set_retry_count(0)->set_max_json_size(1000)->set_debug('yes');

@@ -17,7 +17,11 @@ my $folder = File::Temp->newdir;
 
 subtest 'where the daemon is looked for' => sub {
     local $ENV{CPAN_BRIDGE_SOCKET} = '/some/where';
-    is_deeply([ CPANBridge::SocketPath::candidates() ], [ ['/some/where'] ], 'what CPAN_BRIDGE_SOCKET says');
+    is_deeply([ map { $_->[0] } CPANBridge::SocketPath::candidates() ], ['/some/where'], 'what CPAN_BRIDGE_SOCKET says');
+    $ENV{CPAN_BRIDGE_SOCKET} = ' /a b , ,,/c,';
+    is_deeply([ map { $_->[0] } CPANBridge::SocketPath::candidates() ], [ '/a b', '/c' ], '... several paths');
+    $ENV{CPAN_BRIDGE_SOCKET} = ' , ';
+    ok(!grep({ $_->[0] !~ /cpanbridged/ } CPANBridge::SocketPath::candidates()), '... none is as if it were not set');
     delete $ENV{CPAN_BRIDGE_SOCKET};
     local $ENV{XDG_RUNTIME_DIR} = '/run/user/x';
     my $system = '/run/cpanbridged/cpanbridged.sock';
@@ -70,6 +74,36 @@ subtest 'a daemon that does not run is told from a call that failed' => sub {
         qr{\Q$path\E: Connection refused}, 'a socket that was left over');
     like(CPANBridge->new(socket => '/' . 'x' x 200, retry_count => 0)->call_python('a', 'b')->{error},
         qr/too long for a socket/, 'a path that no socket can have');
+};
+
+subtest 'each path of CPAN_BRIDGE_SOCKET is tried' => sub {
+    my $gone = FakeDaemon->start(sub { });
+    my $left = $gone->path;
+    { local $gone->{path} = "$folder/x"; $gone->stop }
+    my $daemon = FakeDaemon->start(sub { $_[0]->echo });
+    local $ENV{CPAN_BRIDGE_SOCKET} = "$folder/none.sock, $left, " . $daemon->path;
+    my $bridge = CPANBridge->new(retry_count => 0);
+    is_deeply($bridge->call_python('a', 'b', [5]), [5], 'until one answers');
+    $bridge->disconnect;
+    $daemon->stop;
+    like($bridge->call_python('a', 'b')->{error},
+        qr{none\.sock: No such file.*; \Q$left\E: Connection refused; .*: No such file}, 'or all are told');
+};
+
+subtest 'the advice goes by the reason' => sub {
+    my $daemon = FakeDaemon->start(sub { $_[0]->echo });
+    chmod 0, $daemon->path;
+    my $error_at = sub {
+        local $ENV{CPAN_BRIDGE_SOCKET} = join ',', @_;
+        local $> = 65533 if $> == 0;
+        return CPANBridge->new(retry_count => 0)->call_python('a', 'b')->{error};
+    };
+    my $denied = $error_at->($daemon->path);
+    like($denied, qr/Permission denied\)\. Ask the daemon's operator for access \(socket_mode, socket_group\)\z/,
+        'no rights');
+    like($error_at->($daemon->path, '/none/x'), qr/Ask .*access.*, or start one with: cpanbridged start\z/, 'both');
+    like($error_at->('/none/x'), qr/\. Start it with: cpanbridged start\z/, 'not there');
+    unlike($error_at->('/' . 'x' x 200), qr/Start|ask/i, 'a path that is too long');
 };
 
 subtest 'each path that was tried is told' => sub {

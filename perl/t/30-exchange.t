@@ -179,6 +179,22 @@ subtest 'replies that are not valid' => sub {
     }
 };
 
+subtest 'who does not speak the protocol' => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection) = @_;
+            $connection->read_request;
+            $connection->send_bytes("HTTP/1.1 400 Bad Request\r\n\r\n");
+            $connection->wait_for_end;
+        }
+    );
+    { package Keys; our @ISA = ('CPANBridge'); our %keys; sub call_finished { %keys = %{ $_[1] } } }
+    my $result = Keys->new(socket => $daemon->path)->call_python('m', 'f');
+    is($result->{error_type}, 'InvalidReply', 'error_type');
+    like($result->{error}, qr/begins with 'HTTP', not with a length: not a cpanbridged\?/, 'the message');
+    is_deeply([ sort keys %Keys::keys ], [qw(duration function module outcome params request_id)], 'what call_finished gets');
+};
+
 subtest 'an error without an id belongs to the request that could not be read' => sub {
     my ($daemon, $bridge) = bridge_to(
         sub {

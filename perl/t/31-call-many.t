@@ -91,6 +91,9 @@ subtest 'a reply that is too large' => sub {
     my @results = $bridge->call_many([ map { [ 'm', "f$_" ] } 1 .. 300 ]);
     is($results[2]{error_type}, 'ReplyTooLarge', 'is told');
     is($results[1] . $results[299], '11', '... and the calls before and after it have run');
+    is($results[3]{error_type}, 'WorkerLost', '... those sent with it may have');
+    like($results[3]{error}, qr/given up because of the reply to call 3, which was too large; this call may have run/,
+        '... and it is told why');
 };
 
 subtest 'the timeout is for all' => sub {

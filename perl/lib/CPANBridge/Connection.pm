@@ -8,7 +8,7 @@ use warnings;
 
 use CPANBridge::Clock;
 use CPANBridge::Error;
-use Errno qw(EAGAIN EWOULDBLOCK EINTR EINPROGRESS EISCONN ENOENT ENOTDIR ECONNREFUSED);
+use Errno qw(EAGAIN EWOULDBLOCK EINTR EINPROGRESS EISCONN ENOENT ENOTDIR ECONNREFUSED EACCES);
 use Fcntl qw(F_GETFD F_SETFD F_GETFL F_SETFL FD_CLOEXEC O_NONBLOCK);
 use Socket qw(PF_UNIX SOCK_STREAM sockaddr_un);
 
@@ -22,33 +22,46 @@ use constant BACKLOG_PAUSE => 0.02;
 # Where the system has it, a peer that left makes send fail without a signal to the script.
 my $NO_SIGNAL = eval { local $SIG{__DIE__}; Socket::MSG_NOSIGNAL() };
 
-# Connects to the first path of `candidates` that exists. Dies with a CPANBridge::Error of type
+# Connects to the first path of `candidates` that exists, or that answers if they were set. Dies with a CPANBridge::Error of type
 # DaemonNotRunning, RequestTimeout or ConnectionFailed; `worth_retrying` is set in the first if a
 # daemon that is just being restarted would look the same.
 sub open {
     my ($class, $candidates, $deadline) = @_;
-    my (@reasons, $worth_retrying, $is_there);
+    my (@reasons, $worth_retrying, $is_forbidden);
     for my $candidate (@{$candidates}) {
-        my ($path, $problem) = @{$candidate};
+        my ($path, $problem, $is_set) = @{$candidate};
+        my $is_there;
         $problem = 'its path is too long for a socket' if !defined $problem && length $path > MAX_PATH;
         if (!defined $problem) {
             my ($handle, $errno) = _connect($path, $deadline);
             return $class->_new($handle, $path) if $handle;
             $worth_retrying ||= $errno == ENOENT || $errno == ECONNREFUSED;
+            $is_forbidden   ||= $errno == EACCES;
             $is_there = $errno != ENOENT && $errno != ENOTDIR;
             local $! = $errno;
             $problem = "$!";
         }
         push @reasons, "$path: $problem";
-        last if $is_there;
+        last if $is_there && !$is_set;
     }
     die CPANBridge::Error->new(
         error_type     => 'DaemonNotRunning',
         worth_retrying => $worth_retrying,
         message        => 'The daemon is not running or cannot be reached ('
             . join('; ', @reasons)
-            . '). Start it with: cpanbridged start',
+            . ')'
+            . _advice($worth_retrying, $is_forbidden),
     );
+}
+
+# What to do, by the reasons.
+sub _advice {
+    my ($is_absent, $is_forbidden) = @_;
+    my $ask = "ask the daemon's operator for access (socket_mode, socket_group)";
+    return ". \u$ask, or start one with: cpanbridged start" if $is_absent && $is_forbidden;
+    return ". \u$ask"                         if $is_forbidden;
+    return '. Start it with: cpanbridged start' if $is_absent;
+    return '';
 }
 
 sub _new {
@@ -184,7 +197,7 @@ sub _read {
 sub takes_requests { return !defined $_[0]{end} && !$_[0]{broken} }
 
 # The body of the next reply that is here as a whole, or undef. Dies with a CPANBridge::Error of type
-# ReplyTooLarge.
+# ReplyTooLarge, or InvalidReply if it begins with text: a length like that is above 500 MB.
 sub next_reply {
     my ($self, $limit) = @_;
     return undef if length $self->{unread} < 4;
@@ -194,6 +207,12 @@ sub next_reply {
         return undef;
     }
     if ($length > $limit) {
+        if ($self->{unread} =~ /\A([ -~]{4})/) {
+            die CPANBridge::Error->new(
+                error_type => 'InvalidReply',
+                message    => "The reply from $self->{path} begins with '$1', not with a length: not a cpanbridged?",
+            );
+        }
         die CPANBridge::Error->new(
             error_type => 'ReplyTooLarge',
             message    => "The reply has $length bytes; at most $limit are allowed (max_json_size)",

@@ -71,7 +71,8 @@ CPANBridge::Error - why a call failed
 =head1 DESCRIPTION
 
 C<< $bridge->call >> dies with such an object, and C<< $bridge->get_last_error >> returns one. As a
-string it is its message, followed by the script's file and line if it was thrown.
+string it is its message, followed by the script's file and line if it was thrown. Messages are character
+strings; before one is printed: C<binmode STDERR, ':utf8'>.
 
 =head1 METHODS
 
@@ -96,7 +97,9 @@ How long the call took, in seconds.
 
 =item request_id
 
-The call's id, which the daemon's log has as well; undef if the call was never sent.
+The call's id, which the daemon's log has as well, but with security events only. That there is one
+doesn't mean that the call was sent: it is undef only if no request was made up, as when there was no
+connection.
 
 =item traceback
 
@@ -104,7 +107,8 @@ Python's traceback, if the daemon runs with C<debug> on.
 
 =item retry_after
 
-With C<Overloaded>: the seconds after which another attempt makes sense.
+With C<Overloaded>: the seconds after which another attempt makes sense. Reserved: not in this version
+of the daemon.
 
 =item file, line
 

@@ -51,6 +51,7 @@ sub new {
 sub run {
     my ($self, @calls) = @_;
     my $previous_error = $@;
+    $self->{calls}   = [@calls];
     $self->{waiting} = \@calls;
     while (@{ $self->{waiting} }) {
         my $error;
@@ -223,7 +224,12 @@ sub _receive {
                 next;
             }
         }
-        $self->_fail(shift @{$sent}, $error);
+        my $call = shift @{$sent};
+        my ($index) = grep { $self->{calls}[$_] == $call } 0 .. $#{ $self->{calls} };
+        $self->{given_up} = 'the connection was given up because of the reply to call ' . ($index + 1)
+            . ', which was ' . ($error->error_type eq 'ReplyTooLarge' ? 'too large' : 'not valid')
+            . '; this call may have run';
+        $self->_fail($call, $error);
         $self->{spoiled} = 1;
         return $count + 1;
     }
@@ -263,7 +269,8 @@ sub _outcome {
 
 sub _finish {
     my ($self, $call, $outcome) = @_;
-    my $started = defined $call->{started} ? $call->{started} : $self->{started};
+    my ($started) = delete @{$call}{qw(started sent_at)};
+    $started = $self->{started} if !defined $started;
     $call->{duration} = CPANBridge::Clock::now() - $started;
     $call->{outcome}  = $outcome;
     return;
@@ -299,6 +306,8 @@ sub _time_out {
 # A connection has ended with calls outstanding: each is either sent again or lost.
 sub _settle {
     my ($self, $connection, $finished) = @_;
+    my $fate = delete $self->{given_up};
+    $fate = 'the connection was lost before the reply; the call may have run' if !defined $fate;
     my $is_drained = defined $connection->end && $connection->end eq 'drained';
     my @again;
     for my $call (splice @{ $self->{sent} }) {
@@ -306,8 +315,7 @@ sub _settle {
             push @again, $call;
         }
         else {
-            $self->_fail_with($call, 'WorkerLost',
-                'the connection was lost before the reply; the call may have run');
+            $self->_fail_with($call, 'WorkerLost', $fate);
         }
     }
     unshift @{ $self->{waiting} }, @again;

@@ -9,10 +9,13 @@ use Fcntl ();
 our $VERSION = '0.1.0';
 
 # The paths at which the daemon may listen, in the order in which they are to be looked at: a list
-# of [path, problem]; a path with a problem must not be used. The daemon has the same rules.
+# of [path, problem, is_set]; a path with a problem must not be used; of those that were set, each is
+# tried. The daemon has the same rules.
 sub candidates {
-    my $set = $ENV{CPAN_BRIDGE_SOCKET};
-    return ([$set]) if defined $set && $set ne '';
+    my $set = defined $ENV{CPAN_BRIDGE_SOCKET} ? $ENV{CPAN_BRIDGE_SOCKET} : '';
+    if (my @paths = grep { $_ ne '' } map { /\A\s*(.*?)\s*\z/s } split /,/, $set) {
+        return map { [ $_, undef, 1 ] } @paths;
+    }
     my $system = '/run/cpanbridged/cpanbridged.sock';
     return ([$system]) if $> == 0;
     my $runtime = $ENV{XDG_RUNTIME_DIR};
@@ -45,7 +48,9 @@ CPANBridge::SocketPath - where the daemon listens
 
 =head1 DESCRIPTION
 
-If C<CPAN_BRIDGE_SOCKET> is set, there and nowhere else. Else, for root:
+If C<CPAN_BRIDGE_SOCKET> is set, there and nowhere else. Like the daemon's, it may hold several paths
+separated by commas: each is tried, in their order, until one can be connected to. Blanks around a
+path, and empty ones, don't count. Else, for root:
 F</run/cpanbridged/cpanbridged.sock>. Else at the first of these that exists:
 
 =over
@@ -61,13 +66,17 @@ folder in F</tmp>.
 
 =back
 
+In a script that runs with taint checks (C<perl -T>), a path out of the environment is tainted, and
+Perl refuses to connect to it: give the option C<socket> of L<CPANBridge> explicitly.
+
 =head1 FUNCTIONS
 
 =over
 
 =item candidates()
 
-These as a list of C<[path, problem]>.
+These as a list of C<[path, problem, is_set]>. A path with a problem is not used. If one exists
+but can't be connected to, those after it are tried only if C<is_set> is true.
 
 =item not_private($folder)
 

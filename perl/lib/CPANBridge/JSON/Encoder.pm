@@ -36,14 +36,22 @@ for my $code (0 .. 0x1f) {
 
 my $INFINITY = 9**9**9;
 
+# Up to here, floats that are whole numbers are sent as integers: 2**53.
+use constant MAX_WHOLE => 9007199254740992;
+
 # How deep the walk is, and what it is inside of (from WATCHED_DEPTH on).
 our ($Depth, %Inside) = (0);
+
+# The objects being sent, by address: a reference to what TO_JSON made of one, or the error that it ended with.
+# Where something is refused, the second walk takes it from here: TO_JSON is not called again.
+our %Converted;
 
 # JSON as bytes in UTF-8. Dies with a CPANBridge::Error of type InvalidParams that names the place.
 sub encode {
     my ($value, $name) = @_;
     my $previous_error = $@;
     local ($Depth, %Inside) = (0);
+    local %Converted;
     my $json = eval {
         local $SIG{__DIE__};
         _value($value);
@@ -122,8 +130,10 @@ sub _other {
         _refuse("$digits has no JSON form");
     }
     my $converted = _converted($reference);
+    $Converted{ refaddr $reference} = \$converted;
     _watch($reference) if ++$Depth > WATCHED_DEPTH;
     my $json = _value($converted);
+    delete $Converted{ refaddr $reference};
     delete $Inside{ refaddr $reference} if $Depth-- > WATCHED_DEPTH;
     return $json;
 }
@@ -150,7 +160,9 @@ sub _converted {
     my $converted;
     return $converted if eval { $converted = $reference->TO_JSON; 1 };
     my $error = $@;
-    _refuse("TO_JSON of class $class died: $error");
+    $Converted{ refaddr $reference}
+        = CPANBridge::Error->new(message => "TO_JSON of class $class died: $error", error_type => 'InvalidParams');
+    die $Converted{ refaddr $reference};
 }
 
 sub _string {
@@ -183,6 +195,7 @@ sub _float {
     if ($number == 0) {
         return sprintf('%g', $number) eq '-0' ? '-0.0' : '0';
     }
+    return sprintf '%.0f', $number if abs $number <= MAX_WHOLE && $number == int $number;
     return $text
         if $] >= 5.030
         && $text == $number
@@ -225,8 +238,11 @@ sub _locate {
     if (blessed $value && !CPANBridge::Boolean::json_name($value) && !_is_big_integer($value)) {
         _refuse_at($path, 'TO_JSON leads back to the same object') if $inside->{ refaddr $value};
         local $inside->{ refaddr $value} = 1;
-        my $converted = _try(sub { _converted($value) }, $path);
-        return _locate($converted, $path, $inside, $depth + 1);
+        return _try(sub { _converted($value) }, $path) if !$value->can('TO_JSON');
+        my $converted = $Converted{ refaddr $value};
+        return if !$converted;    # not what was refused, nor around it
+        _refuse_at($path, $converted->message) if CPANBridge::Error::is_internal($converted);
+        return _locate(${$converted}, $path, $inside, $depth + 1);
     }
     _try(sub { _value($value) }, $path);
     return;
