@@ -9,7 +9,7 @@ Everything that takes room is decided under one lock; giving room back needs non
 POSIX record lock on the shared memfd, because the kernel frees such a lock when the process that
 holds it dies, at whatever instruction. It is held per process, so a thread lock comes before it.
 
-Only numbers are read and written while the lock is held. In particular nothing gives up the
+Only numbers are read and written while the lock is held. In particular no call gives up the
 interpreter lock: a thread that did would wait for a busy module of its own worker to hand it back,
 and all other workers with it. So a client is accepted outside the lock, into room that was reserved
 under it, and the lock itself is taken by a call that keeps the interpreter lock.

@@ -78,7 +78,6 @@ class Master:
         self._on_ready = on_ready
         self._generation = 1
         self._shared = Shared(settings.worker_count, settings.limits.max_requests_per_minute)
-        self._shared.header.master_pid = os.getpid()
         self._bells = [Bells.hang() for _ in range(settings.worker_count)]
         # Workers hold the read end only, so it ends when the master does, however that happens.
         self._lifeline, self._life = os.pipe()

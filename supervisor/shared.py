@@ -40,7 +40,6 @@ class Header(ctypes.Structure):
         # Written by the master.
         ("started_at", ctypes.c_int64),  # CLOCK_REALTIME, nanoseconds
         ("started_monotonic", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds
-        ("master_pid", ctypes.c_int64),
         ("verdict", ctypes.c_int64),  # VERDICT_OPEN or VERDICT_CLOSED
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
         # Written under the gate's lock.

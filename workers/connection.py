@@ -34,7 +34,6 @@ LINGER_SECONDS = 2.0
 LEFTOVER_SECONDS = 0.2
 # A frame's length is below 9 * 2**24 (see config.MAX_REQUEST_SIZE); 9 is the first white space.
 FIRST_BYTE_FRAMED = range(9)
-_FORK_EXIT = 0
 
 
 class Call(NamedTuple):
@@ -262,7 +261,7 @@ class Connections:
             outcome = modules.call(call.target, request)
             if os.getpid() != self._pid:
                 # The function has forked, and this is the child: the client is the parent's.
-                os._exit(_FORK_EXIT)
+                os._exit(0)
             if outcome.error is not None:
                 return self._failure(request, outcome.error)
             duration_ms = (time.monotonic_ns() - started) / 1e6
