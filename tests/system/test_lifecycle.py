@@ -22,6 +22,8 @@ import pytest
 from conftest import COMMAND, Daemon, NewDaemon
 from plain_client import Framed, connect, one_shot, read_to_end, request, until
 
+from cpanbridge.supervisor.config import LONGEST_SECONDS
+
 Finished = subprocess.CompletedProcess[str]
 
 
@@ -805,9 +807,8 @@ def test_another_user_can_neither_call_nor_stop_it(
 
 
 def test_the_longest_times_that_are_allowed_work(new_daemon: NewDaemon) -> None:
-    longest = 2_000_000
     names = ("read_timeout", "graceful_timeout", "idle_timeout", "cleanup_interval")
-    limits = "".join(f"limits.{name} = {longest}\n" for name in names)
+    limits = "".join(f"limits.{name} = {LONGEST_SECONDS}\n" for name in names)
     daemon = new_daemon(f"workers = 1\n{limits}").run()
     with connect(daemon.path) as late:
         until(lambda: daemon.metrics()["gate"]["connections"] >= 2)
