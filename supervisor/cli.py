@@ -262,7 +262,9 @@ def check(options: argparse.Namespace) -> int:
 
 def _load_modules(settings: config.Settings) -> modules.Registry:
     """Import all that is exposed, as a worker would. Raises ModuleLoadError."""
-    return modules.load(settings, builtin.built_in(Shared(1, 1), settings, list))
+    return modules.load(
+        settings, builtin.built_in(Shared.create(1, settings.limits), settings, list)
+    )
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor import listener, logs
 from cpanbridge.supervisor.config import Loaded, Settings
+from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.instance import Instance
 from cpanbridge.supervisor.listener import Listener
 from cpanbridge.supervisor.master import Master
 from cpanbridge.supervisor.place import WorkerMain
+from cpanbridge.supervisor.shared import slot_capacity
 
 _SPARE_DESCRIPTORS = 128
 
@@ -55,7 +57,8 @@ def serve(
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
-    needed = settings.limits.max_connections + _SPARE_DESCRIPTORS
+    bells = len(Bells._fields) * slot_capacity(settings.worker_count)
+    needed = settings.limits.max_connections + bells + _SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
         return

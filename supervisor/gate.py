@@ -32,25 +32,17 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Literal, NamedTuple, TypeVar
 
-from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.recordlock import RecordLock
+from cpanbridge.supervisor.recordlock import SharedLock
 from cpanbridge.supervisor.shared import (
     VERDICT_OPEN,
     WAITS_FOR_CONNECTION,
     WAITS_FOR_NOTHING,
     WAITS_FOR_REQUEST,
-    WINDOW_NS,
+    WAITS_FOR_VERDICT,
     Shared,
 )
-
-# The lock is held for a few microseconds, and it takes longer to be put to sleep and woken. So a
-# worker that finds it taken tries again so many times before it sleeps, for longer each time.
-TRIES = 20
-FIRST_SLEEP = 0.0001
-LONGEST_SLEEP = 0.005
 
 LOST_RING_MS = 100
 VERDICT_MS = 1000
@@ -79,83 +71,56 @@ class Obstacle(NamedTuple):
     until: int | None = None  # CLOCK_MONOTONIC nanoseconds when it will have gone
 
 
-class Gate:
+class Gate(SharedLock):
     """One worker's view of the gate.
 
-    `with gate:` holds the lock, and `enter` is how one gets it.
+    `with gate:` holds the lock, and `enter` is how one gets it. The limits are read from the shared
+    memory each time, so that a change holds for all generations of workers at once.
     """
 
-    def __init__(self, shared: Shared, slot: int, limits: Limits, bells: Sequence[Bells]) -> None:
+    def __init__(self, shared: Shared, slot: int, bells: Sequence[Bells]) -> None:
+        super().__init__(shared.fd)
         self._shared = shared
         self._header = shared.header
-        self._ring = shared.ring
-        self._slots = shared.slots
         self._slot = shared.slots[slot]
-        self._max_connections = limits.max_connections
-        self._max_running = limits.max_concurrent_requests
-        self._window = shared.window
         self._bells = bells[slot]
-        self._workers = list(zip(shared.slots, bells, strict=True))
-        self._lock = RecordLock(shared.fd)
-        self._threads = threading.Lock()
+        self._all_bells = bells
+        self._slots = shared.used_slots
+        self._workers = list(zip(self._slots, bells, strict=False))
         self._release = threading.Lock()
         self._line_for_connection = threading.Lock()
         self._line_for_request = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._threads.acquire()
-        try:
-            if not self._lock.take():
-                self._take_lock_patiently()
-        except BaseException:
-            self._threads.release()
-            raise
-
-    def _take_lock_patiently(self) -> None:
-        for _ in range(TRIES):
-            os.sched_yield()
-            if self._lock.take():
-                return
-        pause = FIRST_SLEEP
-        while not self._lock.take():
-            time.sleep(pause)
-            pause = min(LONGEST_SLEEP, 2 * pause)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.give_back()
-        self._threads.release()
 
     # -- taking room, under the lock --
 
     def obstacle(self, *, connection: bool) -> Obstacle | None:
         """What keeps a request out, or with `connection` a new client; None when there is room."""
         # Written out, and all sums in one loop: this is the hottest code under the lock.
+        header = self._header
+        if header.slots_used != len(self._slots):
+            self._look_at_more_slots()
         connections = reserved = running = 0
         for slot in self._slots:
             reserved += slot.reserved  # before `opened`, which it turns into
             connections += slot.opened - slot.closed
             running += slot.admitted - slot.succeeded - slot.failed
-        if connections > self._header.peak_connections:
-            self._header.peak_connections = connections
+        if connections > header.peak_connections:
+            header.peak_connections = connections
         if connection:
-            if self._header.verdict != VERDICT_OPEN:
-                return Obstacle("verdict", WAITS_FOR_CONNECTION)
-            if connections + reserved >= self._max_connections:
+            if header.verdict != VERDICT_OPEN:
+                return Obstacle("verdict", WAITS_FOR_VERDICT)
+            if connections + reserved >= header.max_connections:
                 return Obstacle("connections", WAITS_FOR_CONNECTION)
-        if running >= self._max_running:
+        if running >= header.max_concurrent_requests:
             return Obstacle("concurrency", WAITS_FOR_REQUEST)
-        if self._window:
-            decisive = self._header.admissions - self._window
-            if decisive >= 0:
-                free_at = self._ring[decisive % self._shared.ring_size] + WINDOW_NS + 1
-                if free_at > time.monotonic_ns():
-                    return Obstacle("rate", WAITS_FOR_NOTHING, free_at)
+        free_at = self._shared.window.free_at()
+        if free_at > time.monotonic_ns():
+            return Obstacle("rate", WAITS_FOR_NOTHING, free_at)
         return None
+
+    def _look_at_more_slots(self) -> None:
+        self._slots = self._shared.used_slots
+        self._workers = list(zip(self._slots, self._all_bells, strict=False))
 
     def reserve(self) -> Literal[True]:
         """Take room for one client; `opened` or `nobody_came` must follow."""
@@ -164,18 +129,15 @@ class Gate:
 
     def reserve_any(self) -> bool:
         """Take room for a client, whatever there is of requests; False when there is none."""
-        if sum(slot.reserved for slot in self._slots) + self._shared.connections() >= (
-            self._max_connections
-        ):
+        reserved = sum(slot.reserved for slot in self._shared.used_slots)
+        if reserved + self._shared.connections() >= self._header.max_connections:
             return False
         return self.reserve()
 
     def admitted(self) -> Literal[True]:
         """Charge a request that is complete and about to run."""
         self._slot.admitted += 1
-        position = self._header.admissions
-        self._ring[position % self._shared.ring_size] = time.monotonic_ns()
-        self._header.admissions = position + 1
+        self._shared.window.record(time.monotonic_ns())
         return True
 
     # -- using room and giving it back, without the lock --
@@ -206,10 +168,10 @@ class Gate:
             else:
                 slot.failed += 1
         for other, bells in self._workers:
-            if other.request_waits:
-                self._ring_bell(bells.request)
+            if other.request_waits_for == WAITS_FOR_REQUEST:
+                _ring(bells.request)
             if other.door_waits_for == WAITS_FOR_REQUEST:
-                self._ring_bell(bells.door)
+                _ring(bells.door)
 
     def refused(self, *, invalid: bool, security_event: bool) -> None:
         """Count a request that is answered with an error without having been admitted."""
@@ -221,13 +183,7 @@ class Gate:
     def _tell_who_waits_for_connection(self) -> None:
         for other, bells in self._workers:
             if other.door_waits_for == WAITS_FOR_CONNECTION:
-                self._ring_bell(bells.door)
-
-    @staticmethod
-    def _ring_bell(bell: int) -> None:
-        # Rung 2**64 - 2 times and not heard yet: it will be.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(bell, 1)
+                _ring(bells.door)
 
     # -- waiting for room --
 
@@ -276,10 +232,9 @@ class Gate:
         slot = self._slot
         if connection:
             before, slot.door_waits_for = slot.door_waits_for, waits_for
-            return bool(before != waits_for)
-        waits = 1 if waits_for == WAITS_FOR_REQUEST else 0
-        before, slot.request_waits = slot.request_waits, waits
-        return bool(before != waits)
+        else:
+            before, slot.request_waits_for = slot.request_waits_for, waits_for
+        return bool(before != waits_for)
 
     def _sleep(self, obstacle: Obstacle, stop: int, connection: bool) -> bool:
         """Sleep until the obstacle may have gone; True when `stop` is readable.
@@ -308,3 +263,9 @@ class Gate:
         else:
             time.sleep(exact_ns / 1e9)
         return False
+
+
+def _ring(bell: int) -> None:
+    # Rung 2**64 - 2 times and not heard yet: it will be.
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_write(bell, 1)

@@ -27,7 +27,7 @@ from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.listener import Listener
 from cpanbridge.supervisor.place import Place, Report, WorkerMain, read_report
-from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.shared import Shared, slot_capacity
 from cpanbridge.supervisor.version import __version__
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -77,8 +77,9 @@ class Master:
         self._worker_main = worker_main
         self._on_ready = on_ready
         self._generation = 1
-        self._shared = Shared(settings.worker_count, settings.limits.max_requests_per_minute)
-        self._bells = [Bells.hang() for _ in range(settings.worker_count)]
+        capacity = slot_capacity(settings.worker_count)
+        self._shared = Shared.create(capacity, settings.limits, used=settings.worker_count)
+        self._bells = [Bells.hang() for _ in range(capacity)]
         # Workers hold the read end only, so it ends when the master does, however that happens.
         self._lifeline, self._life = os.pipe()
         self._seats = [Seat(number) for number in range(settings.worker_count)]

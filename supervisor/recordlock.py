@@ -4,6 +4,15 @@ import ctypes
 import errno
 import fcntl
 import os
+import threading
+import time
+from types import TracebackType
+
+# The gate's lock is held for a few microseconds, and it takes longer to be put to sleep and woken.
+# So who finds it taken tries again so many times before it sleeps, for longer each time.
+TRIES = 20
+FIRST_SLEEP = 0.0001
+LONGEST_SLEEP = 0.005
 
 
 class _Flock(ctypes.Structure):
@@ -45,3 +54,42 @@ class RecordLock:
         if self._fcntl(self._descriptor, fcntl.F_SETLK, self._unlocked) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+
+class SharedLock:
+    """`with` it, no other thread of any process that locks the same file is inside.
+
+    A record lock is held per process, so a thread lock comes before it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._lock = RecordLock(descriptor)
+        self._threads = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        try:
+            if not self._lock.take():
+                self._take_patiently()
+        except BaseException:
+            self._threads.release()
+            raise
+
+    def _take_patiently(self) -> None:
+        for _ in range(TRIES):
+            os.sched_yield()
+            if self._lock.take():
+                return
+        pause = FIRST_SLEEP
+        while not self._lock.take():
+            time.sleep(pause)
+            pause = min(LONGEST_SLEEP, 2 * pause)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.give_back()
+        self._threads.release()

@@ -19,9 +19,9 @@ from cpanbridge.supervisor.version import __version__
 def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
     """`system.metrics`: what is known of the whole daemon."""
     limits = settings.limits
-    finished = sum(slot.finished for slot in shared.slots)
-    failed = sum(slot.failed for slot in shared.slots)
-    busy_ns = sum(slot.busy_ns for slot in shared.slots)
+    finished = sum(slot.finished for slot in shared.used_slots)
+    failed = sum(slot.failed for slot in shared.used_slots)
+    busy_ns = sum(slot.busy_ns for slot in shared.used_slots)
     uptime = shared.uptime
     running = shared.running()
     connections = shared.connections()
@@ -38,19 +38,19 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
         },
         "performance_metrics": {
             "total_requests": finished,
-            "successful_requests": sum(slot.succeeded for slot in shared.slots),
+            "successful_requests": sum(slot.succeeded for slot in shared.used_slots),
             "failed_requests": failed,
             "avg_response_time": busy_ns / finished / 1e9 if finished else 0.0,
             "requests_per_second": finished / uptime if uptime else 0.0,
             "error_rate": failed / finished if finished else 0.0,
         },
         "security_summary": {
-            "total_security_events": sum(slot.security_events for slot in shared.slots),
-            "validation_failures": sum(slot.invalid for slot in shared.slots),
-            "requests_rejected": sum(slot.refused for slot in shared.slots),
+            "total_security_events": sum(slot.security_events for slot in shared.used_slots),
+            "validation_failures": sum(slot.invalid for slot in shared.used_slots),
+            "requests_rejected": sum(slot.refused for slot in shared.used_slots),
         },
         "connection_summary": {
-            "total_connections": sum(slot.opened for slot in shared.slots),
+            "total_connections": sum(slot.opened for slot in shared.used_slots),
             "active_connections": connections,
             "peak_connections": shared.header.peak_connections,
         },
@@ -67,7 +67,7 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
                 "running": slot.running,
                 "requests": slot.finished,
             }
-            for number, slot in enumerate(shared.slots)
+            for number, slot in enumerate(shared.used_slots)
         ],
         "gate": {
             "verdict": "open" if shared.header.verdict == VERDICT_OPEN else "closed",
@@ -77,8 +77,10 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
             "max_concurrent_requests": limits.max_concurrent_requests,
             "admitted_last_minute": shared.admitted_in_window(),
             "max_requests_per_minute": limits.max_requests_per_minute,
-            "waiting_doors": sum(slot.door_waits_for != WAITS_FOR_NOTHING for slot in shared.slots),
-            "waiting_requests": sum(slot.queued for slot in shared.slots),
+            "waiting_doors": sum(
+                slot.door_waits_for != WAITS_FOR_NOTHING for slot in shared.used_slots
+            ),
+            "waiting_requests": sum(slot.queued for slot in shared.used_slots),
             "worker_deaths": shared.header.deaths,
         },
     }
@@ -116,10 +118,10 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
 def counts(shared: Shared) -> dict[str, Any]:
     """The daemon's totals, as `test.ping` tells them."""
     return {
-        "requests_processed": sum(slot.finished for slot in shared.slots),
-        "requests_failed": sum(slot.failed for slot in shared.slots),
-        "requests_rejected": sum(slot.refused for slot in shared.slots),
-        "connections_total": sum(slot.opened for slot in shared.slots),
+        "requests_processed": sum(slot.finished for slot in shared.used_slots),
+        "requests_failed": sum(slot.failed for slot in shared.used_slots),
+        "requests_rejected": sum(slot.refused for slot in shared.used_slots),
+        "connections_total": sum(slot.opened for slot in shared.used_slots),
         "peak_connections": shared.header.peak_connections,
         "start_time": shared.header.started_at / 1e9,
     }

@@ -1,10 +1,13 @@
 """The memory that the master and its workers share.
 
-One memfd, laid out by the master before it forks, mapped by every process: a header, a slot for
-each worker, and the ring of admission times. It has no name in any file system, so a killed
-master leaves nothing behind, and a descriptor can be passed on to a master that takes over.
+One memfd, laid out by the master before it forks, mapped by every process: a header, a row of
+slots, and the ring of admission times. It has no name in any file system, so a killed master leaves
+nothing behind, and a descriptor can be passed on to a master that takes over.
 
-This is the only file that knows an offset; everyone else says `slot.opened` or
+There are more slots than workers: while one generation of workers drains, the next one has taken
+free slots. `slots_used` says how far the row has ever been used, so that nobody looks further.
+
+This is the only file that knows where a part begins; everyone else says `slot.opened` or
 `shared.header.verdict`. All fields are aligned signed 64-bit integers, which the machine stores and
 loads whole, so a process that is killed leaves every field either as it was or as it should be.
 
@@ -19,31 +22,56 @@ import mmap
 import os
 import time
 
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.window import Window, entries_for
+
+# Goes up whenever a field moves: a master of other code must not read this memory wrongly.
+LAYOUT = 2
+
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
 
-WAITS_FOR_NOTHING = 0  # or for a time to come
+# What a thread at the gate waits for: nothing that rings (a time, or nothing at all), or whose
+# giving back rings it.
+WAITS_FOR_NOTHING = 0
 WAITS_FOR_CONNECTION = 1
 WAITS_FOR_REQUEST = 2
-
-# Without a rate limit the ring only serves the count of the last minute; it then counts up to this.
-UNLIMITED_WINDOW = 1 << 20
-WINDOW_NS = 60 * 1_000_000_000
+WAITS_FOR_VERDICT = 3
 
 _CACHE_LINE = 64
+
+
+class Ring(ctypes.Structure):
+    """Where a ring of admission times stands, and the limit that it serves."""
+
+    _fields_ = (
+        ("at", ctypes.c_int64),  # bytes from the memory's beginning
+        ("limit", ctypes.c_int64),  # max_requests_per_minute; 0: none
+        ("keeps", ctypes.c_int64),  # admissions that it remembers
+    )
 
 
 class Header(ctypes.Structure):
     """What there is one of in the daemon."""
 
     _fields_ = (
-        # Written by the master.
+        # Written once.
+        ("layout", ctypes.c_int64),  # LAYOUT
+        ("capacity", ctypes.c_int64),  # slots
         ("started_at", ctypes.c_int64),  # CLOCK_REALTIME, nanoseconds
         ("started_monotonic", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds
+        # Written by the master.
         ("verdict", ctypes.c_int64),  # VERDICT_OPEN or VERDICT_CLOSED
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
+        # Written by the master under the gate's lock.
+        ("slots_used", ctypes.c_int64),
+        ("max_connections", ctypes.c_int64),
+        ("max_concurrent_requests", ctypes.c_int64),
+        ("rings", Ring * 2),  # the one in use, and the one before it
+        ("ring_number", ctypes.c_int64),  # how often it was replaced; its lowest bit says which
         # Written under the gate's lock.
-        ("admissions", ctypes.c_int64),  # entries ever written to the ring
+        ("admissions", ctypes.c_int64),  # requests ever admitted
+        ("runs", ctypes.c_int64),  # without a rate limit: see window.py
         ("peak_connections", ctypes.c_int64),
     )
 
@@ -63,8 +91,8 @@ class Slot(ctypes.Structure):
         # Written by the thread at the worker's door; there is one at a time.
         ("opened", ctypes.c_int64),  # connections accepted
         ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...
-        # Written by the one thread of the worker that looks for a request's room: 1 if it waits.
-        ("request_waits", ctypes.c_int64),
+        # Written by the one thread of the worker that looks for a request's room.
+        ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...
         # Written by the worker under its own release lock, and by the master once it is dead.
         ("closed", ctypes.c_int64),  # connections closed
         ("queued", ctypes.c_int64),  # threads that have a request and wait for its room
@@ -96,38 +124,61 @@ class Slot(ctypes.Structure):
         return int(self.succeeded + self.failed)
 
 
-def _padded(size: int) -> int:
-    """Round up to whole cache lines, so that workers do not write into each other's."""
-    return -(-size // _CACHE_LINE) * _CACHE_LINE
+class LayoutError(Exception):
+    """The memory was laid out by other code; it cannot be read."""
+
+
+def slot_capacity(workers: int) -> int:
+    """How many slots a daemon of so many workers has: room for two generations and more."""
+    return max(64, 3 * workers)
 
 
 class Shared:
-    """The mapped memory. Made once, in the master; workers inherit the mapping by fork.
+    """The mapped memory: made once by `create`, in the master; workers inherit it by fork."""
 
-    `window` is `max_requests_per_minute`, 0 for no limit; `workers` the number of slots.
-    """
+    def __init__(self, fd: int, capacity: int) -> None:
+        """Map memory that is laid out for so many slots. See `create` and `attach`."""
+        self.fd = fd
+        # From here to the end stands the first ring; later ones are mapped when they are used.
+        self._rings_at = _rings_at(capacity)
+        self._memory = mmap.mmap(fd, self._rings_at)
+        self.header = Header.from_buffer(self._memory)
+        self.slots = [Slot.from_buffer(self._memory, _slot_at(n)) for n in range(capacity)]
+        self._ring_number = -1
+        self._window: Window
 
-    def __init__(self, workers: int, window: int) -> None:
-        self.window = window
-        self.capacity = window or UNLIMITED_WINDOW
-        # One entry more than the window holds: the entry that the next admission writes is then
-        # never the one that decides about it, so a process killed between writing an entry and
-        # counting it has changed nothing.
-        self.ring_size = self.capacity + 1
-        slot_size = _padded(ctypes.sizeof(Slot))
-        slots_at = _padded(ctypes.sizeof(Header))
-        ring_at = slots_at + workers * slot_size
-        size = ring_at + 8 * self.ring_size
+    @classmethod
+    def create(cls, capacity: int, limits: Limits, used: int | None = None) -> "Shared":
+        """Lay out new memory. `used` is the slots that have a worker from the start: all."""
+        fd = os.memfd_create("cpanbridged", os.MFD_CLOEXEC)
+        os.ftruncate(fd, _rings_at(capacity))
+        shared = cls(fd, capacity)
+        header = shared.header
+        header.layout = LAYOUT
+        header.capacity = capacity
+        header.slots_used = capacity if used is None else used
+        header.started_at = time.time_ns()
+        header.started_monotonic = time.monotonic_ns()
+        header.max_connections = limits.max_connections
+        header.max_concurrent_requests = limits.max_concurrent_requests
+        shared._add_ring(limits.max_requests_per_minute, 0)
+        return shared
 
-        self.fd = os.memfd_create("cpanbridged", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        memory = mmap.mmap(self.fd, size)
-        self.header = Header.from_buffer(memory)
-        self.slots = [Slot.from_buffer(memory, slots_at + n * slot_size) for n in range(workers)]
-        self.ring = memoryview(memory)[ring_at:size].cast("q")
+    @classmethod
+    def attach(cls, fd: int) -> "Shared":
+        """Map memory that another process has laid out. Raises LayoutError."""
+        if os.fstat(fd).st_size < ctypes.sizeof(Header):
+            raise LayoutError("too small to be cpanbridged's")
+        with mmap.mmap(fd, ctypes.sizeof(Header)) as memory:
+            header = Header.from_buffer_copy(memory)
+        if header.layout != LAYOUT:
+            raise LayoutError(f"its layout is {header.layout}, and this version's is {LAYOUT}")
+        return cls(fd, header.capacity)
 
-        self.header.started_at = time.time_ns()
-        self.header.started_monotonic = time.monotonic_ns()
+    @property
+    def used_slots(self) -> list[Slot]:
+        """The slots that a worker may have, or has had."""
+        return self.slots[: self.header.slots_used]
 
     @property
     def uptime(self) -> float:
@@ -137,11 +188,15 @@ class Shared:
 
     def connections(self) -> int:
         """Client connections open in all workers."""
-        return sum(slot.connections for slot in self.slots)
+        return sum(slot.connections for slot in self.used_slots)
 
     def running(self) -> int:
         """Requests running in all workers."""
-        return sum(slot.running for slot in self.slots)
+        return sum(slot.running for slot in self.used_slots)
+
+    def admitted_in_window(self) -> int:
+        """Requests admitted in the last 60 seconds."""
+        return self.window.count()
 
     def clear(self, slot: Slot) -> None:
         """Give back what a dead worker held. Called in the master, once the process is gone.
@@ -154,21 +209,58 @@ class Shared:
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.door_waits_for = WAITS_FOR_NOTHING
-        slot.request_waits = 0
+        slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
 
-    def admitted_in_window(self) -> int:
-        """Requests admitted in the last 60 seconds, by a search in the ring: O(log window).
+    # -- the limits, which a reload may change for all generations at once --
 
-        Without a rate limit the count ends at `UNLIMITED_WINDOW`.
+    @property
+    def window(self) -> Window:
+        """The admissions of the last minute; another one after `resize_window`."""
+        number: int = self.header.ring_number
+        if number != self._ring_number:
+            self._window = self._map_ring(self.header.rings[number % 2])
+            self._ring_number = number
+        return self._window
+
+    def resize_window(self, limit: int) -> None:
+        """Let another rate limit hold, with what is known of the last minute.
+
+        Called in the master under the gate's lock. A master that is killed here leaves the old
+        limit in force: the new ring counts from the one store that makes it the current one.
         """
-        newest: int = self.header.admissions
-        since = time.monotonic_ns() - WINDOW_NS
-        low, high = max(0, newest - self.capacity), newest
-        while low < high:
-            middle = (low + high) // 2
-            if self.ring[middle % self.ring_size] > since:
-                high = middle
-            else:
-                low = middle + 1
-        return newest - low
+        old = self.window
+        if limit != old.limit:
+            self._add_ring(limit, self._ring_number + 1, old)
+
+    def _add_ring(self, limit: int, number: int, old: Window | None = None) -> None:
+        at = os.fstat(self.fd).st_size
+        keeps = max(limit, old.count() if old is not None else 0)
+        os.ftruncate(self.fd, at + _in_pages(8 * entries_for(limit, keeps)))
+        ring = self.header.rings[number % 2]
+        ring.at, ring.limit, ring.keeps = at, limit, keeps
+        if old is not None:
+            self._map_ring(ring).inherit(old)
+        self.header.ring_number = number
+
+    def _map_ring(self, ring: Ring) -> Window:
+        size = 8 * entries_for(ring.limit, ring.keeps)
+        memory = mmap.mmap(self.fd, size, offset=ring.at)
+        return Window(self.header, memoryview(memory).cast("q"), ring.limit, ring.keeps)
+
+
+def _padded(size: int) -> int:
+    """Round up to whole cache lines, so that workers do not write into each other's."""
+    return -(-size // _CACHE_LINE) * _CACHE_LINE
+
+
+def _in_pages(size: int) -> int:
+    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _slot_at(number: int) -> int:
+    return _padded(ctypes.sizeof(Header)) + number * _padded(ctypes.sizeof(Slot))
+
+
+def _rings_at(capacity: int) -> int:
+    return _in_pages(_slot_at(capacity))

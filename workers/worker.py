@@ -99,7 +99,7 @@ class Worker:
         self._limits = place.settings.limits
         self._registry = registry
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        gate = Gate(place.shared, place.slot, self._limits, place.bells)
+        gate = Gate(place.shared, place.slot, place.bells)
         self._connections = Connections(place.settings, place.slot, gate, registry, self._stop)
         self._door: Door[Call] = Door(place.listeners, gate, self._connections.prepare, self._stop)
         self._threads = place.settings.thread_count

@@ -21,9 +21,11 @@ from plain_client import until
 
 from cpanbridge.supervisor import gate as gate_module
 from cpanbridge.supervisor import shared as shared_module
+from cpanbridge.supervisor import window as window_module
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Bells, Gate, Obstacle
-from cpanbridge.supervisor.shared import VERDICT_CLOSED, VERDICT_OPEN, WINDOW_NS, Shared
+from cpanbridge.supervisor.shared import VERDICT_CLOSED, VERDICT_OPEN, WAITS_FOR_REQUEST, Shared
+from cpanbridge.supervisor.window import WINDOW_NS
 
 
 class House:
@@ -31,9 +33,9 @@ class House:
 
     def __init__(self, workers: int = 2, **limits: Any) -> None:
         self.limits = Limits(**({"max_requests_per_minute": 0} | limits))
-        self.shared = Shared(workers, self.limits.max_requests_per_minute)
+        self.shared = Shared.create(workers, self.limits)
         self.bells = [Bells.hang() for _ in range(workers)]
-        self.gates = [Gate(self.shared, slot, self.limits, self.bells) for slot in range(workers)]
+        self.gates = [Gate(self.shared, slot, self.bells) for slot in range(workers)]
         self.stop = os.eventfd(0, os.EFD_NONBLOCK)
 
     def close(self) -> None:
@@ -201,7 +203,7 @@ def test_in_any_60_seconds_at_most_so_many_are_admitted(
 ) -> None:
     clock = Clock()
     with monkeypatch.context() as patched:
-        clock.install(patched, gate_module, shared_module)
+        clock.install(patched, gate_module, shared_module, window_module)
         house = House(2, max_requests_per_minute=window, max_concurrent_requests=1000)
         try:
             admitted: list[int] = []
@@ -223,7 +225,7 @@ def test_a_refused_request_is_told_when_there_will_be_room(
     monkeypatch: pytest.MonkeyPatch, new_house: NewHouse
 ) -> None:
     clock = Clock()
-    clock.install(monkeypatch, gate_module, shared_module)
+    clock.install(monkeypatch, gate_module, shared_module, window_module)
     house = new_house(max_requests_per_minute=2)
     first = clock.now
     for _ in range(2):
@@ -253,7 +255,14 @@ def test_without_a_rate_limit_nothing_is_refused_and_the_last_minute_is_counted(
 
 def registered(house: House) -> int:
     """How many threads are registered as waiting."""
-    return sum(bool(slot.door_waits_for) + slot.request_waits for slot in house.shared.slots)
+    return sum(
+        bool(slot.door_waits_for) + bool(slot.request_waits_for) for slot in house.shared.slots
+    )
+
+
+def ring(house: House) -> memoryview:
+    """The times of the last admissions, as they stand in the memory."""
+    return house.shared.window._ring
 
 
 def queued(house: House) -> int:
@@ -344,14 +353,14 @@ def test_a_rate_slot_is_taken_when_it_comes_free_and_not_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     window_ns = 300_000_000
-    monkeypatch.setattr(gate_module, "WINDOW_NS", window_ns)
+    monkeypatch.setattr(window_module, "WINDOW_NS", window_ns)
     house = House(2, max_requests_per_minute=3)
     try:
         entered: list[int] = []
         for number in range(9):
             gate = house.gates[number % 2]
             assert gate.enter(gate.admitted, house.stop, connection=False)
-            entered.append(house.shared.ring[number % house.shared.ring_size])
+            entered.append(ring(house)[number % 4])
             gate.finished(True, 1)
         for early, late in zip(entered, entered[3:], strict=False):
             assert late - early > window_ns
@@ -393,7 +402,7 @@ def kill_at(step: int, work: Callable[[], object]) -> bool:
     if pid == 0:
         with contextlib.suppress(BaseException):
             left = step
-            files = (gate_module.__file__, shared_module.__file__)
+            files = (gate_module.__file__, shared_module.__file__, window_module.__file__)
 
             def trace(frame: FrameType, event: str, _: object) -> Any:
                 nonlocal left
@@ -428,8 +437,8 @@ def one_life(house: House) -> None:
 
 def age(house: House) -> None:
     """Let all admissions so far be over a minute old."""
-    for position in range(house.shared.ring_size):
-        house.shared.ring[position] -= 2 * WINDOW_NS
+    for position in range(len(ring(house))):
+        ring(house)[position] -= 2 * WINDOW_NS
 
 
 def assert_unharmed(house: House, admitted_before: int, aged: int = 0) -> None:
@@ -535,7 +544,7 @@ def test_processes_that_admit_at_the_same_time_lose_no_update(new_house: NewHous
     assert statuses == [0] * 4
     assert sum(slot.admitted for slot in house.shared.slots) == 1000
     assert house.shared.header.admissions == 1000
-    times = list(house.shared.ring[:1000])
+    times = list(ring(house)[:1000])
     assert times == sorted(times)
 
 
@@ -593,7 +602,9 @@ def test_a_ring_for_the_door_is_not_taken_from_who_has_a_request(
 
 def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
     house = new_house()
-    house.shared.slots[1].request_waits = 1  # somebody waits, and is slow to wake
+    house.shared.slots[
+        1
+    ].request_waits_for = WAITS_FOR_REQUEST  # somebody waits, and is slow to wake
     for _ in range(20):
         assert house.try_to_admit(house.gates[0])
         house.gates[0].finished(True, 1)

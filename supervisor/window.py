@@ -1,0 +1,156 @@
+"""The admissions of the last 60 seconds, kept in a ring in the shared memory.
+
+With a limit of N a minute the ring holds the time of each of the last N admissions, and a request
+may be admitted when the entry N places back has left the window: one comparison, whatever the load,
+and exact in every interval, wherever it starts.
+
+Without a limit there is nothing to decide, only to count. Then the ring holds runs: for each
+millisecond in which anybody was admitted, its time and how many had been admitted before. A minute
+has at most 60,000 of them, however many requests there are, and the count is true to a millisecond.
+
+Times are CLOCK_MONOTONIC in nanoseconds. `record` and `free_at` are called under the gate's lock;
+`count` without. A process that is killed between writing an entry and counting it has changed
+nothing: the ring has one entry more than the window, so the entry being written never decides.
+"""
+
+import time
+from array import array
+from collections.abc import Iterator
+from typing import Protocol
+
+WINDOW_NS = 60 * 1_000_000_000
+_MS = 1_000_000
+RUNS = WINDOW_NS // _MS + 2
+_LONG_AGO = -WINDOW_NS
+
+
+def entries_for(limit: int, keeps: int) -> int:
+    """How many 64-bit entries a ring has; see Window."""
+    return keeps + 1 if limit else 2 * RUNS
+
+
+class Counters(Protocol):
+    """What counts a ring's entries, in the shared memory's header."""
+
+    admissions: int
+    runs: int
+
+
+class Window:
+    """One ring, as `header.admissions` and `header.runs` count it.
+
+    `limit` is the requests allowed in a minute, 0 for no limit; `keeps` how many admissions it
+    remembers: as many as the limit, or more after a limit was lowered, in case it is raised again.
+    """
+
+    def __init__(self, header: Counters, ring: memoryview, limit: int, keeps: int) -> None:
+        self.limit = limit
+        self._keeps = keeps if limit else RUNS - 1  # admissions, or runs
+        self._size = self._keeps + 1
+        self._header = header
+        self._ring = ring
+        self._times = ring if limit else ring[:RUNS]  # of admissions, or of runs
+        self._before = ring[RUNS:]  # for each run, the admissions before it
+
+    def free_at(self) -> int:
+        """When the next request may be admitted; a time that is over when it may be now."""
+        decisive = self._header.admissions - self.limit
+        if decisive < 0 or not self.limit:
+            return _LONG_AGO
+        oldest: int = self._ring[decisive % self._size]
+        return oldest + WINDOW_NS + 1
+
+    def record(self, now: int) -> None:
+        """Count an admission."""
+        header = self._header
+        position = header.admissions
+        if self.limit:
+            self._ring[position % self._size] = now
+        else:
+            runs = header.runs
+            if not runs or now // _MS != self._times[(runs - 1) % RUNS] // _MS:
+                self._times[runs % RUNS] = now
+                self._before[runs % RUNS] = position
+                header.runs = runs + 1
+        header.admissions = position + 1
+
+    def count(self) -> int:
+        """Requests admitted in the last 60 seconds: O(log window), without the lock."""
+        header = self._header
+        since = time.monotonic_ns() - WINDOW_NS
+        if self.limit:
+            newest = header.admissions
+            return newest - self._first_after(since, newest)
+        newest = header.runs
+        first = self._first_after(since, newest)
+        # The admissions are read last: never fewer than there were before the first run.
+        before = self._before[first % RUNS] if first < newest else header.admissions
+        return header.admissions - before
+
+    def _first_after(self, since: int, newest: int, low: int = 0) -> int:
+        """The first entry from `low` on that is later than `since`; `newest` when none is."""
+        low, high = max(low, newest - self._keeps), newest
+        while low < high:
+            middle = (low + high) // 2
+            if self._times[middle % self._size] > since:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    # -- replacing one ring by another, when a reload changes the limit --
+
+    def inherit(self, old: "Window") -> None:
+        """Take over what an older ring knows of the last minute. Called under the gate's lock.
+
+        An admission whose exact time the old ring does not have is taken to be as late as it can
+        have been, so that no minute ever gets more than its limit.
+        """
+        newest = self._header.admissions
+        if not self.limit:
+            self._header.runs = 0
+            for number, (at, position) in enumerate(old.by_millisecond(newest)):
+                self._times[number % RUNS] = at
+                self._before[number % RUNS] = position
+                self._header.runs = number + 1
+            return
+        first = max(0, newest - self._keeps)
+        if old.limit:
+            known = max(first, newest - old._keeps)
+            for begin, end in self._unbroken(known, newest):
+                for start, stop in old._unbroken(begin, end):
+                    here, there = start % self._size, start % old._size
+                    self._ring[here : here + stop - start] = old._ring[there : there + stop - start]
+        else:
+            known = newest
+            for at, position in reversed(list(old.by_millisecond(newest))):
+                begin = max(first, position)
+                self._fill(begin, known, at + _MS)
+                known = begin
+        self._fill(first, known, _LONG_AGO)
+
+    def by_millisecond(self, newest: int) -> Iterator[tuple[int, int]]:
+        """The time of each millisecond with admissions in the window, and what was before it."""
+        since = time.monotonic_ns() - WINDOW_NS
+        if not self.limit:
+            runs = self._header.runs
+            for run in range(self._first_after(since, runs), runs):
+                yield self._times[run % RUNS], self._before[run % RUNS]
+            return
+        position = self._first_after(since, newest)
+        while position < newest:
+            at: int = self._ring[position % self._size]
+            yield at, position
+            position = self._first_after(at // _MS * _MS + _MS - 1, newest, position)
+
+    def _fill(self, first: int, end: int, value: int) -> None:
+        for start, stop in self._unbroken(first, end):
+            here = start % self._size
+            self._ring[here : here + stop - start] = array("q", [value]) * (stop - start)
+
+    def _unbroken(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Positions `first` to `end`, in pieces that do not wrap around the ring."""
+        while first < end:
+            stop = min(end, first + self._size - first % self._size)
+            yield first, stop
+            first = stop
