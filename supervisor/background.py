@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from cpanbridge.supervisor.master import describe_exit
-from cpanbridge.supervisor.text import printable
+from cpanbridge.supervisor.text import describe_exit, printable
 
 LOGGER = logging.getLogger("cpanbridge.master")
 

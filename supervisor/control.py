@@ -15,7 +15,7 @@ import psutil
 from cpanbridge.supervisor import listener
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.instance import running_pid
-from cpanbridge.supervisor.master import KILL_MARGIN
+from cpanbridge.supervisor.seats import KILL_MARGIN
 
 _STOP_MARGIN = 10.0
 

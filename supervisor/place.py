@@ -30,6 +30,7 @@ class Place(NamedTuple):
     listeners: Sequence[socket.socket]
     lifeline: int  # reads end of file when the master is gone
     report: int  # where the worker writes its Report, once
+    opening: int  # an eventfd, readable from when the worker may accept; nobody reads it
 
 
 class Report(msgspec.Struct):

@@ -26,7 +26,7 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 2
+LAYOUT = 3
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -37,6 +37,11 @@ WAITS_FOR_NOTHING = 0
 WAITS_FOR_CONNECTION = 1
 WAITS_FOR_REQUEST = 2
 WAITS_FOR_VERDICT = 3
+
+# What a worker was told to do, besides to serve (see Slot.order).
+ORDER_NONE = 0
+ORDER_RETIRE = 1  # the daemon goes on without it
+ORDER_STOP = 2  # the daemon ends
 
 _CACHE_LINE = 64
 
@@ -63,8 +68,8 @@ class Header(ctypes.Structure):
         # Written by the master.
         ("verdict", ctypes.c_int64),  # VERDICT_OPEN or VERDICT_CLOSED
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
+        ("slots_used", ctypes.c_int64),  # only grows, and before a worker is forked into a slot
         # Written by the master under the gate's lock.
-        ("slots_used", ctypes.c_int64),
         ("max_connections", ctypes.c_int64),
         ("max_concurrent_requests", ctypes.c_int64),
         ("rings", Ring * 2),  # the one in use, and the one before it
@@ -83,6 +88,8 @@ class Slot(ctypes.Structure):
         # Written by the master.
         ("pid", ctypes.c_int64),  # 0: no process has the slot
         ("generation", ctypes.c_int64),
+        ("order", ctypes.c_int64),  # ORDER_..., before the worker is sent a TERM
+        ("leave_by", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: when all has finished
         # Written by the worker under the gate's lock.
         ("admitted", ctypes.c_int64),  # requests let through to run
         # 1: there is room for a client that the thread at the door may be accepting. Taken under
@@ -175,6 +182,10 @@ class Shared:
             raise LayoutError(f"its layout is {header.layout}, and this version's is {LAYOUT}")
         return cls(fd, header.capacity)
 
+    def use_slot(self, number: int) -> None:
+        """From now on a worker may be in this slot. Called in the master."""
+        self.header.slots_used = max(self.header.slots_used, number + 1)
+
     @property
     def used_slots(self) -> list[Slot]:
         """The slots that a worker may have, or has had."""
@@ -205,6 +216,8 @@ class Shared:
         writer; readers under the gate's lock see room appear, as with any other release.
         """
         slot.pid = 0
+        slot.order = ORDER_NONE
+        slot.leave_by = 0
         slot.reserved = 0
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost

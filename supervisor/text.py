@@ -1,7 +1,9 @@
 """What may be written on a line of the log, whatever a client or an exception brought in."""
 
 import json
+import os
 import re
+import signal
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -19,3 +21,15 @@ def printable(text: str) -> str:
 def json_line(value: object) -> str:
     """JSON in ASCII without a control character: one line for whatever reads it."""
     return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def describe_exit(status: int) -> str:
+    """A wait status in words."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    return f"killed by signal {-code} ({name})"

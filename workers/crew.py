@@ -54,7 +54,8 @@ class Crew(Generic[A]):
         self._serve = serve
         self._lock = threading.Lock()  # over all that follows
         self._idle = threading.Condition(self._lock)
-        self._at_door = 1  # there, on the way there, or keeping it: 0 or 1; `start` sends the first
+        self._started = False
+        self._at_door = 0  # there, on the way there, or keeping it: 0 or 1
         self._kept_since = 0.0  # when the thread that keeps the door began to serve; 0: it is there
         self._keeps = 0
         self._keeps_seen = 0
@@ -73,9 +74,18 @@ class Crew(Generic[A]):
         """How many connections are being served."""
         return self._serving + (1 if self._kept_since else 0)
 
+    @property
+    def idle(self) -> bool:
+        """After `close_door`: whether nothing is served any more and nobody is at the door."""
+        with self._lock:
+            return self._is_idle()
+
     def start(self) -> None:
         """Send the first thread to the door."""
-        self._start_thread()
+        with self._lock:
+            self._started = True
+            self._at_door = 1
+            self._start_thread()
 
     def look_after_door(self) -> float:
         """See that the door is not left alone; returns in how many seconds to call it again.
@@ -86,7 +96,8 @@ class Crew(Generic[A]):
             if self._kept_since and time.monotonic() - self._kept_since >= TAKEOVER_SECONDS:
                 self._kept_since = 0.0
                 self._leave_door()
-            if not self._at_door and not self._over and self._serving < self._limit:
+            open_ = self._started and not self._over
+            if open_ and not self._at_door and self._serving < self._limit:
                 self._send_to_door()  # no thread was to be had before
             self._looked_after = bool(self._kept_since) or self._keeps != self._keeps_seen
             self._keeps_seen = self._keeps
@@ -108,9 +119,16 @@ class Crew(Generic[A]):
     def wait_until_idle(self, seconds: float) -> bool:
         """After `fetch` has ended: wait until nothing is served any more. False: not in time."""
         with self._lock:
-            return self._idle.wait_for(
-                lambda: self._serving == 0 and self._at_door == 0, timeout=max(0.0, seconds)
-            )
+            return self._idle.wait_for(self._is_idle, timeout=max(0.0, seconds))
+
+    def _is_idle(self) -> bool:
+        return self._serving == 0 and self._at_door == 0
+
+    def _tell_idle(self) -> None:
+        """Wake whoever waits for the end. Called under the lock, when there is to be no more."""
+        self._idle.notify_all()
+        if self._is_idle():
+            os.eventfd_write(self.attention, 1)
 
     def _run(self) -> None:
         """A thread's life."""
@@ -127,7 +145,7 @@ class Crew(Generic[A]):
         with self._lock:
             self._over = True
             self._at_door = 0
-            self._idle.notify_all()
+            self._tell_idle()
 
     def _go_and_serve(self, arrival: A) -> None:
         if self._is_quick(arrival):
@@ -156,7 +174,7 @@ class Crew(Generic[A]):
         self._serving += 1
         self._at_door = 0
         if self._over:
-            self._idle.notify_all()
+            self._tell_idle()
         elif self._serving < self._limit:
             self._send_to_door()
 
@@ -187,7 +205,7 @@ class Crew(Generic[A]):
                 return True
             self._serving -= 1
             if self._over:
-                self._idle.notify_all()
+                self._tell_idle()
             elif not self._at_door:
                 self._at_door = 1
                 return True

@@ -5,14 +5,19 @@ ready, sends a first thread to the door, and from then on only watches: for the 
 lifeline pipe ends), for signals, and for the time to run the modules' clean-up hooks. Client
 threads run everything else, so a module that hangs cannot keep the worker from hearing of a stop.
 
-TERM drains: accept no more, finish what runs, leave. QUIT leaves at once. INT and HUP reach the
-whole process group of a terminal; they are for the master, which tells its workers what to do.
+It lets the first client in when the master opens the door to its whole generation.
+
+TERM says that the worker is to leave; its slot says how. Where the daemon stops, clients that wait
+are told so; where it goes on, they are left to the other workers. In both cases the worker accepts
+no more, finishes what runs, and leaves. QUIT leaves at once. INT and HUP reach the whole process
+group of a terminal; they are for the master, which tells its workers what to do.
 """
 
 import contextlib
 import faulthandler
 import gc
 import logging
+import math
 import os
 import selectors
 import signal
@@ -26,6 +31,7 @@ import setproctitle
 
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.place import Place, send_report
+from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP
 from cpanbridge.workers import builtin, modules
 from cpanbridge.workers.connection import Call, Connections
 from cpanbridge.workers.crew import Crew
@@ -106,6 +112,8 @@ class Worker:
         self._crew: Crew[Arrival[Call]] = Crew(
             self._threads, self._door.next, self._connections.is_quick, self._connections.serve
         )
+        self._retiring = False
+        self._leave_by = math.inf  # CLOCK_MONOTONIC, seconds; once it is to leave
         self._title = ""
         self._next_title = 0.0
         self._cleanup_thread: threading.Thread | None = None
@@ -117,7 +125,7 @@ class Worker:
         return self._crew.broken
 
     def watch(self) -> None:
-        """Serve until told to leave, or the master is gone; then drain."""
+        """Serve until told to leave, or the master is gone; return when what ran has finished."""
         signals, wakeup = socket.socketpair()
         for end in (signals, wakeup):
             end.setblocking(False)
@@ -127,44 +135,84 @@ class Worker:
         selector.register(signals, selectors.EVENT_READ)
         selector.register(self._place.lifeline, selectors.EVENT_READ)
         selector.register(self._crew.attention, selectors.EVENT_READ)
-        self._crew.start()
+        selector.register(self._place.opening, selectors.EVENT_READ)
         self._show_title()
-        while True:
-            ready = {key.fileobj for key, _ in selector.select(self._crew.look_after_door())}
+        while not self._has_finished():
+            ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
             if self._crew.attention in ready:
                 os.eventfd_read(self._crew.attention)
                 if self._crew.broken:
-                    break
+                    self._retire(self._graceful_end())
+            if self._place.opening in ready:
+                selector.unregister(self._place.opening)
+                self._crew.start()
             if self._place.lifeline in ready:
                 LOGGER.error("Worker %d: the master is gone, leaving", self._place.slot)
                 # Nobody will accept from this queue again; let clients see that at once.
                 for listener in self._place.listeners:
                     with contextlib.suppress(OSError):
                         listener.shutdown(socket.SHUT_RDWR)
+                self._stop_serving(self._graceful_end())
                 break
             if signals in ready and signal.SIGTERM in signals.recv(4096):
-                break
+                slot = self._place.shared.slots[self._place.slot]
+                leave_by = slot.leave_by / 1e9 or math.inf
+                if slot.order == ORDER_STOP:
+                    self._stop_serving(leave_by)
+                    break
+                self._retire(leave_by if slot.order == ORDER_RETIRE else self._graceful_end())
             self._keep_time()
-        self._drain()
+        self._run_hooks("shutdown", self._leave_by - time.monotonic())
 
-    def _drain(self) -> None:
-        """Finish what runs, within `graceful_timeout`, and leave."""
-        until = time.monotonic() + self._limits.graceful_timeout
+    def _graceful_end(self) -> float:
+        return time.monotonic() + self._limits.graceful_timeout
+
+    def _retire(self, leave_by: float) -> None:
+        """Let nobody in any more; the daemon goes on, so who waits outside is left to others."""
+        self._leave_by = leave_by
+        if not self._retiring:
+            self._retiring = True
+            self._close_door()
+
+    def _close_door(self) -> None:
         self._door.shut()
         self._crew.close_door()
         self._connections.drain()  # before anybody is woken, who would not know why
         os.eventfd_write(self._stop, 1)
-        if self._crew.wait_until_door_is_left(until - time.monotonic()):
-            while (arrival := self._door.take_leftover(until)) is not None:
+
+    def _has_finished(self) -> bool:
+        """Whether a worker that retires may leave: nothing runs any more, or its time is over."""
+        if not self._retiring:
+            return False
+        if self._crew.idle:
+            return True
+        if time.monotonic() < self._leave_by:
+            return False
+        self._say_what_is_cut()
+        return True
+
+    def _until_next_look(self) -> float:
+        seconds = self._crew.look_after_door()
+        if self._retiring:
+            seconds = min(seconds, max(0.0, self._leave_by - time.monotonic()))
+        return seconds
+
+    def _stop_serving(self, leave_by: float) -> None:
+        """The daemon ends: finish what runs, and tell everybody else so."""
+        self._leave_by = leave_by
+        self._close_door()
+        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()):
+            while (arrival := self._door.take_leftover(leave_by)) is not None:
                 self._connections.turn_away(arrival)
-        if not self._crew.wait_until_idle(until - time.monotonic()):
-            LOGGER.warning(
-                "Worker %d: %d connections still busy after graceful_timeout (%g s), cutting them",
-                self._place.slot,
-                self._crew.serving,
-                self._limits.graceful_timeout,
-            )
-        self._run_hooks("shutdown", until - time.monotonic())
+        if not self._crew.wait_until_idle(leave_by - time.monotonic()):
+            self._say_what_is_cut()
+
+    def _say_what_is_cut(self) -> None:
+        LOGGER.warning(
+            "Worker %d: %d connections still busy at the end of their time, cutting them",
+            self._place.slot,
+            self._crew.serving,
+        )
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -183,7 +231,7 @@ class Worker:
     def _run_hooks(self, name: str, seconds: float) -> None:
         thread = self._hook_thread(name)
         thread.start()
-        thread.join(max(1.0, seconds))
+        thread.join(max(1.0, min(seconds, self._limits.graceful_timeout)))
         if thread.is_alive():
             LOGGER.warning("Worker %d: a %s() hook does not return", self._place.slot, name)
 

@@ -1,0 +1,195 @@
+"""A seat: a slot of the shared memory, and what the master knows of the worker in it.
+
+A seat is free, or belongs to a generation. Its worker boots, serves, and at some time leaves: it is
+told to by an order in its slot and a TERM, and killed when it does not go. Which workers there
+should be is not decided here but in `workforce.py`. Called in the master, but where it says
+otherwise.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.listener import Listener
+from cpanbridge.supervisor.loop import Loop, Timer
+from cpanbridge.supervisor.place import Place, Report, WorkerMain, read_report
+from cpanbridge.supervisor.shared import Shared
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+# A worker ends by itself when its time is over, but its shutdown hooks have a second at least; one
+# that cannot end is killed after this.
+KILL_MARGIN = 3.0
+
+
+@dataclass(eq=False)
+class Generation:
+    """What all workers of one start or reload have in common."""
+
+    number: int
+    settings: Settings
+    listeners: Sequence[Listener]
+    wanted: int  # workers
+    opening: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC))
+    in_service: bool = False  # its workers may accept; those that die are replaced
+
+
+class Company:
+    """What all workers of a master have in common."""
+
+    def __init__(
+        self, loop: Loop, shared: Shared, bells: Sequence[Bells], worker_main: WorkerMain
+    ) -> None:
+        self.loop = loop
+        self.shared = shared
+        self.bells = bells
+        self.worker_main = worker_main
+        # Workers hold the read end only, so it ends when the master does, however that happens.
+        self.lifeline, self.life = os.pipe()
+
+
+class Seat:
+    """One slot and its worker."""
+
+    def __init__(self, company: Company, number: int) -> None:
+        self._company = company
+        self._slot = company.shared.slots[number]
+        self.number = number
+        self.generation: Generation | None = None  # None: free
+        self.pid = 0  # 0: no worker
+        self.ready_at: float | None = None  # CLOCK_MONOTONIC; None: it boots
+        self.failures = 0  # starts in a row that did not get it ready
+        self.refill: Timer | None = None  # its next start
+        self.leaving = ""  # why its worker was told to leave, or will be
+        self.told = False
+        self.refill_after = False  # when it has left, the same seat gets its replacement
+        self.replaces: Seat | None = None  # told to leave once the worker here is ready
+        self._report = -1  # read end of the worker's report pipe; -1: it has reported
+        self._kill: Timer | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether its worker has booted."""
+        return self.ready_at is not None
+
+    def fork(self, generation: Generation, on_report: "Callable[[Seat, Report], None]") -> None:
+        """Put a worker here. Raises OSError when there cannot be one."""
+        read_end, write_end = os.pipe()
+        # Before there is a worker that could take room in this slot, the others look at it.
+        self._company.shared.use_slot(self.number)
+        # A signal between the fork and the child's own handlers would be told to the master.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read_end)
+            os.close(write_end)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            raise
+        if pid == 0:
+            os.close(read_end)
+            self._become_worker(generation, write_end)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        os.close(write_end)
+        os.set_blocking(read_end, False)
+        self.generation, self.pid, self.ready_at, self._report = generation, pid, None, read_end
+        self._slot.pid, self._slot.generation = pid, generation.number
+        self._company.loop.watch(read_end, lambda: self._read_report(on_report))
+
+    def _become_worker(self, generation: Generation, report: int) -> NoReturn:
+        """Called in the child: let go of what is the master's alone, and never come back."""
+        company = self._company
+        try:
+            company.loop.let_go()
+            os.close(company.life)
+            company.worker_main(
+                Place(
+                    slot=self.number,
+                    generation=generation.number,
+                    settings=generation.settings,
+                    shared=company.shared,
+                    bells=company.bells,
+                    listeners=[listener.socket for listener in generation.listeners],
+                    lifeline=company.lifeline,
+                    report=report,
+                    opening=generation.opening,
+                )
+            )
+        except BaseException:
+            LOGGER.exception("Worker %d cannot begin", self.number)
+        finally:
+            os._exit(1)
+
+    def _read_report(self, on_report: "Callable[[Seat, Report], None]") -> None:
+        report = self.take_report()
+        if report is not None:
+            on_report(self, report)
+
+    def take_report(self) -> Report | None:
+        """What the worker says of its boot, once; None when it died without a word."""
+        if self._report < 0:
+            return None
+        try:
+            data = os.read(self._report, 65536)
+        except BlockingIOError:
+            data = b""  # the worker is gone, but left a child that holds the pipe
+        self._company.loop.forget(self._report)
+        os.close(self._report)
+        self._report = -1
+        if not data:
+            return None  # SIGCHLD says how it ended
+        report = read_report(data)
+        if report.error is None:
+            self.ready_at = time.monotonic()
+        return report
+
+    def tell_to_leave(self, order: int, seconds: float | None) -> None:
+        """Have the worker finish what it runs and leave, in so many seconds, or None: in its time.
+
+        `order` is one of `ORDER_RETIRE` and `ORDER_STOP`. One that cannot end by itself is killed.
+        """
+        self.told = True
+        self._slot.order = order
+        self._slot.leave_by = time.monotonic_ns() + int(seconds * 1e9) if seconds is not None else 0
+        self._cancel_kill()
+        if seconds is not None:
+            self._kill = self._company.loop.after(seconds + KILL_MARGIN, self._kill_it)
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the worker at once, if there is one. What it ran is lost."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _kill_it(self) -> None:
+        LOGGER.warning("Worker %d (pid %d) does not end: killed", self.number, self.pid)
+        self.kill()
+
+    def vacate(self) -> None:
+        """The worker has ended: give back what it held."""
+        self._company.shared.clear(self._slot)
+        self.pid, self.ready_at, self.told, self.leaving = 0, None, False, ""
+        self._cancel_kill()
+
+    def free(self) -> None:
+        """Nobody is to sit here any more, until a generation takes the seat."""
+        self.cancel_refill()
+        self.generation, self.replaces = None, None
+        self.failures, self.refill_after = 0, False
+
+    def cancel_refill(self) -> None:
+        """Start nobody here."""
+        if self.refill is not None:
+            self.refill.cancel()
+            self.refill = None
+
+    def _cancel_kill(self) -> None:
+        if self._kill is not None:
+            self._kill.cancel()
+            self._kill = None

@@ -1,0 +1,232 @@
+"""Which workers there are: as many as there should be, and a successor for each that goes.
+
+A worker that dies is replaced at once. One that dies before it is ready is replaced after a pause
+that grows each time, and one that dies within a second of being ready after half a second: a broken
+module is never a hot loop. That holds for a generation in service; one that is not there yet fails
+as a whole when a worker of it cannot boot.
+
+A worker is retired when the daemon is better off without it. It lets nobody in any more, finishes
+what runs, and leaves; what it was doing harms nobody. Called in the master.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.loop import Loop
+from cpanbridge.supervisor.place import Report, WorkerMain
+from cpanbridge.supervisor.seats import Company, Generation, Seat
+from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, Shared
+from cpanbridge.supervisor.text import describe_exit
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 30.0
+SETTLED_SECONDS = 1.0  # one that was ready for so long did not die of its start
+PAUSE_AFTER_READY = 0.5  # for one that was not
+
+
+class Owner(Protocol):
+    """Who is told how the workers fare; called in the loop."""
+
+    def generation_ready(self, generation: Generation) -> None:
+        """All workers of a generation that is not in service have booted."""
+
+    def generation_failed(self, generation: Generation, reason: str) -> None:
+        """A worker of a generation that is not in service cannot boot."""
+
+    def seat_emptied(self) -> None:
+        """A worker has ended, and nothing of it is left."""
+
+
+class Workforce:
+    """All workers of a master."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        loop: Loop,
+        shared: Shared,
+        bells: Sequence[Bells],
+        worker_main: WorkerMain,
+    ) -> None:
+        self._owner = owner
+        self._shared = shared
+        company = Company(loop, shared, bells, worker_main)
+        self._loop = loop
+        self.seats = [Seat(company, number) for number in range(len(shared.slots))]
+        self._stopping = False
+
+    def is_gone(self) -> bool:
+        """Whether there is no worker at all."""
+        return not any(seat.pid for seat in self.seats)
+
+    # -- generations --
+
+    def hire(self, generation: Generation) -> None:
+        """Fork the workers that a generation lacks, as far as there are free seats for them."""
+        for _ in range(generation.wanted - len(list(self._staff(generation)))):
+            seat = self._free_seat()
+            if seat is None or self._stopping:
+                return
+            self._fork(seat, generation)
+
+    def put_in_service(self, generation: Generation) -> None:
+        """From now on its workers accept, and those that die are replaced."""
+        generation.in_service = True
+        os.eventfd_write(generation.opening, 1)
+
+    def dismiss(self, generation: Generation) -> None:
+        """End a generation that has never been in service."""
+        for seat in self._of(generation):
+            seat.cancel_refill()
+            seat.leaving = "it is not needed"
+            seat.kill()
+
+    def stop(self, seconds: float | None) -> None:
+        """End all workers: in so many seconds, or None: at once. Nobody is replaced any more."""
+        self._stopping = True
+        for seat in self.seats:
+            seat.cancel_refill()
+            if seat.pid and seconds is None:
+                seat.kill()
+            elif seat.pid and seconds is not None:
+                seat.tell_to_leave(ORDER_STOP, seconds)
+
+    # -- retiring --
+
+    def retire(self, slot: int, reason: str, *, replace_first: bool) -> bool:
+        """Have the worker in a slot leave: it finishes what runs, within `graceful_timeout`.
+
+        With `replace_first` its replacement takes another slot and boots meanwhile, and only then
+        it is told. Otherwise, and when no slot is free, its replacement follows when it has gone.
+        False when there is nobody to retire: it boots, leaves already, or is not in service.
+        """
+        seat = self.seats[slot]
+        generation = seat.generation
+        if not seat.ready or seat.leaving or self._stopping:
+            return False
+        if generation is None or not generation.in_service:
+            return False
+        LOGGER.warning("Worker %d (pid %d) is retired: %s", slot, seat.pid, reason)
+        seat.leaving = reason
+        successor = self._free_seat() if replace_first else None
+        if successor is None:
+            seat.refill_after = True
+            self._tell_to_retire(seat)
+        else:
+            successor.replaces = seat
+            self._fork(successor, generation)
+        return True
+
+    def _tell_to_retire(self, seat: Seat) -> None:
+        assert seat.generation is not None
+        seat.tell_to_leave(ORDER_RETIRE, seat.generation.settings.limits.graceful_timeout)
+
+    # -- a worker's life --
+
+    def _fork(self, seat: Seat, generation: Generation) -> None:
+        seat.refill = None
+        try:
+            seat.fork(generation, self._reported)
+        except OSError as error:
+            LOGGER.error("Worker %d: cannot fork: %s", seat.number, error.strerror)
+            seat.generation = generation
+            if generation.in_service:
+                self._refill_later(seat)
+            else:
+                reason = f"cannot fork a worker: {error.strerror}"
+                self._owner.generation_failed(generation, reason)
+
+    def _reported(self, seat: Seat, report: Report) -> None:
+        generation = seat.generation
+        assert generation is not None
+        if report.error is not None:
+            LOGGER.error("Worker %d cannot start: %s", seat.number, report.error)
+            if not generation.in_service and not seat.leaving:
+                self._owner.generation_failed(generation, report.error)
+            return
+        seat.failures = 0
+        LOGGER.info("Worker %d ready (pid %d)", seat.number, seat.pid)
+        replaced, seat.replaces = seat.replaces, None
+        if replaced is not None and not replaced.told:
+            self._tell_to_retire(replaced)
+        if not generation.in_service:
+            staff = list(self._staff(generation))
+            if len(staff) >= generation.wanted and all(each.ready for each in staff):
+                self._owner.generation_ready(generation)
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child has ended; ignored when it was no worker."""
+        for seat in self.seats:
+            if seat.pid == pid:
+                self._ended(seat, describe_exit(status))
+
+    def _ended(self, seat: Seat, how: str) -> None:
+        report = seat.take_report()  # what it said last may not have been read yet
+        if report is not None:
+            self._reported(seat, report)
+        pid, ready_at, leaving = seat.pid, seat.ready_at, seat.leaving
+        seat.vacate()
+        if not self._stopping:
+            if leaving:
+                LOGGER.info("Worker %d (pid %d) has left: %s", seat.number, pid, how)
+                self._after_leaving(seat)
+            else:
+                self._after_death(seat, pid, ready_at, how)
+        self._owner.seat_emptied()
+
+    def _after_leaving(self, seat: Seat) -> None:
+        generation = seat.generation
+        for other in self.seats:
+            if other.replaces is seat:
+                other.replaces = None
+        if seat.refill_after and generation is not None:
+            seat.refill_after = False
+            self._fork(seat, generation)
+        else:
+            seat.free()
+
+    def _after_death(self, seat: Seat, pid: int, ready_at: float | None, how: str) -> None:
+        generation = seat.generation
+        assert generation is not None
+        if not generation.in_service:
+            LOGGER.error("Worker %d (pid %d) died at boot: %s", seat.number, pid, how)
+            reason = f"worker {seat.number} died at boot: {how}"
+            self._owner.generation_failed(generation, reason)
+            return
+        self._shared.header.deaths += 1
+        LOGGER.error("Worker %d (pid %d) died: %s; replacing it", seat.number, pid, how)
+        if ready_at is None:
+            self._refill_later(seat)
+        elif time.monotonic() - ready_at < SETTLED_SECONDS:
+            self._refill_in(seat, generation, PAUSE_AFTER_READY)
+        else:
+            self._fork(seat, generation)
+
+    def _refill_later(self, seat: Seat) -> None:
+        """Start it again after a pause that grows with each start that has failed in a row."""
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**seat.failures)
+        seat.failures = min(seat.failures + 1, 16)
+        LOGGER.warning("Worker %d: next start in %.1f s", seat.number, pause)
+        assert seat.generation is not None
+        self._refill_in(seat, seat.generation, pause)
+
+    def _refill_in(self, seat: Seat, generation: Generation, seconds: float) -> None:
+        seat.refill = self._loop.after(seconds, lambda: self._fork(seat, generation))
+
+    # -- who sits where --
+
+    def _of(self, generation: Generation) -> Iterator[Seat]:
+        return (seat for seat in self.seats if seat.generation is generation)
+
+    def _staff(self, generation: Generation) -> Iterator[Seat]:
+        """The seats that count for what a generation should have."""
+        return (s for s in self._of(generation) if not s.leaving or s.refill_after)
+
+    def _free_seat(self) -> Seat | None:
+        return next((seat for seat in self.seats if seat.generation is None), None)
