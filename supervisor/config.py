@@ -12,11 +12,12 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+import psutil
 from msgspec import Meta
 
 DEFAULT_FILE = "/etc/cpanbridged.toml"
@@ -103,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     security_log: Path_ = "-"
     log_format: Literal["text", "json"] = "text"
     debug: bool = False
-    overload: Literal["wait"] = "wait"
+    overload: Literal["wait", "reject"] = "wait"
     python_path: list[Path_] = msgspec.field(default_factory=list)
     modules: dict[ModuleName, Module] = msgspec.field(default_factory=dict)
     module_dirs: list[ModuleDir] = msgspec.field(default_factory=list)
@@ -127,14 +128,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 # Checked like all others, but nothing acts on them in this version; the command says so.
 NOT_YET_ENFORCED = (
-    "limits.max_memory_mb",
-    "limits.max_cpu_percent",
-    "limits.stale_timeout",
-    "limits.resource_check_interval",
     "limits.request_timeout",
     "limits.drain_timeout",
-    "limits.sample_interval",
-    "limits.memory_grace",
     "limits.slow_request",
 )
 
@@ -144,7 +139,7 @@ _RULES = {
     "listen": "must be a list of socket paths",
     "socket_mode": 'must be an octal mode such as "0600" or "0660"',
     "log_format": 'must be "text" or "json"',
-    "overload": 'must be "wait", the only one in this version',
+    "overload": 'must be "wait" or "reject"',
     "affinity": 'must be "none", the only one in this version',
     "functions": 'must be "*" or a list of function names',
     "debug": "must be true or false",
@@ -217,7 +212,24 @@ def load(
         for key in NOT_YET_ENFORCED
         if _get(tables, key) is not None
     )
+    notes.extend(_beyond_the_machine(tables, settings.limits))
     return Loaded(settings, source, notes)
+
+
+def _beyond_the_machine(tables: Mapping[str, Any], limits: Limits) -> Iterator[str]:
+    """What was set higher than anything here can use."""
+    there = psutil.virtual_memory().total >> 20
+    if _get(tables, "limits.max_memory_mb") is not None and limits.max_memory_mb > there:
+        yield (
+            f"limits.max_memory_mb = {limits.max_memory_mb} is more memory than this machine has "
+            f"({there} MB): it will never be reached"
+        )
+    cores = os.cpu_count() or 1
+    if _get(tables, "limits.max_cpu_percent") is not None and limits.max_cpu_percent > 100 * cores:
+        yield (
+            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine's "
+            f"{cores} cores have ({100 * cores}): it will never be reached"
+        )
 
 
 def _read(file: str) -> dict[str, Any]:

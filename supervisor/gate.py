@@ -3,7 +3,8 @@
 1. Never more than `max_connections` client connections open.
 2. Never more than `max_concurrent_requests` requests running.
 3. In any 60 seconds, wherever they start, at most `max_requests_per_minute` requests admitted.
-4. Nothing is accepted while the master's verdict is closed, or 1 to 3 leave no room.
+4. While the master's verdict is closed nothing is accepted and no request begins; what runs goes
+   on. Nothing is accepted either while 1 to 3 leave no room.
 
 Everything that takes room is decided under one lock; giving room back needs none. The lock is a
 POSIX record lock on the shared memfd, because the kernel frees such a lock when the process that
@@ -23,7 +24,7 @@ eventfd, the bell. Whoever gives room back rings the bell of every worker that w
 two threads of a worker wait at most, one at the door and one for all that have a request. A ring is
 only a hint to look again: one that is lost because its process was killed costs `LOST_RING_MS`.
 
-Everything here is called in the worker process, from any of its threads.
+Called in the worker process, from any of its threads, but for what says otherwise.
 """
 
 import contextlib
@@ -34,11 +35,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
-from cpanbridge.supervisor.recordlock import SharedLock
 from cpanbridge.supervisor.shared import (
     VERDICT_OPEN,
     WAITS_FOR_CONNECTION,
     WAITS_FOR_NOTHING,
+    WAITS_FOR_RATE,
     WAITS_FOR_REQUEST,
     WAITS_FOR_VERDICT,
     Shared,
@@ -55,38 +56,45 @@ class Bells(NamedTuple):
 
     door: int  # for its thread at the door
     request: int  # for the one of its threads that looks for a request's room
+    watch: int  # for its main thread, when there is something for it to do
 
     @classmethod
     def hang(cls) -> "Bells":
-        """Create both. Raises OSError when the process is out of descriptors."""
+        """Create them. Raises OSError when the process is out of descriptors."""
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        return cls(os.eventfd(0, flags), os.eventfd(0, flags))
+        return cls(*(os.eventfd(0, flags) for _ in cls._fields))
 
 
 class Obstacle(NamedTuple):
     """Why nothing can be admitted now, and what to wait for."""
 
-    reason: str
+    reason: str  # verdict, connections, concurrency or rate
     waits_for: int  # whose giving back may remove it: WAITS_FOR_...
     until: int | None = None  # CLOCK_MONOTONIC nanoseconds when it will have gone
 
+    @property
+    def retry_after(self) -> float:
+        """In how many seconds it is worth while to try again."""
+        if self.until is not None:
+            return max(0.001, (self.until - time.monotonic_ns()) / 1e9)
+        return (VERDICT_MS if self.reason == "verdict" else LOST_RING_MS) / 1000
 
-class Gate(SharedLock):
-    """One worker's view of the gate.
 
-    `with gate:` holds the lock, and `enter` is how one gets it. The limits are read from the shared
+class Gate:
+    """One worker's view of the gate. The limits are read from the shared
     memory each time, so that a change holds for all generations of workers at once.
     """
 
     def __init__(self, shared: Shared, slot: int, bells: Sequence[Bells]) -> None:
-        super().__init__(shared.fd)
         self._shared = shared
+        self._lock = shared.lock
         self._header = shared.header
         self._slot = shared.slots[slot]
         self._bells = bells[slot]
         self._all_bells = bells
         self._slots = shared.used_slots
         self._workers = list(zip(self._slots, bells, strict=False))
+        self._leaving = False
         self._release = threading.Lock()
         self._line_for_connection = threading.Lock()
         self._line_for_request = threading.Lock()
@@ -106,16 +114,15 @@ class Gate(SharedLock):
             running += slot.admitted - slot.succeeded - slot.failed
         if connections > header.peak_connections:
             header.peak_connections = connections
-        if connection:
-            if header.verdict != VERDICT_OPEN:
-                return Obstacle("verdict", WAITS_FOR_VERDICT)
-            if connections + reserved >= header.max_connections:
-                return Obstacle("connections", WAITS_FOR_CONNECTION)
+        if header.verdict != VERDICT_OPEN and not self._leaving:
+            return Obstacle("verdict", WAITS_FOR_VERDICT)
+        if connection and connections + reserved >= header.max_connections:
+            return Obstacle("connections", WAITS_FOR_CONNECTION)
         if running >= header.max_concurrent_requests:
             return Obstacle("concurrency", WAITS_FOR_REQUEST)
         free_at = self._shared.window.free_at()
         if free_at > time.monotonic_ns():
-            return Obstacle("rate", WAITS_FOR_NOTHING, free_at)
+            return Obstacle("rate", WAITS_FOR_RATE, free_at)
         return None
 
     def _look_at_more_slots(self) -> None:
@@ -127,25 +134,34 @@ class Gate(SharedLock):
         self._slot.reserved = 1
         return True
 
-    def reserve_any(self) -> bool:
-        """Take room for a client, whatever there is of requests; False when there is none."""
-        reserved = sum(slot.reserved for slot in self._shared.used_slots)
-        if reserved + self._shared.connections() >= self._header.max_connections:
-            return False
-        return self.reserve()
-
     def admitted(self) -> Literal[True]:
         """Charge a request that is complete and about to run."""
         self._slot.admitted += 1
         self._shared.window.record(time.monotonic_ns())
         return True
 
+    def reserve_any(self) -> bool:
+        """Take room for a client, whatever there is of requests; False when there is none.
+
+        As `reserve`, but it takes the lock itself.
+        """
+        with self._lock:
+            reserved = sum(slot.reserved for slot in self._shared.used_slots)
+            if reserved + self._shared.connections() >= self._header.max_connections:
+                return False
+            return self.reserve()
+
     # -- using room and giving it back, without the lock --
 
-    def opened(self) -> None:
-        """The room that was reserved has a client. Called by the thread at the door."""
-        self._slot.opened += 1
+    def opened(self) -> int:
+        """The room that was reserved has a client; returns its number in this slot.
+
+        Called by the thread at the door.
+        """
+        number: int = self._slot.opened + 1
+        self._slot.opened = number
         self._slot.reserved = 0
+        return number
 
     def nobody_came(self) -> None:
         """Give back the room that was reserved. Called by the thread at the door."""
@@ -158,27 +174,26 @@ class Gate(SharedLock):
             self._slot.closed += 1
         self._tell_who_waits_for_connection()
 
-    def finished(self, succeeded: bool, duration_ns: int) -> None:
+    def finished(self, succeeded: bool) -> None:
         """Give back a request's place, once its function has returned."""
-        slot = self._slot
         with self._release:
-            slot.busy_ns += duration_ns
             if succeeded:
-                slot.succeeded += 1
+                self._slot.succeeded += 1
             else:
-                slot.failed += 1
+                self._slot.failed += 1
         for other, bells in self._workers:
             if other.request_waits_for == WAITS_FOR_REQUEST:
                 _ring(bells.request)
             if other.door_waits_for == WAITS_FOR_REQUEST:
                 _ring(bells.door)
 
-    def refused(self, *, invalid: bool, security_event: bool) -> None:
-        """Count a request that is answered with an error without having been admitted."""
-        with self._release:
-            self._slot.refused += 1
-            self._slot.invalid += invalid
-            self._slot.security_events += security_event
+    def leave(self) -> None:
+        """From now on the verdict is nothing to this worker: what it has taken up, it finishes.
+
+        It accepts no more, and the verdict may be waiting for it to have left.
+        """
+        self._leaving = True
+        _ring(self._bells.request)
 
     def _tell_who_waits_for_connection(self) -> None:
         for other, bells in self._workers:
@@ -187,15 +202,31 @@ class Gate(SharedLock):
 
     # -- waiting for room --
 
+    def attempt(self, take: Callable[[], T], *, connection: bool) -> T | Obstacle:
+        """Run `take` under the lock and return what it returns, or what keeps it from being run.
+
+        `take` is one of `reserve` and `admitted`.
+        """
+        with self._lock:
+            obstacle = self.obstacle(connection=connection)
+            if obstacle is None:
+                return take()
+        if obstacle.waits_for == WAITS_FOR_CONNECTION:
+            self._slot.full += 1
+        return obstacle
+
     def enter(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
         """Run `take` under the lock as soon as there is room, and return what it returns.
 
         Sleeps while there is none; returns None when the descriptor `stop` is readable by then.
-        `take` is one of `reserve` and `admitted`.
         """
-        with self:
-            if self.obstacle(connection=connection) is None:
-                return take()
+        outcome = self.attempt(take, connection=connection)
+        if not isinstance(outcome, Obstacle):
+            return outcome
+        return self.wait_and_take(take, stop, connection=connection)
+
+    def wait_and_take(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
+        """As `enter`, for who has found no room already."""
         # Of the threads that wait for the same, one looks and the others wait for their turn.
         if connection:
             with self._line_for_connection:
@@ -214,7 +245,7 @@ class Gate(SharedLock):
     def _wait_and_take(self, take: Callable[[], T], stop: int, connection: bool) -> T | None:
         try:
             while True:
-                with self:
+                with self._lock:
                     obstacle = self.obstacle(connection=connection)
                     if obstacle is None:
                         return take()
@@ -269,3 +300,24 @@ def _ring(bell: int) -> None:
     # Rung 2**64 - 2 times and not heard yet: it will be.
     with contextlib.suppress(BlockingIOError):
         os.eventfd_write(bell, 1)
+
+
+def change_verdict(shared: Shared, bells: Sequence[Bells], verdict: int) -> None:
+    """Open or close the gate for the whole daemon. Called in the master."""
+    header = shared.header
+    header.changed_at = time.monotonic_ns()
+    header.closings += verdict != VERDICT_OPEN
+    header.verdict = verdict
+    if verdict != VERDICT_OPEN:
+        return
+    for slot, each in zip(shared.used_slots, bells, strict=False):
+        if slot.door_waits_for == WAITS_FOR_VERDICT:
+            _ring(each.door)
+        if slot.request_waits_for == WAITS_FOR_VERDICT:
+            _ring(each.request)
+
+
+def ring_watchers(shared: Shared, bells: Sequence[Bells]) -> None:
+    """Let the main thread of every worker look whether there is something to do."""
+    for each in bells[: shared.header.slots_used]:
+        _ring(each.watch)

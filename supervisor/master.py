@@ -18,6 +18,7 @@ from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.listener import Listener
 from cpanbridge.supervisor.loop import Loop
+from cpanbridge.supervisor.monitor import Monitor
 from cpanbridge.supervisor.place import WorkerMain
 from cpanbridge.supervisor.seats import Generation
 from cpanbridge.supervisor.shared import Shared, slot_capacity
@@ -55,6 +56,14 @@ class Master:
         self._loop = Loop()
         self._workforce = Workforce(self, self._loop, self._shared, bells, worker_main)
         self._generation = Generation(1, settings, listeners, settings.worker_count)
+        self._monitor = Monitor(
+            self._loop,
+            self._shared,
+            bells,
+            settings.limits,
+            [listener.socket for listener in listeners],
+            lambda slot, reason: self._workforce.retire(slot, reason, replace_first=False),
+        )
         self._signals, self._wakeup = socket.socketpair()
         self._started = False
         self._stopping = False
@@ -149,6 +158,7 @@ class Master:
             return
         self._workforce.put_in_service(generation)
         self._started = True
+        self._monitor.start()
         LOGGER.info(
             "cpanbridged %s ready: pid %d, %d workers, listening on %s",
             __version__,

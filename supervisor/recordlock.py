@@ -59,7 +59,8 @@ class RecordLock:
 class SharedLock:
     """`with` it, no other thread of any process that locks the same file is inside.
 
-    A record lock is held per process, so a thread lock comes before it.
+    A record lock is held per process, so a thread lock comes before it; and so a process must have
+    only one of these for a file.
     """
 
     def __init__(self, descriptor: int) -> None:

@@ -99,6 +99,8 @@ class Seat:
         os.close(write_end)
         os.set_blocking(read_end, False)
         self.generation, self.pid, self.ready_at, self._report = generation, pid, None, read_end
+        self._slot.since = time.monotonic_ns()
+        self._slot.admitted_before = self._slot.admitted
         self._slot.pid, self._slot.generation = pid, generation.number
         self._company.loop.watch(read_end, lambda: self._read_report(on_report))
 

@@ -1,8 +1,9 @@
 """The memory that the master and its workers share.
 
-One memfd, laid out by the master before it forks, mapped by every process: a header, a row of
-slots, and the ring of admission times. It has no name in any file system, so a killed master leaves
-nothing behind, and a descriptor can be passed on to a master that takes over.
+One memfd, laid out by the master before it forks, mapped by every process: a header, the names of
+the functions, a row of slots with each worker's books, and the ring of admission times. It has no
+name in any file system, so a killed master leaves nothing behind, and a descriptor can be passed on
+to a master that takes over.
 
 There are more slots than workers: while one generation of workers drains, the next one has taken
 free slots. `slots_used` says how far the row has ever been used, so that nobody looks further.
@@ -21,8 +22,16 @@ import ctypes
 import mmap
 import os
 import time
+from typing import NamedTuple
 
+from cpanbridge.supervisor import histogram, notes, roster, tally
 from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.histogram import Histogram
+from cpanbridge.supervisor.notes import NoteRing
+from cpanbridge.supervisor.recordlock import SharedLock
+from cpanbridge.supervisor.roster import Roster
+from cpanbridge.supervisor.tally import Names, Tally
+from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
@@ -37,6 +46,7 @@ WAITS_FOR_NOTHING = 0
 WAITS_FOR_CONNECTION = 1
 WAITS_FOR_REQUEST = 2
 WAITS_FOR_VERDICT = 3
+WAITS_FOR_RATE = 4  # told for whoever looks; the time that it waits for is exact, and nobody rings
 
 # What a worker was told to do, besides to serve (see Slot.order).
 ORDER_NONE = 0
@@ -67,16 +77,34 @@ class Header(ctypes.Structure):
         ("started_monotonic", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds
         # Written by the master.
         ("verdict", ctypes.c_int64),  # VERDICT_OPEN or VERDICT_CLOSED
+        ("closings", ctypes.c_int64),  # times that the verdict has closed
+        ("changed_at", ctypes.c_int64),  # when it last opened or closed, CLOCK_MONOTONIC, ns
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
         ("slots_used", ctypes.c_int64),  # only grows, and before a worker is forked into a slot
+        ("retired", ctypes.c_int64),  # workers that were told to leave, to give memory back
+        # What the monitor saw last.
+        ("sampled_at", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: not yet
+        ("checked_at", ctypes.c_int64),  # the last check after resource_check_interval, the same
+        ("values", ctypes.c_int64 * KINDS),  # in thousandths of each kind's unit
+        ("alerts", ctypes.c_int64 * KINDS),  # violations that have begun
+        ("peak_memory", ctypes.c_int64),  # bytes
+        ("peak_cpu", ctypes.c_int64),  # thousandths of a percent
+        ("processes", ctypes.c_int64),  # in the tree
+        ("processes_by_rss", ctypes.c_int64),  # of these, those whose PSS cannot be read
+        ("backlog", ctypes.c_int64),  # clients in the listen queues
         # Written by the master under the gate's lock.
         ("max_connections", ctypes.c_int64),
         ("max_concurrent_requests", ctypes.c_int64),
+        ("max_memory_mb", ctypes.c_int64),
+        ("max_cpu", ctypes.c_int64),  # thousandths of a percent
         ("rings", Ring * 2),  # the one in use, and the one before it
         ("ring_number", ctypes.c_int64),  # how often it was replaced; its lowest bit says which
         # Written under the gate's lock.
         ("admissions", ctypes.c_int64),  # requests ever admitted
         ("runs", ctypes.c_int64),  # without a rate limit: see window.py
+        ("functions", ctypes.c_int64),  # names in the table: see tally.py
+        ("cleanups", ctypes.c_int64),  # times that stale connections were to be closed at once
+        ("cleanup_at", ctypes.c_int64),  # the last time, CLOCK_MONOTONIC, nanoseconds
         ("peak_connections", ctypes.c_int64),
     )
 
@@ -90,6 +118,9 @@ class Slot(ctypes.Structure):
         ("generation", ctypes.c_int64),
         ("order", ctypes.c_int64),  # ORDER_..., before the worker is sent a TERM
         ("leave_by", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: when all has finished
+        ("since", ctypes.c_int64),  # when the process was forked, CLOCK_MONOTONIC, nanoseconds
+        ("admitted_before", ctypes.c_int64),  # what `admitted` was then
+        ("memory", ctypes.c_int64),  # bytes, with all that the worker has started
         # Written by the worker under the gate's lock.
         ("admitted", ctypes.c_int64),  # requests let through to run
         # 1: there is room for a client that the thread at the door may be accepting. Taken under
@@ -98,6 +129,7 @@ class Slot(ctypes.Structure):
         # Written by the thread at the worker's door; there is one at a time.
         ("opened", ctypes.c_int64),  # connections accepted
         ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...
+        ("full", ctypes.c_int64),  # times that it found all connections taken
         # Written by the one thread of the worker that looks for a request's room.
         ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...
         # Written by the worker under its own release lock, and by the master once it is dead.
@@ -106,8 +138,17 @@ class Slot(ctypes.Structure):
         ("succeeded", ctypes.c_int64),  # requests that have run and returned a result
         ("failed", ctypes.c_int64),  # requests that have run and did not
         ("refused", ctypes.c_int64),  # requests answered with an error without running
-        ("invalid", ctypes.c_int64),  # of these, malformed ones
-        ("security_events", ctypes.c_int64),
+        ("turned_away", ctypes.c_int64),  # of their clients, those that were not even let in
+        # Requests that were told Overloaded, by the reason.
+        ("overloaded_verdict", ctypes.c_int64),
+        ("overloaded_connections", ctypes.c_int64),
+        ("overloaded_concurrency", ctypes.c_int64),
+        ("overloaded_rate", ctypes.c_int64),
+        # Security events, by their kind.
+        ("invalid_request", ctypes.c_int64),
+        ("module_not_allowed", ctypes.c_int64),
+        ("function_not_allowed", ctypes.c_int64),
+        ("permission_denied", ctypes.c_int64),
         ("busy_ns", ctypes.c_int64),  # time that finished requests took, all together
     )
 
@@ -131,6 +172,16 @@ class Slot(ctypes.Structure):
         return int(self.succeeded + self.failed)
 
 
+class Books(NamedTuple):
+    """What a slot's worker writes down of its work, for reports. Not cleared when it dies."""
+
+    histogram: Histogram  # how long requests took
+    tally: Tally  # of each function
+    roster: Roster  # of its connections
+    errors: NoteRing  # the last failed requests: nanoseconds, the function's number, the error
+    events: NoteRing  # the last security events: the client's pid and uid, the event
+
+
 class LayoutError(Exception):
     """The memory was laid out by other code; it cannot be read."""
 
@@ -146,13 +197,22 @@ class Shared:
     def __init__(self, fd: int, capacity: int) -> None:
         """Map memory that is laid out for so many slots. See `create` and `attach`."""
         self.fd = fd
+        self.lock = SharedLock(fd)  # the gate's
         # From here to the end stands the first ring; later ones are mapped when they are used.
         self._rings_at = _rings_at(capacity)
         self._memory = mmap.mmap(fd, self._rings_at)
         self.header = Header.from_buffer(self._memory)
         self.slots = [Slot.from_buffer(self._memory, _slot_at(n)) for n in range(capacity)]
+        view = memoryview(self._memory)
+        self.names = Names(self.header, view[_NAMES_AT : _NAMES_AT + tally.NAMES_SIZE])
+        self.books = [
+            _books(view, _slot_at(n) + _padded(ctypes.sizeof(Slot))) for n in range(capacity)
+        ]
         self._ring_number = -1
         self._window: Window
+        # A mapping has a descriptor of its own, and closing any of a file's descriptors makes the
+        # kernel drop the locks that the process has on it: so none is ever let go of.
+        self._mappings = [self._memory]
 
     @classmethod
     def create(cls, capacity: int, limits: Limits, used: int | None = None) -> "Shared":
@@ -166,9 +226,8 @@ class Shared:
         header.slots_used = capacity if used is None else used
         header.started_at = time.time_ns()
         header.started_monotonic = time.monotonic_ns()
-        header.max_connections = limits.max_connections
-        header.max_concurrent_requests = limits.max_concurrent_requests
         shared._add_ring(limits.max_requests_per_minute, 0)
+        shared.apply_limits(limits)
         return shared
 
     @classmethod
@@ -224,6 +283,8 @@ class Shared:
         slot.door_waits_for = WAITS_FOR_NOTHING
         slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
+        slot.memory = 0
+        self.books[self.slots.index(slot)].roster.clear()
 
     # -- the limits, which a reload may change for all generations at once --
 
@@ -235,6 +296,15 @@ class Shared:
             self._window = self._map_ring(self.header.rings[number % 2])
             self._ring_number = number
         return self._window
+
+    def apply_limits(self, limits: Limits) -> None:
+        """Let these limits hold. Called in the master under the gate's lock."""
+        header = self.header
+        header.max_connections = limits.max_connections
+        header.max_concurrent_requests = limits.max_concurrent_requests
+        header.max_memory_mb = limits.max_memory_mb
+        header.max_cpu = round(limits.max_cpu_percent * SCALE)
+        self.resize_window(limits.max_requests_per_minute)
 
     def resize_window(self, limit: int) -> None:
         """Let another rate limit hold, with what is known of the last minute.
@@ -259,6 +329,7 @@ class Shared:
     def _map_ring(self, ring: Ring) -> Window:
         size = 8 * entries_for(ring.limit, ring.keeps)
         memory = mmap.mmap(self.fd, size, offset=ring.at)
+        self._mappings.append(memory)
         return Window(self.header, memoryview(memory).cast("q"), ring.limit, ring.keeps)
 
 
@@ -271,8 +342,28 @@ def _in_pages(size: int) -> int:
     return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
+_NAMES_AT = _padded(ctypes.sizeof(Header))
+_BOOKS = (histogram.SIZE, tally.SIZE, roster.SIZE, notes.SIZE, notes.SIZE)
+_SLOT_SIZE = _padded(ctypes.sizeof(Slot)) + sum(map(_padded, _BOOKS))
+
+
 def _slot_at(number: int) -> int:
-    return _padded(ctypes.sizeof(Header)) + number * _padded(ctypes.sizeof(Slot))
+    return _NAMES_AT + _padded(tally.NAMES_SIZE) + number * _SLOT_SIZE
+
+
+def _books(memory: memoryview, at: int) -> Books:
+    parts = []
+    for size in _BOOKS:
+        parts.append(memory[at : at + size])
+        at += _padded(size)
+    times, calls, connections, errors, events = parts
+    return Books(
+        Histogram(times.cast("q")),
+        Tally(calls.cast("q")),
+        Roster(connections.cast("q")),
+        NoteRing(errors),
+        NoteRing(events),
+    )
 
 
 def _rings_at(capacity: int) -> int:

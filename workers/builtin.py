@@ -1,54 +1,126 @@
 """The modules `test` and `system`, which every daemon has.
 
-Their functions are handed the request itself, so that `echo` can tell `[5]` from `5`.
+Their functions are handed the request itself, so that `echo` can tell `[5]` from `5`, and the peer,
+so that the kernel can say whose it is.
 """
 
+import os
 import platform
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpanbridge.supervisor import reports
+from cpanbridge.supervisor import health, reports
 from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.gate import Bells, ring_watchers
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers.modules import Exposed
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import PYTHON_VERSION, Refusal, Request
+
+# For the workers to close their stale connections after they were asked to.
+CLEANUP_SECONDS = 2.0
+
+Report = Callable[[], Any]
 
 
 def built_in(
-    shared: Shared, settings: Settings, modules: Callable[[], list[str]]
+    shared: Shared,
+    settings: Settings,
+    modules: Callable[[], list[str]],
+    bells: Sequence[Bells] = (),
 ) -> dict[str, Exposed]:
-    """Both modules, reporting on this daemon; `modules` tells the names of all that is exposed."""
+    """Both modules, reporting on this daemon; `modules` tells the names of all that is exposed.
 
-    def ping(request: Request) -> dict[str, Any]:
+    `bells` are those of all slots.
+    """
+
+    def ping(request: Request, _: Peer) -> dict[str, Any]:
         return {
             "message": "pong",
             "daemon_version": __version__,
             "python_version": PYTHON_VERSION,
             "platform": platform.platform(),
             "uptime": shared.uptime,
-            "stats": reports.counts(shared),
+            "stats": reports.counted(shared),
             "input": request.params,
         }
 
-    def echo(request: Request) -> Any:
+    def echo(request: Request, _: Peer) -> Any:
         return request.params
 
-    def info(request: Request) -> dict[str, Any]:
+    def cleanup(request: Request, peer: Peer) -> dict[str, Any]:
         _no_params(request)
-        return reports.info(shared, settings, modules())
+        _only_the_owner(request, peer)
+        return _clean_up(shared, settings, bells)
 
-    def metrics(request: Request) -> dict[str, Any]:
+    def shutdown(request: Request, peer: Peer) -> dict[str, Any]:
         _no_params(request)
-        return reports.metrics(shared, settings, modules())
+        _only_the_owner(request, peer)
+        os.kill(os.getppid(), signal.SIGTERM)
+        return {"message": "The daemon is shutting down"}
 
-    return {
-        "test": Exposed({"ping": ping, "echo": echo}, None, takes_request=True),
-        "system": Exposed({"info": info, "metrics": metrics}, None, takes_request=True),
+    health_report = _report(lambda: health.health(shared, settings))
+    stats_report = _report(lambda: reports.stats(shared, settings))
+    test = {"ping": ping, "echo": echo, "health": health_report, "stats": stats_report}
+    system = {
+        "info": _report(lambda: reports.info(shared, settings, modules())),
+        "health": health_report,
+        "performance": _report(lambda: health.performance(shared, settings)),
+        "connections": _report(lambda: reports.connections(shared, settings)),
+        "metrics": _report(lambda: reports.metrics(shared, settings, modules())),
+        "stats": stats_report,
+        "cleanup": cleanup,
+        "shutdown": shutdown,
     }
+    return {
+        "test": Exposed(test, None, takes_request=True),
+        "system": Exposed(system, None, takes_request=True),
+    }
+
+
+def _report(make: Report) -> Callable[[Request, Peer], Any]:
+    def report(request: Request, _: Peer) -> Any:
+        _no_params(request)
+        return make()
+
+    return report
 
 
 def _no_params(request: Request) -> None:
     if request.params:
         message = f"Invalid params for {request.module}.{request.function}: it takes none"
         raise Refusal("InvalidParams", message, request.request_id)
+
+
+def _only_the_owner(request: Request, peer: Peer) -> None:
+    """Refuse what is not for everybody who may open the socket. Raises Refusal."""
+    _, uid, _ = peer.credentials()
+    if uid not in (0, os.geteuid()):
+        message = (
+            f"{request.module}.{request.function} is for the daemon's own user and root, "
+            f"not for uid {uid}"
+        )
+        raise Refusal("PermissionDenied", message, request.request_id, request.perl_caller)
+
+
+def _clean_up(shared: Shared, settings: Settings, bells: Sequence[Bells]) -> dict[str, Any]:
+    """Have all workers close their stale connections, and wait until they have."""
+    stale = reports.stale_connections(shared, settings)
+    details = [reports.describe_connection(each, settings) for each in stale]
+    with shared.lock:
+        shared.header.cleanups += 1
+        shared.header.cleanup_at = time.monotonic_ns()
+    ring_watchers(shared, bells)
+    until = time.monotonic() + CLEANUP_SECONDS
+    left = {each.id for each in stale}
+    while left and time.monotonic() < until:
+        time.sleep(0.005)
+        left &= {each.id for each in reports.stale_connections(shared, settings)}
+    return {
+        "cleaned_connections": len(stale) - len(left),
+        "connections_details": [each for each in details if each["connection_id"] not in left],
+        "remaining_connections": shared.connections(),
+    }

@@ -5,80 +5,85 @@ sends one request and is answered and closed; a framed one keeps its connection 
 is, the first byte tells.
 
 The rules for a peer that is slow or gone: a request must be complete within `read_timeout` of its
-first byte (of the accept, for a connection's first); a reply must find a reader that takes
-some of it every `read_timeout`; a framed connection may rest for `idle_timeout`. Room for a request
-is given back before the reply is sent, so a slow reader holds nothing but its own connection.
+first byte (of the accept, for a connection's first), and some of it must come every
+`stale_timeout`; a reply must find a reader that takes some of it every `read_timeout`; a framed
+connection may rest for `idle_timeout`. Room for a request is given back before the reply is sent,
+so a slow reader holds nothing but its own connection.
 """
 
 import contextlib
 import logging
-import os
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate
-from cpanbridge.workers import modules, protocol, security
+from cpanbridge.supervisor.roster import IDLE, READING
+from cpanbridge.workers import protocol
+from cpanbridge.workers.calls import Call, Calls, Draining
 from cpanbridge.workers.door import Arrival
-from cpanbridge.workers.modules import Registry, Target
 from cpanbridge.workers.peer import Peer
-from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal, Request
+from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal
 from cpanbridge.workers.scanner import ObjectScanner
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 LINGER_SECONDS = 2.0
 LEFTOVER_SECONDS = 0.2
-# A frame's length is below 9 * 2**24 (see config.MAX_REQUEST_SIZE); 9 is the first white space.
-FIRST_BYTE_FRAMED = range(9)
 
 
-class Call(NamedTuple):
-    """A request together with the function that it names."""
+class Stops(NamedTuple):
+    """Descriptors that become readable when a worker leaves."""
 
-    request: Request
-    target: Target
-
-
-class Draining(Exception):
-    """The worker is about to leave and takes up no further request."""
+    door: int  # nobody is let in any more, and a kept connection takes up no further request
+    all: int  # no request is taken up any more
 
 
 class Connections:
     """What all connections of a worker need, and the life of each. Called from its threads."""
 
-    def __init__(
-        self, settings: Settings, worker: int, gate: Gate, registry: Registry, stop: int
-    ) -> None:
-        self._limits = settings.limits
-        self._debug = settings.debug
-        self._worker = worker
+    def __init__(self, limits: Limits, gate: Gate, calls: Calls, stops: Stops) -> None:
+        self._limits = limits
         self._gate = gate
-        self._registry = registry
-        self._stop = stop
-        self._security = security.SecurityLog(worker)
-        self._pid = os.getpid()
-        self._draining = False
-        self._reading: set[Peer] = set()
+        self._calls = calls
+        self._stops = stops
+        self._roster = calls.roster
+        self._leaving = False
+        self._stopping = False
+        self._framed: set[Peer] = set()  # those whose thread may wait for the client
+        self._one_shot: set[Peer] = set()
         self._reading_lock = threading.Lock()
 
-    def drain(self) -> None:
-        """From now on no connection takes up a further request. Called in the main thread."""
-        with self._reading_lock:
-            self._draining = True
-            for peer in self._reading:
-                peer.stop_reading()
+    def leave(self) -> None:
+        """Kept connections end after what they run; one-shot clients are served to their end.
 
-    def prepare(self, data: bytes) -> Call | None:
-        """The call in a one-shot client's first bytes, if they are all of it and it may run."""
-        try:
-            request = protocol.decode_if_complete(data, self._limits)
-            return None if request is None else self._resolve(request)
-        except Refusal:
-            return None  # it will be found again, and told
+        For a worker whose place another one takes. Called in the main thread, before `stops.door`
+        is written.
+        """
+        with self._reading_lock:
+            self._leaving = True
+            for peer in self._framed:
+                peer.dismiss()
+
+    def stop(self) -> None:
+        """No connection takes up a further request.
+
+        For a daemon that ends. Called in the main thread, before `stops.all` is written.
+        """
+        self.leave()
+        with self._reading_lock:
+            self._stopping = True
+            for peer in self._one_shot:
+                peer.dismiss()
+
+    def dismiss_stale(self) -> None:
+        """Close the connections whose clients have been silent for `stale_timeout`, now."""
+        with self._reading_lock:
+            peers = {peer.entry: peer for peer in self._framed | self._one_shot}
+        for entry in self._roster.stale(peers, time.monotonic_ns(), self._limits.stale_timeout):
+            peers[entry].dismiss(stale=True)
 
     @staticmethod
     def is_quick(arrival: Arrival[Call]) -> bool:
@@ -87,7 +92,7 @@ class Connections:
 
     def serve(self, arrival: Arrival[Call]) -> None:
         """Serve a client that was let in, until it is closed."""
-        peer = Peer(arrival.client)
+        peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
         try:
             if arrival.call is not None:
                 self._answer_one_shot(peer, arrival.call)
@@ -100,7 +105,7 @@ class Connections:
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
         """Tell a client that was waiting outside that nothing is taken up any more."""
-        peer = Peer(arrival.client)
+        peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
         try:
             self._say_shutting_down(peer)
         except OSError:
@@ -109,6 +114,7 @@ class Connections:
             self._close(peer)
 
     def _close(self, peer: Peer) -> None:
+        self._roster.leave(peer.entry)
         try:
             peer.socket.close()
         except OSError:
@@ -119,37 +125,38 @@ class Connections:
     def _say_shutting_down(self, peer: Peer) -> None:
         """Answer a client of which nothing was read yet, in the form that it speaks."""
         first = peer.receive(LEFTOVER_SECONDS)
-        if first and first[0] in FIRST_BYTE_FRAMED:
+        if first and protocol.is_framed(first):
             self._send(peer, NO_MORE_REQUESTS)
         elif first:
-            self._send(peer, protocol.to_ascii(self._shutting_down()))
+            self._send(peer, protocol.to_ascii(self._calls.shutting_down()))
         peer.linger(LEFTOVER_SECONDS)
 
     def _serve_slowly(self, peer: Peer, data: bytes | None) -> None:
         """All but the complete one-shot request: it is not all there, wrong, or framed."""
         deadline = time.monotonic() + self._limits.read_timeout
         if data is None:
-            if not peer.wait(self._limits.read_timeout, self._stop):
+            if not peer.wait(self._patience(deadline), self._stops.all):
                 return
-            if self._draining:
+            if self._stopping:
                 self._say_shutting_down(peer)
                 return
             data = peer.receive(self._limits.read_timeout)
         if not data:
             return
-        with self._interruptible(peer):
-            if data[0] in FIRST_BYTE_FRAMED:
+        if protocol.is_framed(data):
+            with self._interruptible(peer, self._framed):
                 self._serve_framed(peer, bytearray(data), deadline)
-            else:
+        else:
+            with self._interruptible(peer, self._one_shot):
                 self._serve_one_shot(peer, data, deadline)
 
     def _serve_one_shot(self, peer: Peer, data: bytes, deadline: float) -> None:
         try:
             call = self._read_one_shot(peer, data, deadline)
         except Draining:
-            reply = self._shutting_down()
+            reply = self._calls.shutting_down()
         except Refusal as refusal:
-            reply = self._refuse(peer, refusal)
+            reply = self._calls.refuse(refusal, peer)
         else:
             self._answer_one_shot(peer, call)
             return
@@ -158,10 +165,12 @@ class Connections:
 
     def _answer_one_shot(self, peer: Peer, call: Call) -> None:
         try:
-            self._admit()
-            reply = self._run(call)
+            self._calls.admit(call, peer, self._stops.all)
+            reply = self._calls.run(call, peer)
         except Draining:
-            reply = self._shutting_down()
+            reply = self._calls.shutting_down()
+        except Refusal as refusal:
+            reply = self._calls.refuse(refusal, peer)
         self._send(peer, protocol.to_ascii(reply))
         peer.drop_what_follows()
 
@@ -173,19 +182,14 @@ class Connections:
         while not scanner.feed(data):
             if size > self._limits.max_request_size:
                 break
-            try:
-                data = peer.receive(deadline - time.monotonic())
-            except TimeoutError:
-                raise self._too_slow() from None
+            data = self._receive_more(peer, deadline)
             if not data:
-                if self._draining:
-                    raise Draining
                 break  # the client's end of file: the parser says what is missing
             pieces.append(data)
             size += len(data)
         if size > self._limits.max_request_size:
             raise self._too_large(f"over {self._limits.max_request_size}")
-        return self._resolve(protocol.decode(b"".join(pieces), self._limits))
+        return self._calls.resolve(b"".join(pieces))
 
     def _serve_framed(self, peer: Peer, buffer: bytearray, deadline: float) -> None:
         """Serve frame after frame, until the client ends, rests too long, or the worker drains."""
@@ -195,21 +199,21 @@ class Connections:
                 if frame is None:
                     return
                 try:
-                    call = self._resolve(protocol.decode(frame, self._limits))
+                    call = self._calls.resolve(frame)
+                    self._calls.admit(call, peer, self._stops.door)
                 except Refusal as refusal:
-                    reply = self._refuse(peer, refusal)
+                    reply = self._calls.refuse(refusal, peer)
                 else:
-                    self._admit()
-                    reply = self._run(call)
+                    reply = self._calls.run(call, peer)
                 self._send(peer, protocol.to_frame(reply))
-                if self._draining:
+                if self._leaving:
                     raise Draining
                 deadline = 0.0
         except Draining:
             self._send(peer, NO_MORE_REQUESTS)
         except Refusal as refusal:
             # The stream cannot be followed any further: say so, and that nothing more was read.
-            reply = self._refuse(peer, refusal)
+            reply = self._calls.refuse(refusal, peer)
             self._send(peer, protocol.to_frame(reply) + NO_MORE_REQUESTS)
             peer.linger(LINGER_SECONDS)
 
@@ -229,80 +233,44 @@ class Connections:
                 frame = bytes(memoryview(buffer)[4 : 4 + length])
                 del buffer[: 4 + length]
                 return frame
-            if buffer and not deadline:
-                deadline = time.monotonic() + self._limits.read_timeout
-            seconds = deadline - time.monotonic() if buffer else self._limits.idle_timeout
-            try:
-                data = peer.receive(seconds)
-            except TimeoutError:
-                if buffer:
-                    raise self._too_slow() from None
-                raise Draining from None  # it rested for idle_timeout
-            if self._draining:
-                raise Draining
+            if buffer:
+                deadline = deadline or time.monotonic() + self._limits.read_timeout
+                data = self._receive_more(peer, deadline)
+            else:
+                data = self._receive_first(peer)
             if not data:
                 return None
             buffer += data
 
-    def _resolve(self, request: Request) -> Call:
-        return Call(request, self._registry.find(request))
-
-    def _admit(self) -> None:
-        """Wait until a request may run, and charge it. Raises Draining."""
-        if not self._gate.enter(self._gate.admitted, self._stop, connection=False):
-            raise Draining
-
-    def _run(self, call: Call) -> bytes:
-        """Run an admitted request and return the reply; its room is given back in any case."""
-        request = call.request
-        started = time.monotonic_ns()
-        succeeded = False
+    def _receive_first(self, peer: Peer) -> bytes:
+        """The first bytes of a kept connection's next request. Raises Draining."""
+        self._roster.is_doing(peer.entry, IDLE)
         try:
-            outcome = modules.call(call.target, request)
-            if os.getpid() != self._pid:
-                # The function has forked, and this is the child: the client is the parent's.
-                os._exit(0)
-            if outcome.error is not None:
-                return self._failure(request, outcome.error)
-            duration_ms = (time.monotonic_ns() - started) / 1e6
-            reply = protocol.encode_success(request, outcome.result, duration_ms, self._worker)
-            succeeded = True
-            return reply
-        except Refusal as refusal:
-            return protocol.encode_failure(refusal.message, refusal.kind, request.request_id)
-        finally:
-            duration_ns = time.monotonic_ns() - started
-            self._gate.finished(succeeded, duration_ns)
-            call.target.took(duration_ns)
+            data = peer.receive(self._limits.idle_timeout)
+        except TimeoutError:
+            raise Draining from None  # it rested for idle_timeout
+        if not data and peer.dismissed:
+            raise Draining
+        self._roster.heard(peer.entry, time.monotonic_ns())
+        return data
 
-    def _failure(self, request: Request, error: BaseException) -> bytes:
-        trace = None
-        if self._debug:
-            trace = "".join(traceback.format_exception(error))
-            LOGGER.info(
-                "%s.%s raised %s (request %s of %s)",
-                request.module,
-                request.function,
-                type(error).__name__,
-                request.request_id or "without id",
-                request.perl_caller or "an unknown caller",
-            )
-        message = protocol.message_of(error) or type(error).__name__
-        text = f"Error in {request.module}.{request.function}: {message}"
-        return protocol.encode_failure(text, type(error).__name__, request.request_id, trace)
+    def _receive_more(self, peer: Peer, deadline: float) -> bytes:
+        """More bytes of a request that has begun. Raises Refusal when none come, Draining."""
+        self._roster.is_doing(peer.entry, READING)
+        try:
+            data = peer.receive(self._patience(deadline))
+        except TimeoutError:
+            raise self._too_slow(deadline) from None
+        if not data and peer.stale:
+            raise self._too_slow(deadline)
+        if not data and peer.dismissed:
+            raise Draining
+        self._roster.heard(peer.entry, time.monotonic_ns())
+        return data
 
-    def _refuse(self, peer: Peer, refusal: Refusal) -> bytes:
-        """Count a request that is not run, and return the reply that says why."""
-        is_event = security.is_event(refusal.kind)
-        self._gate.refused(invalid=refusal.kind == "InvalidRequest", security_event=is_event)
-        if is_event:
-            self._security.event(refusal, peer.socket)
-        return protocol.encode_failure(refusal.message, refusal.kind, refusal.request_id)
-
-    def _shutting_down(self) -> bytes:
-        self._gate.refused(invalid=False, security_event=False)
-        message = "The daemon is shutting down; the call was not run"
-        return protocol.encode_failure(message, "ShuttingDown", None)
+    def _patience(self, deadline: float) -> float:
+        """How long a client may be silent now."""
+        return min(deadline - time.monotonic(), self._limits.stale_timeout)
 
     def _too_large(self, size: str) -> Refusal:
         limit = self._limits.max_request_size
@@ -311,23 +279,26 @@ class Connections:
         )
         return Refusal("InvalidRequest", message)
 
-    def _too_slow(self) -> Refusal:
-        seconds = self._limits.read_timeout
-        message = f"Invalid request: not complete after {seconds:g} s (limits.read_timeout)"
-        return Refusal("InvalidRequest", message)
+    def _too_slow(self, deadline: float) -> Refusal:
+        limits = self._limits
+        if time.monotonic() < deadline:
+            silent = f"nothing came for {limits.stale_timeout:g} s (limits.stale_timeout)"
+            return Refusal("InvalidRequest", f"Invalid request: not complete, and {silent}")
+        message = f"not complete after {limits.read_timeout:g} s (limits.read_timeout)"
+        return Refusal("InvalidRequest", f"Invalid request: {message}")
 
     @contextlib.contextmanager
-    def _interruptible(self, peer: Peer) -> Iterator[None]:
-        """While a thread may wait for this client, `drain` can wake it."""
+    def _interruptible(self, peer: Peer, peers: set[Peer]) -> Iterator[None]:
+        """While a thread may wait for this client, it can be dismissed."""
         with self._reading_lock:
-            self._reading.add(peer)
-            if self._draining:
-                peer.stop_reading()
+            peers.add(peer)
+            if self._stopping or (self._leaving and peers is self._framed):
+                peer.dismiss()
         try:
             yield
         finally:
             with self._reading_lock:
-                self._reading.discard(peer)
+                peers.discard(peer)
 
     def _send(self, peer: Peer, reply: bytes) -> None:
         peer.send(reply, self._limits.read_timeout)

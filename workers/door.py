@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
-from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.gate import Gate, Obstacle
+from cpanbridge.workers.turnstile import Turnstile
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 # More than nearly all requests have.
 FIRST_READ = 65536
-EXHAUSTED_MS = 100
+A_LITTLE_MS = 100
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
 
@@ -31,20 +32,25 @@ class Arrival(NamedTuple, Generic[C]):
     """A client that was let in, and charged as a connection."""
 
     client: socket.socket  # blocking
+    number: int  # counts the clients of this worker's slot
     data: bytes | None  # what was there to read; None: nothing yet; empty: end of file
     call: C | None  # the complete request in `data`; not admitted yet
 
 
-class _Outside(Enum):
-    NOBODY = "nobody waits"
-    EXHAUSTED = "somebody waits, but there is no descriptor or memory to let them in"
+class _Nobody(Enum):
+    """Why nobody was let in."""
+
+    OUTSIDE = "nobody waits there"
+    FOR_NOW = "somebody waits, but is not to be had for want of a descriptor, memory, or a place"
+    BUT_LOOK_AGAIN = "somebody was turned away"
 
 
 class Door(Generic[C]):
     """Lets clients in, one at a time. Called from the threads of one worker.
 
     `prepare` turns the first bytes into a call that can run at once, or None. `stop` is a
-    descriptor that becomes readable when the worker is to accept no more.
+    descriptor that becomes readable when the worker is to accept no more. With a `turnstile` nobody
+    is left to wait outside.
     """
 
     def __init__(
@@ -53,12 +59,14 @@ class Door(Generic[C]):
         gate: Gate,
         prepare: Callable[[bytes], C | None],
         stop: int,
+        turnstile: Turnstile | None = None,
     ) -> None:
         self._listeners = list(listeners)
         self._shut = False
         self._gate = gate
         self._prepare = prepare
         self._stop = stop
+        self._turnstile = turnstile
         self._complained = -_COMPLAIN_EVERY
         # Not EPOLLEXCLUSIVE: the one worker that the kernel wakes may be one whose module keeps the
         # interpreter lock, and the client would wait for that while other workers are idle.
@@ -70,18 +78,45 @@ class Door(Generic[C]):
     def next(self) -> Arrival[C] | None:
         """Wait for a client and let it in; None when the worker is to accept no more."""
         while not self._shut:
-            if not self._gate.enter(self._gate.reserve, self._stop, connection=True):
-                return None
-            client = self._accept()
-            if not isinstance(client, _Outside):
-                return self._receive(client)
-            if client is _Outside.NOBODY:
-                ready = self._arrivals.poll()
-            else:
-                ready = self._wait_out_exhaustion()
+            outcome = self._let_in()
+            if isinstance(outcome, Arrival):
+                return outcome
+            if outcome is _Nobody.BUT_LOOK_AGAIN:
+                continue
+            ready = self._arrivals.poll() if outcome is _Nobody.OUTSIDE else self._wait_a_little()
             if any(fd == self._stop for fd, _ in ready):
                 return None
         return None
+
+    def _let_in(self) -> Arrival[C] | _Nobody:
+        gate = self._gate
+        if self._turnstile is not None:
+            outcome = gate.attempt(gate.reserve, connection=True)
+            if isinstance(outcome, Obstacle):
+                return self._turn_away(outcome, self._turnstile)
+        elif not gate.enter(gate.reserve, self._stop, connection=True):
+            return _Nobody.OUTSIDE  # told to stop, as a look at the descriptors will say
+        client = self._accept()
+        if isinstance(client, _Nobody):
+            gate.nobody_came()
+            return client
+        number = gate.opened()
+        try:
+            data = client.recv(FIRST_READ, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return Arrival(client, number, None, None)
+        except OSError:
+            return Arrival(client, number, b"", None)  # it has left already
+        return Arrival(client, number, data, self._prepare(data))
+
+    def _turn_away(self, obstacle: Obstacle, turnstile: Turnstile) -> _Nobody:
+        if not turnstile.has_place:
+            return _Nobody.FOR_NOW
+        client = self._accept()
+        if isinstance(client, _Nobody):
+            return client
+        turnstile.take(client, obstacle)
+        return _Nobody.BUT_LOOK_AGAIN
 
     def shut(self) -> None:
         """Let nobody in any more: `next` returns None, at once once `stop` is readable."""
@@ -94,51 +129,39 @@ class Door(Generic[C]):
         Called when no thread is at the door any more.
         """
         while time.monotonic() < until:
-            with self._gate:
-                reserved = self._gate.reserve_any()
-            if reserved:
+            if self._gate.reserve_any():
                 client = self._accept()
-                return None if isinstance(client, _Outside) else Arrival(client, None, None)
+                if not isinstance(client, _Nobody):
+                    return Arrival(client, self._gate.opened(), None, None)
+                self._gate.nobody_came()
+                return None
             time.sleep(0.01)
         return None
 
-    def _receive(self, client: socket.socket) -> Arrival[C]:
-        """What a client that was just accepted has sent already."""
-        try:
-            data = client.recv(FIRST_READ, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return Arrival(client, None, None)
-        except OSError:
-            return Arrival(client, b"", None)  # it has left already
-        return Arrival(client, data, self._prepare(data))
-
-    def _accept(self) -> socket.socket | _Outside:
-        """A waiting client, in the room that was reserved; which is given back if there is none."""
+    def _accept(self) -> socket.socket | _Nobody:
+        """A waiting client."""
         try:
             for turn, listener in enumerate(self._listeners):
                 try:
                     client, _ = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
                     continue
-                self._gate.opened()
                 if client.gettimeout() is not None:
                     client.settimeout(None)  # a module has called socket.setdefaulttimeout
                 if len(self._listeners) > 1:  # the next look begins at another one
                     self._listeners.append(self._listeners.pop(turn))
                 return client
         except OSError as error:
-            self._gate.nobody_came()
             if error.errno not in _EXHAUSTED:
                 raise
             self._complain(error)
-            return _Outside.EXHAUSTED
-        self._gate.nobody_came()
-        return _Outside.NOBODY
+            return _Nobody.FOR_NOW
+        return _Nobody.OUTSIDE
 
-    def _wait_out_exhaustion(self) -> list[tuple[int, int]]:
+    def _wait_a_little(self) -> list[tuple[int, int]]:
         stop = select.poll()
         stop.register(self._stop, select.POLLIN)
-        return stop.poll(EXHAUSTED_MS)
+        return stop.poll(A_LITTLE_MS)
 
     def _complain(self, error: OSError) -> None:
         now = time.monotonic()

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from cpanbridge.supervisor.config import MAX_MODULE_NAME, NAME_PATTERN, Functions, Settings
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
 
 # Less than it costs to change over to another thread and back under load.
@@ -39,16 +40,17 @@ class Exposed(NamedTuple):
 
     functions: dict[str, Callable[..., Any]]
     python: ModuleType | None  # None: built in
-    takes_request: bool = False  # its functions are handed the Request itself
+    takes_request: bool = False  # its functions are handed the Request itself, and the Peer
 
 
 class Target:
     """A function that can be called, and whether its calls have been quick of late."""
 
-    __slots__ = ("_slow_share", "function", "takes_request")
+    __slots__ = ("_slow_share", "function", "number", "takes_request")
 
     def __init__(self, function: Callable[..., Any], takes_request: bool) -> None:
         self.function = function
+        self.number = -1  # its place in the daemon's table of names; -1: it was not called yet
         self.takes_request = takes_request
         self._slow_share = 0.5  # of the last calls, newer ones counting more
 
@@ -120,7 +122,7 @@ class Registry:
                 yield exposed_as, hook
 
 
-def call(target: Target, request: Request) -> Outcome:
+def call(target: Target, request: Request, peer: Peer) -> Outcome:
     """Run a function with a request's params: an object's as keywords, an array's by position.
 
     Whatever the function raises is the outcome's error, SystemExit included: a module must not be
@@ -130,7 +132,7 @@ def call(target: Target, request: Request) -> Outcome:
     function, params = target.function, request.params
     try:
         if target.takes_request:
-            return Outcome(function(request), None)
+            return Outcome(function(request, peer), None)
         if params is None:
             return Outcome(function(), None)
         if type(params) is dict:

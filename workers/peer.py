@@ -14,16 +14,32 @@ import time
 READ_SIZE = 65536
 MOST_DROPPED = 16  # reads; a client that still sends has not understood
 _TIMEVAL = struct.Struct("@ll")
+_UCRED = struct.Struct("3i")
 
 
 class Peer:
     """The other end of a connection. Every method raises OSError when the client has left."""
 
-    __slots__ = ("_receive_limit", "socket")
+    __slots__ = ("_receive_limit", "dismissed", "entry", "socket", "stale")
 
-    def __init__(self, client: socket.socket) -> None:
+    def __init__(self, client: socket.socket, entry: int) -> None:
         self.socket = client
+        self.entry = entry  # in the worker's roster
+        self.dismissed = False  # no further request of it is taken up
+        self.stale = False  # because it was silent for too long
         self._receive_limit = 0.0
+
+    def credentials(self) -> tuple[int, int, int]:
+        """The client's pid, uid and gid when it connected, as the kernel tells them (SO_PEERCRED).
+
+        -1 each for a socket that is broken already.
+        """
+        try:
+            told = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        except OSError:
+            return -1, -1, -1
+        pid, uid, gid = _UCRED.unpack(told)
+        return pid, uid, gid
 
     def receive(self, seconds: float) -> bytes:
         """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""
@@ -81,11 +97,13 @@ class Peer:
             while (left := until - time.monotonic()) > 0 and self.receive(left):
                 pass
 
-    def stop_reading(self) -> None:
-        """Wake a thread that waits in `receive`: it reads what was sent before, then the end.
+    def dismiss(self, *, stale: bool = False) -> None:
+        """Take up no further request: wake a thread that waits in `receive`.
 
-        May be called from another thread.
+        It reads what was sent before, then the end. May be called from another thread.
         """
+        self.stale = stale
+        self.dismissed = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RD)
 

@@ -15,7 +15,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Annotated, Any, NoReturn, TypeAlias
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from cpanbridge.supervisor.config import NAME_PATTERN, FunctionName, Limits, ModuleName
 from cpanbridge.supervisor.text import printable
@@ -26,6 +26,8 @@ FRAME_HEADER = struct.Struct(">I")
 # "No further request on this connection was or will be read."
 NO_MORE_REQUESTS = FRAME_HEADER.pack(0)
 MAX_FRAME = 2**32 - 1
+# A frame's length is below 9 * 2**24 (see config.MAX_REQUEST_SIZE), so its first byte is lower.
+FIRST_WHITE_SPACE = 9
 
 
 RequestId = Annotated[str, Meta(max_length=100)]
@@ -80,7 +82,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> Request:
     try:
         request = _decode_request(data)
     except _DECODE_ERRORS as error:
-        raise Refusal("InvalidRequest", _explain(error, data, limits), _identity(data)) from None
+        raise Refusal("InvalidRequest", _explain(error, data, limits), identity(data)) from None
     if request.params is not None:
         _check_limits(request, data, limits)
     return request
@@ -97,7 +99,8 @@ def decode_if_complete(data: bytes, limits: Limits) -> Request | None:
     return request
 
 
-def _identity(data: bytes | bytearray | memoryview) -> str | None:
+def identity(data: bytes | bytearray | memoryview) -> str | None:
+    """The `request_id` in a request's bytes, if they are whole and have one."""
     try:
         return _decode_identity(data).request_id
     except _DECODE_ERRORS:
@@ -213,7 +216,7 @@ class DaemonInfo(msgspec.Struct):
     python_version: str = PYTHON_VERSION
 
 
-class Failure(msgspec.Struct, omit_defaults=False):
+class Failure(msgspec.Struct):
     """The reply to a call that failed or was refused."""
 
     error: str
@@ -221,12 +224,8 @@ class Failure(msgspec.Struct, omit_defaults=False):
     request_id: str | None
     daemon_info: DaemonInfo
     success: bool = False
-
-
-class FailureWithTraceback(Failure):
-    """The same with `debug` on."""
-
-    traceback: str = ""
+    traceback: str | UnsetType = UNSET  # with `debug` on
+    retry_after: float | UnsetType = UNSET  # seconds; of an Overloaded
 
 
 _encode_reply = msgspec.json.Encoder(enc_hook=str).encode
@@ -265,15 +264,33 @@ def message_of(error: BaseException) -> str:
 
 
 def encode_failure(
-    message: str, kind: str, request_id: str | None, traceback: str | None = None
+    message: str,
+    kind: str,
+    request_id: str | None,
+    *,
+    traceback: str | None = None,
+    retry_after: float | None = None,
 ) -> bytes:
     """The reply that says what went wrong. Lone surrogates in it are shown escaped."""
-    message = printable(message)
-    if traceback is None:
-        return _encode_reply(Failure(message, kind, request_id, _DAEMON_INFO))
-    traceback = printable(traceback)
-    failure = FailureWithTraceback(message, kind, request_id, _DAEMON_INFO, traceback=traceback)
+    failure = Failure(printable(message), kind, request_id, _DAEMON_INFO)
+    if traceback is not None:
+        failure.traceback = printable(traceback)
+    if retry_after is not None:
+        failure.retry_after = retry_after
     return _encode_reply(failure)
+
+
+def is_framed(data: bytes) -> bool:
+    """Whether a client whose first bytes these are speaks the framed form."""
+    return data[0] < FIRST_WHITE_SPACE
+
+
+def first_frame(data: bytes) -> bytes:
+    """The first message in a framed client's bytes, as far as it is there."""
+    if len(data) < FRAME_HEADER.size:
+        return b""
+    (length,) = FRAME_HEADER.unpack_from(data)
+    return data[FRAME_HEADER.size : FRAME_HEADER.size + length]
 
 
 def to_ascii(reply: bytes) -> bytes:

@@ -6,29 +6,32 @@ SO_PEERCRED), and of what the client sent only the names.
 """
 
 import logging
-import socket
-import struct
 import threading
 import time
+from typing import NamedTuple
 
 from cpanbridge.supervisor.text import json_line, printable
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal
 
 LOGGER = logging.getLogger("cpanbridge.security")
 LINES_PER_SECOND = 10
 
-_KINDS = {
+_NAMES = {
     "InvalidRequest": "invalid_request",
     "ModuleNotAllowed": "module_not_allowed",
     "FunctionNotAllowed": "function_not_allowed",
     "PermissionDenied": "permission_denied",
 }
-_UCRED = struct.Struct("3i")
 
 
-def is_event(error_type: str) -> bool:
-    """Whether a refusal of this kind is a security event."""
-    return error_type in _KINDS
+class SecurityEvent(NamedTuple):
+    """What is remembered of one; `pid` and `uid` are the client's, -1 when they are not known."""
+
+    name: str
+    message: str
+    pid: int
+    uid: int
 
 
 class SecurityLog:
@@ -41,8 +44,15 @@ class SecurityLog:
         self._written = 0
         self._suppressed = 0
 
-    def event(self, refusal: Refusal, client: socket.socket) -> None:
-        """Log one event, or count it as suppressed when this second has had enough lines."""
+    def event(self, refusal: Refusal, peer: Peer) -> SecurityEvent | None:
+        """Log a refusal that is an event, and return the event; None when it is none.
+
+        It is only counted as suppressed when this second has had enough lines.
+        """
+        if refusal.kind not in _NAMES:
+            return None
+        pid, uid, gid = peer.credentials()
+        event = SecurityEvent(_NAMES[refusal.kind], printable(refusal.message[:500]), pid, uid)
         with self._lock:
             second = int(time.monotonic())
             if second != self._second:
@@ -50,16 +60,11 @@ class SecurityLog:
             self._written += 1
             if self._written > LINES_PER_SECOND:
                 self._suppressed += 1
-                return
+                return event
             suppressed, self._suppressed = self._suppressed, 0
-        try:
-            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            pid, uid, gid = _UCRED.unpack(credentials)
-        except OSError:
-            pid = uid = gid = -1  # the socket is broken already
         line: dict[str, object] = {
-            "event": _KINDS[refusal.kind],
-            "message": printable(refusal.message[:500]),
+            "event": event.name,
+            "message": event.message,
             "request_id": refusal.request_id,
             "perl_caller": refusal.perl_caller,
             "pid": pid,
@@ -71,3 +76,4 @@ class SecurityLog:
         if suppressed:
             line["suppressed_before"] = suppressed
         LOGGER.warning("%s", json_line(line))
+        return event

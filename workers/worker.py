@@ -33,15 +33,18 @@ from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.place import Place, send_report
 from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP
 from cpanbridge.workers import builtin, modules
-from cpanbridge.workers.connection import Call, Connections
+from cpanbridge.workers.calls import Call, Calls
+from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.forks import let_go_in_children
 from cpanbridge.workers.modules import ModuleLoadError, Registry
+from cpanbridge.workers.turnstile import Turnstile
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 TITLE_SECONDS = 1.0
+LAST_WORDS_SECONDS = 0.5
 _FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -88,7 +91,7 @@ def _reset_signals() -> None:
 def _boot(place: Place) -> Registry:
     settings = place.settings
     names: list[str] = []
-    built_in = builtin.built_in(place.shared, settings, lambda: names)
+    built_in = builtin.built_in(place.shared, settings, lambda: names, place.bells)
     registry = modules.load(settings, built_in)
     names.extend(registry.names)
     # What is loaded now stays; the collector need not visit it again and again.
@@ -104,10 +107,19 @@ class Worker:
         self._place = place
         self._limits = place.settings.limits
         self._registry = registry
-        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        gate = Gate(place.shared, place.slot, place.bells)
-        self._connections = Connections(place.settings, place.slot, gate, registry, self._stop)
-        self._door: Door[Call] = Door(place.listeners, gate, self._connections.prepare, self._stop)
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self._stops = Stops(os.eventfd(0, flags), os.eventfd(0, flags))
+        self._gate = Gate(place.shared, place.slot, place.bells)
+        calls = Calls(place.settings, place.slot, place.shared, self._gate, registry)
+        self._connections = Connections(self._limits, self._gate, calls, self._stops)
+        self._turnstile = (
+            Turnstile(calls.turn_away) if place.settings.overload == "reject" else None
+        )
+        self._door: Door[Call] = Door(
+            place.listeners, self._gate, calls.prepare, self._stops.door, self._turnstile
+        )
+        self._bell = place.bells[place.slot].watch
+        self._cleanups = place.shared.header.cleanups  # that were asked for before
         self._threads = place.settings.thread_count
         self._crew: Crew[Arrival[Call]] = Crew(
             self._threads, self._door.next, self._connections.is_quick, self._connections.serve
@@ -136,6 +148,7 @@ class Worker:
         selector.register(self._place.lifeline, selectors.EVENT_READ)
         selector.register(self._crew.attention, selectors.EVENT_READ)
         selector.register(self._place.opening, selectors.EVENT_READ)
+        selector.register(self._bell, selectors.EVENT_READ)
         self._show_title()
         while not self._has_finished():
             ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
@@ -143,6 +156,9 @@ class Worker:
                 os.eventfd_read(self._crew.attention)
                 if self._crew.broken:
                     self._retire(self._graceful_end())
+            if self._bell in ready:
+                os.eventfd_read(self._bell)
+                self._look_for_cleanup()
             if self._place.opening in ready:
                 selector.unregister(self._place.opening)
                 self._crew.start()
@@ -162,6 +178,8 @@ class Worker:
                     break
                 self._retire(leave_by if slot.order == ORDER_RETIRE else self._graceful_end())
             self._keep_time()
+        if self._turnstile is not None:
+            self._turnstile.wait_until_empty(min(1.0, self._leave_by - time.monotonic()))
         self._run_hooks("shutdown", self._leave_by - time.monotonic())
 
     def _graceful_end(self) -> float:
@@ -173,12 +191,13 @@ class Worker:
         if not self._retiring:
             self._retiring = True
             self._close_door()
+            self._connections.leave()  # before anybody is woken, who would not know why
+            self._gate.leave()
+            os.eventfd_write(self._stops.door, 1)
 
     def _close_door(self) -> None:
         self._door.shut()
         self._crew.close_door()
-        self._connections.drain()  # before anybody is woken, who would not know why
-        os.eventfd_write(self._stop, 1)
 
     def _has_finished(self) -> bool:
         """Whether a worker that retires may leave: nothing runs any more, or its time is over."""
@@ -188,7 +207,10 @@ class Worker:
             return True
         if time.monotonic() < self._leave_by:
             return False
-        self._say_what_is_cut()
+        self._connections.stop()  # what still waits for room is told that it is not run
+        os.eventfd_write(self._stops.all, 1)
+        if not self._crew.wait_until_idle(LAST_WORDS_SECONDS):
+            self._say_what_is_cut()
         return True
 
     def _until_next_look(self) -> float:
@@ -201,6 +223,9 @@ class Worker:
         """The daemon ends: finish what runs, and tell everybody else so."""
         self._leave_by = leave_by
         self._close_door()
+        self._connections.stop()
+        os.eventfd_write(self._stops.door, 1)
+        os.eventfd_write(self._stops.all, 1)
         if self._crew.wait_until_door_is_left(leave_by - time.monotonic()):
             while (arrival := self._door.take_leftover(leave_by)) is not None:
                 self._connections.turn_away(arrival)
@@ -213,6 +238,13 @@ class Worker:
             self._place.slot,
             self._crew.serving,
         )
+
+    def _look_for_cleanup(self) -> None:
+        """Close stale connections, if anybody has asked the daemon to."""
+        asked = self._place.shared.header.cleanups
+        if asked != self._cleanups:
+            self._cleanups = asked
+            self._connections.dismiss_stale()
 
     def _keep_time(self) -> None:
         now = time.monotonic()

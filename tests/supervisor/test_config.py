@@ -402,7 +402,6 @@ def test_a_file_that_is_not_utf_8_is_told(file: File) -> None:
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ('overload = "reject"', "overload = 'reject'"),
         ("modules.m = {import='os', functions='*', affinity='client'}", "modules.m.affinity = 'c"),
         ("modules.m = {import='os', functions='*', affinity='module'}", "modules.m.affinity = 'm"),
         ("module_dirs = [{path='/a', affinity='module'}]", "module_dirs[0].affinity = 'module'"),
@@ -414,9 +413,19 @@ def test_what_this_version_does_not_have_is_refused(file: File, text: str, where
     assert message.endswith("the only one in this version")
 
 
-def test_overload_reject_is_refused_from_every_source(file: File) -> None:
-    assert "only one in this version" in file.error("", CPAN_BRIDGE_OVERLOAD="reject")
-    assert "only one in this version" in file.error("", "overload=reject")
+def test_limits_that_the_machine_can_never_reach_are_noted(file: File) -> None:
+    (note,) = file.load("limits.max_memory_mb = 999999").notes
+    assert note.startswith("limits.max_memory_mb = 999999 is more memory than this machine has (")
+    assert note.endswith("MB): it will never be reached")
+    (note,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").notes
+    assert note.startswith("limits.max_cpu_percent = 99999 is more than this machine's ")
+    assert note.endswith("it will never be reached")
+    assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").notes == []
+
+
+@pytest.mark.parametrize("key", ["max_memory_mb", "max_cpu_percent", "max_connections"])
+def test_a_limit_of_zero_is_refused_where_nothing_could_ever_run(file: File, key: str) -> None:
+    assert f"limits.{key} = 0: expected" in file.error(f"limits.{key} = 0")
 
 
 def test_keys_that_are_not_enforced_yet_are_noted_when_they_are_set(file: File) -> None:

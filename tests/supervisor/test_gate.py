@@ -23,7 +23,7 @@ from cpanbridge.supervisor import gate as gate_module
 from cpanbridge.supervisor import shared as shared_module
 from cpanbridge.supervisor import window as window_module
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Bells, Gate, Obstacle
+from cpanbridge.supervisor.gate import Bells, Gate, Obstacle, change_verdict
 from cpanbridge.supervisor.shared import VERDICT_CLOSED, VERDICT_OPEN, WAITS_FOR_REQUEST, Shared
 from cpanbridge.supervisor.window import WINDOW_NS
 
@@ -48,14 +48,14 @@ class House:
 
     def try_to_admit(self, gate: Gate) -> bool:
         """Admit a request if there is room now."""
-        with gate:
+        with self.shared.lock:
             if gate.obstacle(connection=False) is not None:
                 return False
             return gate.admitted()
 
     def try_to_open(self, gate: Gate) -> bool:
         """Let a client in if there is room now."""
-        with gate:
+        with self.shared.lock:
             if gate.obstacle(connection=True) is not None:
                 return False
             gate.reserve()
@@ -63,7 +63,7 @@ class House:
         return True
 
     def reason(self, *, connection: bool) -> str | None:
-        with self.gates[0]:
+        with self.shared.lock:
             obstacle = self.gates[0].obstacle(connection=connection)
         return obstacle and obstacle.reason
 
@@ -119,11 +119,10 @@ def test_room_that_is_reserved_is_nobody_elses(new_house: NewHouse) -> None:
     house = new_house(2, max_connections=2)
     first, second = house.gates
     assert house.try_to_open(first)
-    with first:
+    with house.shared.lock:
         first.reserve()
     assert house.reason(connection=True) == "connections"
-    with second:
-        assert not second.reserve_any()
+    assert not second.reserve_any()
     waiter = Waiter(house, second, connection=True)
     until(lambda: registered(house) == 1)
     first.nobody_came()
@@ -135,14 +134,14 @@ def test_room_that_is_reserved_is_nobody_elses(new_house: NewHouse) -> None:
 def test_room_never_appears_while_a_reservation_becomes_a_connection(new_house: NewHouse) -> None:
     house = new_house(2, max_connections=1)
     first = house.gates[0]
-    with first:
+    with house.shared.lock:
         first.reserve()
     seen: list[str | None] = []
 
     def look(frame: FrameType, event: str, _: object) -> Any:
         frame.f_trace_opcodes = True
         if event == "opcode":
-            with house.gates[1]:
+            with house.shared.lock:
                 obstacle = house.gates[1].obstacle(connection=True)
             seen.append(obstacle and obstacle.reason)
         return look
@@ -162,7 +161,7 @@ def test_no_more_requests_than_allowed_over_all_workers(new_house: NewHouse) -> 
     results = [house.try_to_admit(house.gates[n % 3]) for n in range(9)]
     assert results == [True] * 4 + [False] * 5
     assert house.reason(connection=False) == "concurrency"
-    house.gates[1].finished(True, 1)
+    house.gates[1].finished(True)
     assert house.try_to_admit(house.gates[0])
     assert not house.try_to_admit(house.gates[2])
 
@@ -171,19 +170,51 @@ def test_nobody_is_accepted_while_requests_have_no_room(new_house: NewHouse) -> 
     house = new_house(max_concurrent_requests=1, max_requests_per_minute=2)
     assert house.try_to_admit(house.gates[0])
     assert house.reason(connection=True) == "concurrency"
-    house.gates[0].finished(True, 1)
+    house.gates[0].finished(True)
     assert house.try_to_admit(house.gates[0])
-    house.gates[0].finished(True, 1)
+    house.gates[0].finished(True)
     assert house.reason(connection=True) == "rate"
 
 
-def test_a_closed_verdict_keeps_clients_out_but_not_requests(new_house: NewHouse) -> None:
+def test_a_closed_verdict_lets_nobody_in_and_no_request_begin(new_house: NewHouse) -> None:
     house = new_house()
     house.shared.header.verdict = VERDICT_CLOSED
     assert house.reason(connection=True) == "verdict"
-    assert house.reason(connection=False) is None
+    assert house.reason(connection=False) == "verdict"
     house.shared.header.verdict = VERDICT_OPEN
     assert house.reason(connection=True) is None
+    assert house.reason(connection=False) is None
+
+
+def test_a_worker_that_leaves_finishes_what_it_has_taken_up_whatever_the_verdict(
+    new_house: NewHouse,
+) -> None:
+    house = new_house(max_concurrent_requests=1)
+    leaving, other = house.gates
+    house.shared.header.verdict = VERDICT_CLOSED
+    waiter = Waiter(house, leaving, connection=False)
+    until(lambda: registered(house) == 1)
+    leaving.leave()
+    waiter.join(20)
+    assert waiter.result == "in"
+    assert not house.try_to_admit(leaving)  # the other limits are kept
+    leaving.finished(True)
+    assert not house.try_to_admit(other)
+
+
+def test_opening_the_verdict_wakes_all_who_wait_for_it(
+    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "VERDICT_MS", 60_000)
+    house = new_house(3)
+    change_verdict(house.shared, house.bells, VERDICT_CLOSED)
+    waiters = [Waiter(house, gate, connection=c) for gate in house.gates for c in (True, False)]
+    until(lambda: registered(house) == 6)
+    change_verdict(house.shared, house.bells, VERDICT_OPEN)
+    for waiter in waiters:
+        waiter.join(20)
+        assert waiter.result == "in"
+    assert house.shared.header.closings == 1
 
 
 # -- 3: the rate --
@@ -231,7 +262,7 @@ def test_a_refused_request_is_told_when_there_will_be_room(
     for _ in range(2):
         assert house.try_to_admit(house.gates[0])
         clock.now += 1_000_000_000
-    with house.gates[1]:
+    with house.shared.lock:
         obstacle = house.gates[1].obstacle(connection=True)
     assert obstacle is not None
     assert obstacle.until == first + WINDOW_NS + 1
@@ -282,7 +313,7 @@ def test_who_waits_is_let_in_when_another_worker_gives_room_back(
     if connection:
         holder.closed()
     else:
-        holder.finished(True, 1)
+        holder.finished(True)
     waiter.join(20)
     assert waiter.result == "in"
     assert registered(house) == 0
@@ -306,12 +337,12 @@ def test_all_who_wait_are_let_in_one_after_another(new_house: NewHouse) -> None:
     waiters = [Waiter(house, gate, connection=False) for gate in house.gates for _ in range(5)]
     until(lambda: queued(house) == 20)
     assert registered(house) == 4  # one of each worker looks, whatever their number
-    house.gates[0].finished(True, 1)
+    house.gates[0].finished(True)
     for _ in range(20):
         inside = until(lambda: [w for w in waiters if w.result == "in"])
         assert len(inside) == 1
         assert house.shared.running() == 1
-        inside[0].gate.finished(True, 1)
+        inside[0].gate.finished(True)
         waiters.remove(inside[0])
     until(lambda: queued(house) == registered(house) == 0)
 
@@ -361,7 +392,7 @@ def test_a_rate_slot_is_taken_when_it_comes_free_and_not_before(
             gate = house.gates[number % 2]
             assert gate.enter(gate.admitted, house.stop, connection=False)
             entered.append(ring(house)[number % 4])
-            gate.finished(True, 1)
+            gate.finished(True)
         for early, late in zip(entered, entered[3:], strict=False):
             assert late - early > window_ns
         # Within 1 ms on an idle machine; on a busy one the best of six must come near.
@@ -431,7 +462,7 @@ def one_life(house: House) -> None:
     assert gate.enter(gate.reserve, house.stop, connection=True)
     gate.opened()
     assert gate.enter(gate.admitted, house.stop, connection=False)
-    gate.finished(True, 1)
+    gate.finished(True)
     gate.closed()
 
 
@@ -456,7 +487,7 @@ def assert_unharmed(house: House, admitted_before: int, aged: int = 0) -> None:
     for number in range(house.limits.max_requests_per_minute - window):
         assert house.try_to_open(gate), number
         assert house.try_to_admit(gate), number
-        gate.finished(True, 1)
+        gate.finished(True)
         gate.closed()
     assert not house.try_to_admit(gate)  # exactly so many: none was counted twice or lost
     assert house.shared.admitted_in_window() == house.limits.max_requests_per_minute
@@ -510,7 +541,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(new_house: NewHouse) -> No
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with house.gates[0]:
+        with house.shared.lock:
             os.write(write_end, b"x")
             while True:
                 signal.pause()
@@ -553,11 +584,8 @@ def test_totals_are_counted(new_house: NewHouse) -> None:
     gate, slot = house.gates[1], house.shared.slots[1]
     for succeeded in (True, True, False):
         assert house.try_to_admit(gate)
-        gate.finished(succeeded, 100)
-    gate.refused(invalid=True, security_event=True)
-    gate.refused(invalid=False, security_event=False)
-    assert (slot.finished, slot.succeeded, slot.failed, slot.busy_ns) == (3, 2, 1, 300)
-    assert (slot.refused, slot.invalid, slot.security_events) == (2, 1, 1)
+        gate.finished(succeeded)
+    assert (slot.finished, slot.succeeded, slot.failed) == (3, 2, 1)
 
 
 @pytest.mark.parametrize("connection", [True, False])
@@ -574,7 +602,7 @@ def test_room_given_back_between_a_look_and_the_sleep_is_not_missed(
         obstacle = look(connection=connection)
         looks.append(obstacle)
         if len(looks) == 2:  # the first look in line, before anybody is registered
-            holder.finished(True, 1)
+            holder.finished(True)
         return obstacle
 
     monkeypatch.setattr(other, "obstacle", look_and_then_lose)
@@ -592,10 +620,10 @@ def test_a_ring_for_the_door_is_not_taken_from_who_has_a_request(
     door = Waiter(house, house.gates[1], connection=True)
     request = Waiter(house, house.gates[2], connection=False)
     until(lambda: registered(house) == 2)
-    house.gates[0].finished(True, 1)
+    house.gates[0].finished(True)
     request.join(20)
     assert request.result == "in"
-    house.gates[2].finished(True, 1)
+    house.gates[2].finished(True)
     door.join(20)
     assert door.result == "in"
 
@@ -607,7 +635,7 @@ def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
     ].request_waits_for = WAITS_FOR_REQUEST  # somebody waits, and is slow to wake
     for _ in range(20):
         assert house.try_to_admit(house.gates[0])
-        house.gates[0].finished(True, 1)
+        house.gates[0].finished(True)
     os.eventfd_read(house.bells[1].request)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(house.bells[1].request)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cpanbridge.supervisor import shared as shared_module
 from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.roster import RosterWriter
 from cpanbridge.supervisor.shared import LAYOUT, Header, LayoutError, Shared, slot_capacity
 
 
@@ -79,7 +80,9 @@ def test_clear_gives_back_what_a_dead_worker_held_and_keeps_its_totals() -> None
     slot.opened, slot.closed = 10, 4
     slot.admitted, slot.succeeded, slot.failed = 9, 5, 1
     slot.door_waits_for, slot.request_waits_for = 2, 2
-    slot.refused, slot.security_events, slot.busy_ns = 3, 2, 12345
+    slot.refused, slot.invalid_request, slot.busy_ns = 3, 2, 12345
+    slot.memory = 1 << 20
+    RosterWriter(shared.books[0].roster).enter(1, 5)
     other.opened, other.admitted = 2, 1
     shared.clear(slot)
     assert (slot.pid, slot.connections, slot.running) == (0, 0, 0)
@@ -88,7 +91,9 @@ def test_clear_gives_back_what_a_dead_worker_held_and_keeps_its_totals() -> None
     assert slot.finished == slot.admitted
     assert (slot.succeeded, slot.failed) == (5, 4)  # those that it ran have failed
     assert slot.refused == 3
-    assert (slot.security_events, slot.busy_ns) == (2, 12345)
+    assert (slot.invalid_request, slot.busy_ns) == (2, 12345)
+    assert slot.memory == 0
+    assert shared.books[0].roster.connections() == []
     assert (shared.connections(), shared.running()) == (2, 1)
 
 

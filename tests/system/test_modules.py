@@ -133,7 +133,7 @@ def test_params_that_do_not_fit_are_invalid(daemon: Daemon, function: str, param
         ("Probe", "echo", "ModuleNotAllowed", "'Probe' is not exposed"),
         ("probe", "Opaque", "FunctionNotAllowed", "'Opaque' of module 'probe' is not exposed"),
         ("probe", "os", "FunctionNotAllowed", "allowed: "),
-        ("test", "no", "FunctionNotAllowed", "allowed: echo, ping"),
+        ("test", "no", "FunctionNotAllowed", "allowed: echo, health, ping, stats"),
         ("probe", "__import__", "InvalidRequest", "`$.function`"),
         ("os.path", "join", "InvalidRequest", "`$.module`"),
     ],

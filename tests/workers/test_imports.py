@@ -10,7 +10,17 @@ FILES = {
     for package in ("supervisor", "workers")
     for file in sorted((ROOT / package).glob("*.py"))
 }
-FOR_WORKERS = {"config", "shared", "gate", "reports", "place", "text", "version"}
+FOR_WORKERS = {
+    "config",
+    "shared",
+    "gate",
+    "roster",
+    "reports",
+    "health",
+    "place",
+    "text",
+    "version",
+}
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from cpanbridge.supervisor.config import Settings, load
 from cpanbridge.workers import modules
 from cpanbridge.workers.modules import Exposed, ModuleLoadError, Registry
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
+
+PEER = Peer(socket.socket(), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +53,7 @@ def expose_module(folder: Path, name: str, functions: str) -> Registry:
 def call(registry: Registry, module: str, function: str, params: Any = None) -> Any:
     """The result; raises what the function raised, or Refusal."""
     request = Request(module, function, params)
-    outcome = modules.call(registry.find(request), request)
+    outcome = modules.call(registry.find(request), request, PEER)
     if outcome.error is not None:
         raise outcome.error
     return outcome.result
@@ -389,7 +393,7 @@ def test_whatever_a_function_raises_is_its_outcome(
     called: Registry, function: str, error: type[BaseException]
 ) -> None:
     request = Request("m", function)
-    assert isinstance(modules.call(called.find(request), request).error, error)
+    assert isinstance(modules.call(called.find(request), request, PEER).error, error)
 
 
 def test_functions_written_in_c_tell_misfits_from_errors_too(tmp_path: Path) -> None:
@@ -406,9 +410,10 @@ def test_functions_written_in_c_tell_misfits_from_errors_too(tmp_path: Path) -> 
 
 
 def test_a_request_is_handed_to_built_in_functions_as_it_is() -> None:
-    registry = Registry({"b": Exposed({"f": lambda request: request}, None, takes_request=True)})
+    function = lambda request, peer: (request, peer)  # noqa: E731
+    registry = Registry({"b": Exposed({"f": function}, None, takes_request=True)})
     request = Request("b", "f", [json.loads("5")])
-    assert modules.call(registry.find(request), request).result is request
+    assert modules.call(registry.find(request), request, PEER).result == (request, PEER)
 
 
 # -- quick or slow --

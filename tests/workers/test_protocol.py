@@ -309,7 +309,8 @@ def test_results_are_what_was_returned(result: Any) -> None:
 
 
 def test_a_failure_shows_lone_surrogates_escaped() -> None:
-    reply = json.loads(protocol.encode_failure("a \udc80 b", "ValueError", None, "t \udfff"))
+    failure = protocol.encode_failure("a \udc80 b", "ValueError", None, traceback="t \udfff")
+    reply = json.loads(failure)
     assert reply["error"] == "a \\udc80 b"
     assert reply["traceback"] == "t \\udfff"
 

@@ -1,0 +1,195 @@
+"""From a request to its reply: find what it names, wait for room, run it, write it down.
+
+Called from the threads that serve clients. Nothing here reads from a client or sends to it.
+"""
+
+import logging
+import os
+import time
+import traceback
+from typing import NamedTuple
+
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.gate import Gate, Obstacle
+from cpanbridge.supervisor.roster import WAITING, RosterWriter
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.workers import modules, protocol, security
+from cpanbridge.workers.bookkeeper import Bookkeeper
+from cpanbridge.workers.modules import Registry, Target
+from cpanbridge.workers.peer import Peer
+from cpanbridge.workers.protocol import Refusal, Request
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+
+class Call(NamedTuple):
+    """A request together with the function that it names."""
+
+    request: Request
+    target: Target
+
+
+class Draining(Exception):
+    """The worker is about to leave and takes up no further request of this connection."""
+
+
+_LACKS = {
+    "verdict": "the daemon uses more memory or CPU than it may",
+    "connections": "all connections are taken (limits.max_connections)",
+    "concurrency": "all requests that may run are running (limits.max_concurrent_requests)",
+    "rate": "this minute's requests are used up (limits.max_requests_per_minute)",
+}
+
+
+class Overloaded(Refusal):
+    """There is no room, and the daemon is told not to let clients wait."""
+
+    def __init__(self, obstacle: Obstacle, request_id: str | None) -> None:
+        self.reason = obstacle.reason
+        self.retry_after = round(obstacle.retry_after, 3)
+        message = (
+            f"No room: {_LACKS[obstacle.reason]}; the call was not run, "
+            f"try again in {self.retry_after:g} s"
+        )
+        super().__init__("Overloaded", message, request_id)
+
+
+class Calls:
+    """What a worker's connections need to have their requests run."""
+
+    def __init__(
+        self, settings: Settings, worker: int, shared: Shared, gate: Gate, registry: Registry
+    ) -> None:
+        self._limits = settings.limits
+        self._debug = settings.debug
+        self._rejects = settings.overload == "reject"
+        self._worker = worker
+        self._shared = shared
+        self._gate = gate
+        self._registry = registry
+        self._books = Bookkeeper(shared, worker)
+        self._security = security.SecurityLog(worker)
+        self._pid = os.getpid()
+        self.roster = RosterWriter(shared.books[worker].roster)
+
+    def prepare(self, data: bytes) -> Call | None:
+        """The call in a one-shot client's first bytes, if they are all of it and it may run."""
+        try:
+            request = protocol.decode_if_complete(data, self._limits)
+            return None if request is None else self._find(request)
+        except Refusal:
+            return None  # it will be found again, and told
+
+    def resolve(self, data: bytes) -> Call:
+        """The call in a whole request's bytes. Raises Refusal."""
+        return self._find(protocol.decode(data, self._limits))
+
+    def _find(self, request: Request) -> Call:
+        return Call(request, self._registry.find(request))
+
+    def admit(self, call: Call, peer: Peer, stop: int) -> None:
+        """Wait until a request may run, and charge it.
+
+        Raises Draining when the descriptor `stop` is readable before there is room, and with
+        `overload = "reject"` Refusal (Overloaded) when there is none now.
+        """
+        gate = self._gate
+        outcome = gate.attempt(gate.admitted, connection=False)
+        if outcome is True:
+            return
+        if self._rejects and isinstance(outcome, Obstacle):
+            raise Overloaded(outcome, call.request.request_id)
+        self.roster.is_doing(peer.entry, WAITING)
+        if not gate.wait_and_take(gate.admitted, stop, connection=False):
+            raise Draining
+
+    def run(self, call: Call, peer: Peer) -> bytes:
+        """Run an admitted request and return the reply; its room is given back in any case."""
+        request, target = call.request, call.target
+        function = target.number
+        if function < 0:
+            function = self._number(call)
+        self.roster.runs(peer.entry)
+        started = time.monotonic_ns()
+        problem: str | None = "the daemon's own fault"
+        try:
+            outcome = modules.call(target, request, peer)
+            if os.getpid() != self._pid:
+                # The function has forked, and this is the child: the client is the parent's.
+                os._exit(0)
+            if outcome.error is not None:
+                problem = protocol.message_of(outcome.error) or type(outcome.error).__name__
+                return self._failure(request, outcome.error, problem)
+            duration_ms = (time.monotonic_ns() - started) / 1e6
+            reply = protocol.encode_success(request, outcome.result, duration_ms, self._worker)
+            problem = None
+            return reply
+        except Refusal as refusal:
+            problem = refusal.message
+            self._note_if_event(refusal, peer)
+            return protocol.encode_failure(refusal.message, refusal.kind, request.request_id)
+        finally:
+            ended = time.monotonic_ns()
+            duration_ns = ended - started
+            if problem is not None:
+                self._books.error(function, duration_ns, problem)
+            self._books.ran(function, problem is None, duration_ns, ended)
+            self._gate.finished(problem is None)
+            self.roster.ran(peer.entry, ended)
+            target.took(duration_ns)
+
+    def _number(self, call: Call) -> int:
+        """Called once for each function: its place in the table of names."""
+        with self._shared.lock:
+            number = self._shared.names.number_of(f"{call.request.module}.{call.request.function}")
+        call.target.number = number
+        return number
+
+    def _failure(self, request: Request, error: BaseException, problem: str) -> bytes:
+        trace = None
+        if self._debug:
+            trace = "".join(traceback.format_exception(error))
+            LOGGER.info(
+                "%s.%s raised %s (request %s of %s)",
+                request.module,
+                request.function,
+                type(error).__name__,
+                request.request_id or "without id",
+                request.perl_caller or "an unknown caller",
+            )
+        text = f"Error in {request.module}.{request.function}: {problem}"
+        kind = type(error).__name__
+        return protocol.encode_failure(text, kind, request.request_id, traceback=trace)
+
+    def refuse(self, refusal: Refusal, peer: Peer) -> bytes:
+        """Count a request that is not run, and return the reply that says why."""
+        self._books.refused()
+        self._note_if_event(refusal, peer)
+        retry_after = None
+        if isinstance(refusal, Overloaded):
+            self._books.overloaded(refusal.reason)
+            retry_after = refusal.retry_after
+        return protocol.encode_failure(
+            refusal.message, refusal.kind, refusal.request_id, retry_after=retry_after
+        )
+
+    def turn_away(self, obstacle: Obstacle, request_id: str | None) -> bytes:
+        """The same for a client that is not even let in."""
+        overloaded = Overloaded(obstacle, request_id)
+        self._books.refused()
+        self._books.turned_away()
+        self._books.overloaded(overloaded.reason)
+        return protocol.encode_failure(
+            overloaded.message, overloaded.kind, request_id, retry_after=overloaded.retry_after
+        )
+
+    def shutting_down(self) -> bytes:
+        """The reply to a request that is not run because the daemon stops."""
+        self._books.refused()
+        message = "The daemon is shutting down; the call was not run"
+        return protocol.encode_failure(message, "ShuttingDown", None)
+
+    def _note_if_event(self, refusal: Refusal, peer: Peer) -> None:
+        event = self._security.event(refusal, peer)
+        if event is not None:
+            self._books.event(event)

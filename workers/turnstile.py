@@ -1,0 +1,128 @@
+"""Turning clients away with an answer, where the daemon is told not to let them wait.
+
+A client that finds no room is accepted all the same, only to be told `Overloaded` in the form that
+it speaks, and closed. It is no connection in the gate's sense: it never has a request, its time is
+short, and there are few of them at a time. Those that come beyond wait in the listen queue.
+
+One thread serves all of them, without ever waiting for one.
+"""
+
+import contextlib
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from cpanbridge.supervisor.gate import Obstacle
+from cpanbridge.workers import protocol
+
+PLACES = 64
+FIRST_BYTES_SECONDS = 5.0  # for a client to send something, and so to say which form it speaks
+LINGER_SECONDS = 2.0  # for it to read the answer, and to end what it was sending
+READ_SIZE = 65536
+
+Answer = Callable[[Obstacle, str | None], bytes]
+
+
+class _Guest:
+    """A client on its way out."""
+
+    def __init__(self, client: socket.socket, obstacle: Obstacle) -> None:
+        client.setblocking(False)
+        self.socket = client
+        self.until = time.monotonic() + FIRST_BYTES_SECONDS
+        self._obstacle = obstacle
+        self._answered = False
+
+    def has_gone(self, answer: Answer) -> bool:
+        """It has sent something, or its end: answer it, and tell whether that was all."""
+        try:
+            data = self.socket.recv(READ_SIZE)
+            if not data:
+                return True
+            if not self._answered:
+                self._answered = True
+                # A socket's buffer takes so short an answer at once.
+                self.socket.send(self._reply(data, answer))
+                self.socket.shutdown(socket.SHUT_WR)
+                self.until = time.monotonic() + LINGER_SECONDS
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def _reply(self, data: bytes, answer: Answer) -> bytes:
+        if not protocol.is_framed(data):
+            return protocol.to_ascii(answer(self._obstacle, protocol.identity(data)))
+        reply = answer(self._obstacle, protocol.identity(protocol.first_frame(data)))
+        return protocol.to_frame(reply) + protocol.NO_MORE_REQUESTS
+
+
+class Turnstile:
+    """Takes clients from the thread at the door. `answer` is what makes the reply."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._arrivals: queue.SimpleQueue[_Guest] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._guests = 0
+        self._lock = threading.Lock()
+        self._empty = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def has_place(self) -> bool:
+        """Whether one more can be taken."""
+        return self._guests < PLACES
+
+    def take(self, client: socket.socket, obstacle: Obstacle) -> None:
+        """Answer a client and see it out. Called by the thread at the door."""
+        with self._lock:
+            self._guests += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="turnstile", daemon=True)
+                self._thread.start()
+        self._arrivals.put(_Guest(client, obstacle))
+        os.eventfd_write(self._wake, 1)
+
+    def wait_until_empty(self, seconds: float) -> None:
+        """Let those that were taken be seen out."""
+        with self._lock:
+            self._empty.wait_for(lambda: not self._guests, timeout=max(0.0, seconds))
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ)
+            while True:
+                inside = [key.data for key in selector.get_map().values() if key.data]
+                now = time.monotonic()
+                timeout = min((guest.until - now for guest in inside), default=None)
+                for key, _ in selector.select(timeout):
+                    if key.data is None:
+                        os.eventfd_read(self._wake)
+                        self._let_arrive(selector)
+                    elif key.data.has_gone(self._answer):
+                        self._see_out(selector, key.data)
+                        inside.remove(key.data)
+                now = time.monotonic()
+                for guest in inside:
+                    if guest.until <= now:
+                        self._see_out(selector, guest)
+
+    def _let_arrive(self, selector: selectors.BaseSelector) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                guest = self._arrivals.get_nowait()
+                selector.register(guest.socket, selectors.EVENT_READ, guest)
+
+    def _see_out(self, selector: selectors.BaseSelector, guest: _Guest) -> None:
+        selector.unregister(guest.socket)
+        guest.socket.close()
+        with self._lock:
+            self._guests -= 1
+            if not self._guests:
+                self._empty.notify_all()
