@@ -1,11 +1,12 @@
 """The daemon's throughput beside that of the bare pre-fork server, measured in turns.
 
     compare.py [--form oneshot|framed] [--clients 16] [--workers 2] [--seconds 4] [--rounds 3]
+    compare.py --against REVISION ...
 
 An absolute figure says more about the machine than about the daemon, and a shared machine's speed
 changes from minute to minute. So both servers stand ready, and short runs alternate: floor,
 daemon, floor, daemon. Each round gives one ratio, and the spread of the ratios says how far to
-trust it.
+trust it. With `--against` the yardstick is not the floor but the daemon of another revision.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from servers import (
     BenchError,
     cpu_seconds,
     daemon_config,
+    extract_revision,
     find_cpanbridged,
     request_bytes,
     running,
@@ -133,15 +135,16 @@ def print_table(rounds: dict[str, list[Run]]) -> None:
     if found:
         each = ", ".join(f"{ratio:.3f}" for ratio in found)
         print(
-            f"\nthroughput against the floor: {statistics.median(found):.3f} "
+            f"\nthroughput against {next(iter(rounds))}: {statistics.median(found):.3f} "
             f"(spread {min(found):.3f} to {max(found):.3f}; rounds: {each})"
         )
 
 
 def ratios(rounds: dict[str, list[Run]]) -> list[float]:
-    """The daemon's throughput over the floor's, of each round."""
-    pairs = zip(rounds["floor"], rounds.get("cpanbridged", []), strict=False)
-    return [daemon.calls_per_second / floor.calls_per_second for floor, daemon in pairs]
+    """The daemon's throughput over the yardstick's, of each round."""
+    yardstick = next(iter(rounds.values()))
+    pairs = zip(yardstick, rounds.get("cpanbridged", []), strict=False)
+    return [daemon.calls_per_second / other.calls_per_second for other, daemon in pairs]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -156,8 +159,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--floor-only", action="store_true", help="leave the daemon out")
+    parser.add_argument("--against", metavar="REVISION", help="the daemon of this git revision")
     parser.add_argument("--json", action="store_true", help="print the rounds as one JSON object")
     return parser.parse_args()
+
+
+def _servers(
+    folder: Path, options: argparse.Namespace
+) -> dict[str, tuple[list[str], Path, dict[str, str] | None]]:
+    """The servers to run, the yardstick first: command, socket, and environment if another."""
+    servers: dict[str, tuple[list[str], Path, dict[str, str] | None]] = {}
+    if options.against:
+        other = folder / "other"
+        environment = extract_revision(options.against, other)
+        config = daemon_config(other, options.workers, unlimited=True)
+        command = [sys.executable, "-m", "cpanbridge.supervisor.cli", "run", "-c", str(config)]
+        servers[options.against] = command, other / "daemon.sock", environment
+    else:
+        path = folder / "floor.sock"
+        command = [sys.executable, str(BENCH / "floor.py"), f"--socket={path}"]
+        command += [f"--workers={options.workers}", f"--form={options.form}"]
+        servers["floor"] = command, path, None
+    if not options.floor_only:
+        config = daemon_config(folder, options.workers, unlimited=True)
+        command = [find_cpanbridged(), "run", "--config", str(config)]
+        servers["cpanbridged"] = command, folder / "daemon.sock", None
+    return servers
 
 
 def main() -> int:
@@ -167,27 +194,11 @@ def main() -> int:
     try:
         program = build_load(folder)
         with contextlib.ExitStack() as stack:
-            floor_socket = folder / "floor.sock"
-            floor_command = [sys.executable, str(BENCH / "floor.py"), f"--socket={floor_socket}"]
-            floor_command += [f"--workers={options.workers}", f"--form={options.form}"]
-            servers = {
-                "floor": (
-                    floor_socket,
-                    stack.enter_context(
-                        running(floor_command, floor_socket, folder / "floor.out", options.form)
-                    ),
-                )
-            }
-            if not options.floor_only:
-                config = daemon_config(folder, options.workers, unlimited=True)
-                daemon_socket = folder / "daemon.sock"
-                command = [find_cpanbridged(), "run", "--config", str(config)]
-                servers["cpanbridged"] = (
-                    daemon_socket,
-                    stack.enter_context(
-                        running(command, daemon_socket, folder / "daemon.out", options.form)
-                    ),
-                )
+            servers = {}
+            for name, (command, path, environment) in _servers(folder, options).items():
+                output = path.with_suffix(".out")
+                server = running(command, path, output, options.form, environment)
+                servers[name] = path, stack.enter_context(server)
             for path, server in servers.values():
                 drive(program, path, server, options, WARM_UP_SECONDS)
             rounds: dict[str, list[Run]] = {name: [] for name in servers}

@@ -6,6 +6,7 @@ folder, and stopped by its own pid.
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -48,6 +49,21 @@ def find_cpanbridged() -> str:
             "environment that it is installed in"
         )
     return found
+
+
+def extract_revision(revision: str, folder: Path) -> dict[str, str]:
+    """Put a git revision's packages into `folder`; the environment in which they are imported."""
+    packages = folder / "cpanbridge"
+    packages.mkdir(parents=True)
+    archive = subprocess.run(
+        ["git", "-C", str(BENCH.parent), "archive", revision, "supervisor", "workers"],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if archive.returncode != 0:
+        raise BenchError(f"{revision}: not a revision of this repository")
+    subprocess.run(["tar", "-x", "-C", str(packages)], input=archive.stdout, check=True)
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 def daemon_config(folder: Path, workers: int, *, unlimited: bool) -> Path:
@@ -103,15 +119,24 @@ def call_framed(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running(
-    command: list[str], path: Path, output: Path, form: str = "oneshot"
+    command: list[str],
+    path: Path,
+    output: Path,
+    form: str = "oneshot",
+    environment: dict[str, str] | None = None,
 ) -> Iterator[psutil.Process]:
     """Run a server until the block ends; enters it once a call to `path` has succeeded.
 
-    The server's stdout and stderr go to the file `output`, which an error quotes.
+    The server's stdout and stderr go to the file `output`, which an error quotes. `environment` is
+    in the place of this process's.
     """
     with output.open("wb") as sink:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
     try:
         _wait_until_ready(child, path, output, form)

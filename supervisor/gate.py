@@ -68,7 +68,8 @@ class Bells(NamedTuple):
 class Obstacle(NamedTuple):
     """Why nothing can be admitted now, and what to wait for."""
 
-    reason: str  # verdict, connections, concurrency or rate
+    # verdict, connections, concurrency, rate; reservations: for a moment, as other doors look out
+    reason: str
     waits_for: int  # whose giving back may remove it: WAITS_FOR_...
     until: int | None = None  # CLOCK_MONOTONIC nanoseconds when it will have gone
 
@@ -117,7 +118,8 @@ class Gate:
         if header.verdict != VERDICT_OPEN and not self._leaving:
             return Obstacle("verdict", WAITS_FOR_VERDICT)
         if connection and connections + reserved >= header.max_connections:
-            return Obstacle("connections", WAITS_FOR_CONNECTION)
+            taken = connections >= header.max_connections
+            return Obstacle("connections" if taken else "reservations", WAITS_FOR_CONNECTION)
         if running >= header.max_concurrent_requests:
             return Obstacle("concurrency", WAITS_FOR_REQUEST)
         free_at = self._shared.window.free_at()
@@ -211,7 +213,7 @@ class Gate:
             obstacle = self.obstacle(connection=connection)
             if obstacle is None:
                 return take()
-        if obstacle.waits_for == WAITS_FOR_CONNECTION:
+        if obstacle.reason == "connections":
             self._slot.full += 1
         return obstacle
 

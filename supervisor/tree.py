@@ -55,6 +55,7 @@ class _Process:
     rss: int = 0
     pss: int | None = None  # None: not read yet, or not to be read
     rss_then: int = 0  # when PSS was read
+    ended: bool = False  # its parent has yet to be told
     read_at: float = NEVER  # CLOCK_MONOTONIC seconds
     readable: bool = True
 
@@ -110,7 +111,7 @@ class Tree:
             cpu_seconds=used,
             memory=sum(process.memory for process in self._known.values()),
             by_root=by_root,
-            processes=len(self._known),
+            processes=sum(not process.ended for process in self._known.values()),
             by_rss=sum(not process.readable for process in self._known.values()),
         )
 
@@ -180,6 +181,7 @@ def _measured(pid: int, old: _Process | None) -> _Process | None:
         with handle.oneshot():
             times = handle.cpu_times()
             rss = handle.memory_info().rss
+            ended = handle.status() == psutil.STATUS_ZOMBIE
             parent = handle.ppid()
     except psutil.Error:
         return None
@@ -188,6 +190,7 @@ def _measured(pid: int, old: _Process | None) -> _Process | None:
     process.own = times.user + times.system
     process.waited = times.children_user + times.children_system
     process.rss = rss
+    process.ended = ended
     return process
 
 

@@ -22,6 +22,7 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 # More than nearly all requests have.
 FIRST_READ = 65536
 A_LITTLE_MS = 100
+A_MOMENT = 0.001
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
 
@@ -42,7 +43,7 @@ class _Nobody(Enum):
 
     OUTSIDE = "nobody waits there"
     FOR_NOW = "somebody waits, but is not to be had for want of a descriptor, memory, or a place"
-    BUT_LOOK_AGAIN = "somebody was turned away"
+    BUT_LOOK_AGAIN = "somebody was turned away, or it is not clear yet"
 
 
 class Door(Generic[C]):
@@ -93,6 +94,9 @@ class Door(Generic[C]):
         if self._turnstile is not None:
             outcome = gate.attempt(gate.reserve, connection=True)
             if isinstance(outcome, Obstacle):
+                if outcome.reason == "reservations":
+                    time.sleep(A_MOMENT)  # then it is taken or free
+                    return _Nobody.BUT_LOOK_AGAIN
                 return self._turn_away(outcome, self._turnstile)
         elif not gate.enter(gate.reserve, self._stop, connection=True):
             return _Nobody.OUTSIDE  # told to stop, as a look at the descriptors will say

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -216,3 +217,35 @@ def leave_a_child(seconds: float) -> int:
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
+
+
+KEPT: list[bytearray] = []
+
+
+def hoard(megabytes: int) -> int:
+    """Keeps so much memory for as long as the worker lives; returns the worker's pid."""
+    KEPT.append(bytearray(os.urandom(1 << 20)) * megabytes)
+    return os.getpid()
+
+
+def burn(seconds: float) -> int:
+    """Keeps a processor busy; returns the worker's pid."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return os.getpid()
+
+
+def start(*command: str) -> int:
+    """Starts another program that goes on; returns its pid."""
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL).pid
+
+
+def hide() -> int:
+    """Forks a child whose memory only root may look at; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+        time.sleep(60)
+        os._exit(0)
+    return pid

@@ -121,7 +121,7 @@ def test_room_that_is_reserved_is_nobody_elses(new_house: NewHouse) -> None:
     assert house.try_to_open(first)
     with house.shared.lock:
         first.reserve()
-    assert house.reason(connection=True) == "connections"
+    assert house.reason(connection=True) == "reservations"
     assert not second.reserve_any()
     waiter = Waiter(house, second, connection=True)
     until(lambda: registered(house) == 1)
@@ -153,7 +153,7 @@ def test_room_never_appears_while_a_reservation_becomes_a_connection(new_house: 
     finally:
         sys.settrace(tracer)
     assert len(seen) > 5
-    assert set(seen) == {"connections"}
+    assert set(seen) == {"reservations", "connections"}
 
 
 def test_no_more_requests_than_allowed_over_all_workers(new_house: NewHouse) -> None:
