@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -145,12 +146,13 @@ def _load(options: argparse.Namespace) -> config.Loaded:
 
 def run(options: argparse.Namespace) -> int:
     """`cpanbridged run`."""
-    loaded = _load(options)
     reasons: list[str] = []
     terminal = os.dup(2)  # to say why it does not start: log_file takes standard error's place
     try:
         status = serve(
-            loaded, worker.run, lambda reason: reasons.append(reason) if reason else None
+            lambda: _load(options),
+            worker.run,
+            lambda reason: reasons.append(reason) if reason else None,
         )
     finally:
         os.dup2(terminal, 2)
@@ -161,17 +163,9 @@ def run(options: argparse.Namespace) -> int:
 
 def start(options: argparse.Namespace) -> int:
     """`cpanbridged start`."""
-    return _start(_load(options))
-
-
-def _start(loaded: config.Loaded) -> int:
-    settings = loaded.settings
-    chosen = settings.log_file != "stderr"
-    if not chosen:  # a daemon in the background has no standard error to speak of
-        log_file = settings.sockets[0].removesuffix(".sock") + ".log"
-        settings = msgspec.structs.replace(settings, log_file=log_file)
-    loaded = msgspec.structs.replace(loaded, settings=settings)
-    outcome = background.start(lambda tell: _serve_and_tell(loaded, tell, follow_link=chosen))
+    settings = _load_for_background(options).settings
+    load = partial(_load_for_background, options)
+    outcome = background.start(lambda tell: _serve_and_tell(load, tell))
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
     print(
@@ -181,12 +175,21 @@ def _start(loaded: config.Loaded) -> int:
     return DONE
 
 
-def _serve_and_tell(
-    loaded: config.Loaded, tell: Callable[[str | None], None], *, follow_link: bool
-) -> int:
+def _load_for_background(options: argparse.Namespace) -> config.Loaded:
+    """A daemon in the background has no standard error to speak of, so it needs a log file."""
+    loaded = _load(options)
+    settings = loaded.settings
+    if settings.log_file != "stderr":
+        return loaded
+    log_file = settings.sockets[0].removesuffix(".sock") + ".log"
+    settings = msgspec.structs.replace(settings, log_file=log_file)
+    return msgspec.structs.replace(loaded, settings=settings, follow_link=False)
+
+
+def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> int:
     try:
-        return serve(loaded, worker.run, tell, follow_link=follow_link)
-    except (InstanceError, ListenError, LogError) as error:
+        return serve(load, worker.run, tell)
+    except (config.ConfigError, InstanceError, ListenError, LogError) as error:
         tell(str(error))
         return FAILED
 
@@ -207,8 +210,7 @@ def stop(options: argparse.Namespace) -> int:
 
 def restart(options: argparse.Namespace) -> int:
     """`cpanbridged restart`."""
-    loaded = _load(options)
-    settings = loaded.settings
+    settings = _load(options).settings
     # All that can be known to fail is tried before anything is stopped.
     listener.group_id(settings.socket_group)
     error = background.try_in_child(lambda: _load_modules(settings))
@@ -217,7 +219,7 @@ def restart(options: argparse.Namespace) -> int:
     pid = control.stop(settings)
     if pid is not None:
         print(f"Stopped: pid {pid}")
-    return _start(loaded)
+    return start(options)
 
 
 def status(options: argparse.Namespace) -> int:

@@ -9,12 +9,11 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Sequence
-
-import filelock
+from collections.abc import Collection, Mapping
 
 # Somebody who merely looks whether a daemon runs holds a shared lock for microseconds.
 _PASSING_HOLDER_SECONDS = 0.5
+_PAUSE = 0.005
 
 
 class InstanceError(Exception):
@@ -24,55 +23,78 @@ class InstanceError(Exception):
 class Instance:
     """The paths that this process has locked. Locks do not outlive the process; `release` tidies.
 
-    filelock closes the descriptors in forked children, so workers never hold a dead master's lock.
+    A lock belongs to an open file, so it lasts as long as any process has that: children that are
+    forked close it at once, or a worker would hold a dead master's lock. A program that is handed
+    the descriptors has the locks as well: an upgraded master takes them over without a gap.
     """
 
-    def __init__(self, sockets: Sequence[str]) -> None:
-        self._sockets = list(sockets)
-        self._locks: list[filelock.BaseFileLock] = []
+    def __init__(self, inherited: Mapping[str, int] | None = None) -> None:
+        self._locks = dict(inherited or {})
         self.unclean: set[str] = set()
+        os.register_at_fork(after_in_child=self._let_go)
 
-    def acquire(self) -> None:
-        """Lock every path and write the pid files. Raises InstanceError.
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """The locks' descriptors by path, for a master that takes over."""
+        return dict(self._locks)
+
+    def acquire(self, paths: Collection[str], patience: float = _PASSING_HOLDER_SECONDS) -> None:
+        """Lock these paths as well and write their pid files: all or none. Raises InstanceError.
 
         `unclean` has the paths whose last owner died without tidying up: a socket there is stale.
         """
-        for path in sorted(set(self._sockets)):
-            lock = filelock.FileLock(
-                f"{path}.lock", mode=0o600, thread_local=False, poll_interval=0.02
-            )
-            try:
-                lock.acquire(timeout=_PASSING_HOLDER_SECONDS)
-            except filelock.Timeout:
-                self.release()
-                pid = _read_pid(f"{path}.pid")
-                raise InstanceError(
-                    f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
-                ) from None
-            except OSError as error:
-                self.release()
-                raise InstanceError(
-                    f"{path}.lock: cannot be made: {error.strerror}; "
-                    "the socket's folder must exist and be writable"
-                ) from None
-            self._locks.append(lock)
-            try:
+        locked: list[str] = []
+        try:
+            for path in sorted(set(paths)):
+                self._locks[path] = _lock(path, patience)
+                locked.append(path)
                 left_over = _open_trusted(f"{path}.pid")
                 if left_over is not None:
                     os.close(left_over)
                     self.unclean.add(path)
-                _write_pid(path)
-            except InstanceError:
-                self.release()
-                raise
+                write_pid(path)
+        except InstanceError:
+            self.release(locked)
+            raise
 
-    def release(self) -> None:
-        """Remove the pid files and free the locks. Called in the master only."""
-        for lock in self._locks:
+    def release(self, paths: Collection[str] | None = None) -> None:
+        """Remove the pid files and free the locks of these paths, or of all."""
+        for path in list(self._locks if paths is None else paths):
             with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file.removesuffix(".lock") + ".pid")
-            lock.release()
-        self._locks.clear()
+                os.unlink(f"{path}.pid")
+            self.unclean.discard(path)
+            os.close(self._locks.pop(path))
+
+    def _let_go(self) -> None:
+        while self._locks:
+            os.close(self._locks.popitem()[1])
+
+
+def _lock(path: str, patience: float) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(f"{path}.lock", flags, 0o600)
+    except OSError as error:
+        raise InstanceError(
+            f"{path}.lock: cannot be made: {error.strerror}; "
+            "the socket's folder must exist and be writable"
+        ) from None
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(descriptor)
+                pid = _read_pid(f"{path}.pid")
+                raise InstanceError(
+                    f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
+                ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise InstanceError(f"{path}.lock: cannot be locked: {error.strerror}") from None
+        time.sleep(_PAUSE)
 
 
 def running_pid(socket_path: str) -> int | None:
@@ -135,8 +157,11 @@ def _open_trusted(path: str) -> int | None:
     return descriptor
 
 
-def _write_pid(socket_path: str) -> None:
-    """Whole or not at all, and through no link that somebody else has put there."""
+def write_pid(socket_path: str) -> None:
+    """Say that this process is the master of a path. Raises InstanceError.
+
+    The file is whole or not there at all, and written through no link that somebody has put there.
+    """
     temporary = f"{socket_path}.pid.new"
     try:
         with contextlib.suppress(FileNotFoundError):

@@ -30,6 +30,22 @@ class Listener(NamedTuple):
     socket: socket.socket
     inode: tuple[int, int]
 
+    def set_access(self, mode: int, gid: int | None) -> tuple[int, int]:
+        """Let others connect, or not; returns mode and group as they were. Raises ListenError.
+
+        Without `gid` the group stays as it is.
+        """
+        try:
+            before = os.stat(self.path)
+            if gid is not None and gid != before.st_gid:
+                os.chown(self.path, -1, gid)
+            os.chmod(self.path, mode)
+        except OSError as error:
+            raise ListenError(
+                f"{self.path}: its mode and group cannot be set: {error.strerror}"
+            ) from None
+        return stat.S_IMODE(before.st_mode), before.st_gid
+
     def unlink(self) -> None:
         """Take the file away, so that no further client comes; unless it is another's by now."""
         with contextlib.suppress(FileNotFoundError):

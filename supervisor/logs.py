@@ -15,8 +15,9 @@ import os
 import socket
 import stat
 import time
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from cpanbridge.supervisor.config import Loaded
 from cpanbridge.supervisor.text import escaped, json_line, printable
 
 STANDARD_ERROR = 2
@@ -70,7 +71,17 @@ class DescriptorHandler(logging.Handler):
     def __init__(self, descriptor: int, formatter: logging.Formatter) -> None:
         super().__init__()
         self._descriptor, self._socket = _never_waiting(descriptor)
+        self._own = self._descriptor != descriptor
         self.setFormatter(formatter)
+
+    def close(self) -> None:
+        """Give up what was opened to write without waiting."""
+        super().close()
+        if self._socket is not None:
+            self._socket.close()
+        elif self._own:
+            self._own = False
+            os.close(self._descriptor)
 
     def emit(self, record: logging.LogRecord) -> None:
         line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
@@ -99,33 +110,103 @@ def _never_waiting(descriptor: int) -> tuple[int, socket.socket | None]:
         return descriptor, None  # not ours to open, such as another user's terminal
 
 
-def configure(
-    log_file: str,
-    security_log: str,
-    log_format: Literal["text", "json"],
-    debug: bool,
-    *,
-    follow_link: bool = True,
-) -> None:
-    """Set up this process's log, and that of all it forks. Raises LogError.
+class LogSettings(NamedTuple):
+    """The settings that a log follows.
 
     Without `follow_link` a `log_file` that is a symbolic link is refused: for a place that nobody
     chose, where somebody else may have put one.
     """
-    if log_file != "stderr":
-        descriptor = _open(log_file, 0 if follow_link else os.O_NOFOLLOW)
+
+    log_file: str
+    security_log: str
+    log_format: Literal["text", "json"]
+    debug: bool
+    follow_link: bool = True
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> "LogSettings":
+        """Those of a whole configuration."""
+        settings = loaded.settings
+        return cls(
+            settings.log_file,
+            settings.security_log,
+            settings.log_format,
+            settings.debug,
+            loaded.follow_link,
+        )
+
+
+class _Current:
+    """What this process's log was set up with."""
+
+    settings: LogSettings | None = None
+    security: int = -1  # the security log's descriptor
+
+
+def configure(settings: LogSettings) -> None:
+    """Set up this process's log, and that of all it forks. Raises LogError, and changes nothing.
+
+    Without effect when it was set up so already.
+    """
+    if settings == _Current.settings:
+        return
+    security = _open(settings.security_log) if settings.security_log != "-" else -1
+    try:
+        _open_log_file(settings)
+    except LogError:
+        if security >= 0:
+            os.close(security)
+        raise
+    formatter = JsonFormatter() if settings.log_format == "json" else LineFormatter()
+    root = logging.getLogger("cpanbridge")
+    _replace_handler(root, DescriptorHandler(STANDARD_ERROR, formatter))
+    root.setLevel(logging.DEBUG if settings.debug else logging.INFO)
+    root.propagate = False
+    logger = logging.getLogger("cpanbridge.security")
+    _replace_handler(
+        logger, DescriptorHandler(security, PlainFormatter()) if security >= 0 else None
+    )
+    logger.propagate = security < 0
+    if _Current.security >= 0:
+        os.close(_Current.security)
+    _Current.settings, _Current.security = settings, security
+
+
+def check(settings: LogSettings) -> None:
+    """See that the files can be opened. Raises LogError."""
+    for path in (settings.log_file, settings.security_log):
+        if path not in ("stderr", "-"):
+            os.close(_open(path))
+
+
+def reopen() -> None:
+    """Go on in new files of the same names, once the old ones were renamed. Raises LogError.
+
+    The descriptors keep their numbers, and dup2(2) changes over in one step: a line that another
+    thread writes meanwhile is whole in the old file or in the new one.
+    """
+    settings = _Current.settings
+    if settings is None:
+        return
+    _open_log_file(settings)
+    if _Current.security >= 0:
+        descriptor = _open(settings.security_log)
+        os.dup2(descriptor, _Current.security, inheritable=False)
+        os.close(descriptor)
+
+
+def _open_log_file(settings: LogSettings) -> None:
+    if settings.log_file != "stderr":
+        descriptor = _open(settings.log_file, 0 if settings.follow_link else os.O_NOFOLLOW)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, STANDARD_ERROR)
         os.close(descriptor)
-    formatter = JsonFormatter() if log_format == "json" else LineFormatter()
-    root = logging.getLogger("cpanbridge")
-    root.handlers = [DescriptorHandler(STANDARD_ERROR, formatter)]
-    root.setLevel(logging.DEBUG if debug else logging.INFO)
-    root.propagate = False
-    if security_log != "-":
-        security = logging.getLogger("cpanbridge.security")
-        security.handlers = [DescriptorHandler(_open(security_log), PlainFormatter())]
-        security.propagate = False
+
+
+def _replace_handler(logger: logging.Logger, handler: DescriptorHandler | None) -> None:
+    before, logger.handlers = logger.handlers, [handler] if handler is not None else []
+    for each in before:
+        each.close()
 
 
 def _open(path: str, extra: int = 0) -> int:

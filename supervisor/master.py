@@ -10,18 +10,21 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import setproctitle
 
-from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor import logs
+from cpanbridge.supervisor.config import Load, Loaded
 from cpanbridge.supervisor.gate import Bells
-from cpanbridge.supervisor.listener import Listener
+from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.monitor import Monitor
 from cpanbridge.supervisor.place import WorkerMain
+from cpanbridge.supervisor.reload import Reloader
 from cpanbridge.supervisor.seats import Generation
 from cpanbridge.supervisor.shared import Shared, slot_capacity
+from cpanbridge.supervisor.sockets import Sockets
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.workforce import Workforce
 
@@ -39,42 +42,42 @@ class Master:
 
     def __init__(
         self,
-        settings: Settings,
-        source: str,
-        listeners: Sequence[Listener],
+        load: Load,
+        loaded: Loaded,
+        sockets: Sockets,
         worker_main: WorkerMain,
         on_ready: Callable[[str | None], None],
     ) -> None:
-        self._settings = settings
-        self._source = source
-        self._listeners = listeners
+        settings = loaded.settings
+        self._sockets = sockets
         self._on_ready = on_ready
-        self._shared = Shared.create(
+        shared = Shared.create(
             slot_capacity(settings.worker_count), settings.limits, used=settings.worker_count
         )
-        bells = [Bells.hang() for _ in self._shared.slots]
+        bells = [Bells.hang() for _ in shared.slots]
         self._loop = Loop()
-        self._workforce = Workforce(self, self._loop, self._shared, bells, worker_main)
-        self._generation = Generation(1, settings, listeners, settings.worker_count)
+        self._workforce = Workforce(self, self._loop, shared, bells, worker_main)
+        self._reloader = Reloader(load, loaded, self._loop, shared, sockets, self._workforce, 1)
         self._monitor = Monitor(
             self._loop,
-            self._shared,
+            shared,
             bells,
             settings.limits,
-            [listener.socket for listener in listeners],
+            [each.socket for each in sockets.listeners],
             lambda slot, reason: self._workforce.retire(slot, reason, replace_first=False),
         )
         self._signals, self._wakeup = socket.socketpair()
         self._started = False
+        self._reload_when_started = False
         self._stopping = False
         self._exit_status = 0
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
-        setproctitle.setproctitle(f"cpanbridged: master [{self._source}]")
+        self._show_title()
         self._catch_signals()
         gc.freeze()  # what exists now is shared with the workers; keep the collector off it
-        self._workforce.hire(self._generation)
+        self._workforce.hire(self._reloader.generation)
         while not (self._stopping and self._workforce.is_gone()):
             self._loop.turn()
         for name in _SIGNALS:  # Python would put the defaults back while it ends
@@ -103,7 +106,7 @@ class Master:
     def handle_term(self) -> None:
         """Stop gracefully: no new client, running requests finish."""
         if not self._stopping:
-            seconds = self._settings.limits.graceful_timeout
+            seconds = self._reloader.loaded.settings.limits.graceful_timeout
             LOGGER.info("Stopping: running requests may take %g s", seconds)
             self._stop(seconds)
 
@@ -131,30 +134,39 @@ class Master:
             self._workforce.ended(pid, status)
 
     def handle_hup(self) -> None:
-        """A terminal that closes, or a request for what this version does not have."""
-        LOGGER.warning("SIGHUP: this version cannot reload; restart to apply a changed setting")
+        """Reload: a new generation with the configuration and the modules as they are now."""
+        self.reload(lambda _: None)
 
     def handle_usr1(self) -> None:
-        """See handle_hup."""
-        LOGGER.warning("SIGUSR1: this version cannot reopen its logs; restart it instead")
+        """Go on in new log files of the same names: the old ones were renamed."""
+        try:
+            logs.reopen()
+        except LogError as error:
+            LOGGER.error("The log stays where it is: %s", error)
+            return
+        LOGGER.info("Logs reopened")
+        self._workforce.signal(signal.SIGUSR1)
 
     def handle_usr2(self) -> None:
-        """See handle_hup."""
+        """A request for what this version does not have."""
         LOGGER.warning("SIGUSR2: this version cannot upgrade in place; restart it instead")
 
     def handle_ttin(self) -> None:
-        """See handle_hup."""
+        """See handle_usr2."""
         LOGGER.warning("SIGTTIN: this version cannot add a worker; set workers and restart")
 
     def handle_ttou(self) -> None:
-        """See handle_hup."""
+        """See handle_usr2."""
         LOGGER.warning("SIGTTOU: this version cannot remove a worker; set workers and restart")
 
     # -- what the workforce tells --
 
     def generation_ready(self, generation: Generation) -> None:
-        """All workers have booted: the daemon is ready."""
+        """All workers have booted: the daemon is ready, or a reload can be completed."""
         if self._stopping:
+            return
+        if self._started:
+            self._reloader.ready(generation)
             return
         self._workforce.put_in_service(generation)
         self._started = True
@@ -164,29 +176,44 @@ class Master:
             __version__,
             os.getpid(),
             generation.wanted,
-            ", ".join(listener.path for listener in self._listeners),
+            ", ".join(listener.path for listener in generation.listeners),
         )
         self._on_ready(None)
+        if self._reload_when_started:
+            self.handle_hup()
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
-        """A worker does not boot before the daemon was ready: there is no daemon."""
-        if not self._stopping:
+        """A worker does not boot: before the daemon was ready there is no daemon then."""
+        if self._started:
+            self._reloader.failed(generation, reason)
+        elif not self._stopping:
             self._exit_status = 1
             self._stop(None, reason)
 
     def seat_emptied(self) -> None:
-        """Nothing waits for that here."""
+        """A worker has gone; a reload may have waited for its slot."""
+        self._reloader.seat_emptied()
 
-    # -- stopping --
+    # -- reloading, stopping --
+
+    def reload(self, tell: Callable[[str | None], None]) -> None:
+        """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
+        if self._stopping:
+            tell("the daemon is stopping")
+        elif not self._started:
+            self._reload_when_started = True
+            tell("the daemon is still starting; it reloads when it has started")
+        else:
+            self._reloader.begin(tell)
 
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:
             self._on_ready(reason)
-        self._stopping = True
-        for listener in self._listeners:
-            try:
-                listener.unlink()
-            except OSError as error:
-                LOGGER.warning("%s: cannot be removed: %s", listener.path, error.strerror)
-            listener.socket.close()
+        if not self._stopping:
+            self._stopping = True
+            self._reloader.give_up("the daemon is stopping")
+            self._sockets.close()
         self._workforce.stop(seconds)
+
+    def _show_title(self) -> None:
+        setproctitle.setproctitle(f"cpanbridged: master [{self._reloader.loaded.source}]")

@@ -11,33 +11,64 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from enum import Enum
 from typing import NoReturn
 
+from cpanbridge.supervisor import logs
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.listener import Listener
+from cpanbridge.supervisor.logs import LogSettings
 from cpanbridge.supervisor.loop import Loop, Timer
 from cpanbridge.supervisor.place import Place, Report, WorkerMain, read_report
 from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
+# A module that takes longer to import is taken to hang.
+BOOT_SECONDS = 60.0
+_DUMP_SECONDS = 0.5  # to write where it hangs
 # A worker ends by itself when its time is over, but its shutdown hooks have a second at least; one
 # that cannot end is killed after this.
 KILL_MARGIN = 3.0
 
 
-@dataclass(eq=False)
+class Stage(Enum):
+    """How far a generation has come."""
+
+    BOOTS = "boots"
+    SERVES = "serves"
+    OVER = "over"  # another one has taken over, or it has never been wanted
+
+
 class Generation:
     """What all workers of one start or reload have in common."""
 
-    number: int
-    settings: Settings
-    listeners: Sequence[Listener]
-    wanted: int  # workers
-    opening: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC))
-    in_service: bool = False  # its workers may accept; those that die are replaced
+    def __init__(
+        self, number: int, settings: Settings, listeners: Sequence[Listener], log: LogSettings
+    ) -> None:
+        self.number = number
+        self.settings = settings
+        self.listeners = listeners
+        self.log = log
+        self.wanted = settings.worker_count  # workers
+        self.stage = Stage.BOOTS
+        self.opening = os.eventfd(0, os.EFD_CLOEXEC)
+
+    @property
+    def in_service(self) -> bool:
+        """Whether its workers may accept, and those that die are replaced."""
+        return self.stage is Stage.SERVES
+
+    def put_in_service(self) -> None:
+        """Let its workers accept."""
+        self.stage = Stage.SERVES
+        os.eventfd_write(self.opening, 1)
+
+    def close(self) -> None:
+        """No worker belongs to it any more."""
+        os.close(self.opening)
 
 
 class Company:
@@ -71,7 +102,8 @@ class Seat:
         self.refill_after = False  # when it has left, the same seat gets its replacement
         self.replaces: Seat | None = None  # told to leave once the worker here is ready
         self._report = -1  # read end of the worker's report pipe; -1: it has reported
-        self._kill: Timer | None = None
+        self._timer: Timer | None = None  # the end of what it may take to boot, or to leave
+        self._overdue = False
 
     @property
     def ready(self) -> bool:
@@ -103,6 +135,7 @@ class Seat:
         self._slot.admitted_before = self._slot.admitted
         self._slot.pid, self._slot.generation = pid, generation.number
         self._company.loop.watch(read_end, lambda: self._read_report(on_report))
+        self._set_timer(BOOT_SECONDS, self._boot_hangs)
 
     def _become_worker(self, generation: Generation, report: int) -> NoReturn:
         """Called in the child: let go of what is the master's alone, and never come back."""
@@ -110,6 +143,7 @@ class Seat:
         try:
             company.loop.let_go()
             os.close(company.life)
+            logs.configure(generation.log)
             company.worker_main(
                 Place(
                     slot=self.number,
@@ -121,6 +155,7 @@ class Seat:
                     lifeline=company.lifeline,
                     report=report,
                     opening=generation.opening,
+                    reopen_logs=logs.reopen,
                 )
             )
         except BaseException:
@@ -147,9 +182,21 @@ class Seat:
         if not data:
             return None  # SIGCHLD says how it ended
         report = read_report(data)
+        self._cancel_timer()
         if report.error is None:
             self.ready_at = time.monotonic()
         return report
+
+    def _boot_hangs(self) -> None:
+        self._overdue = True
+        os.kill(self.pid, signal.SIGUSR2)  # it writes where it is to the log, see workers/worker.py
+        self._set_timer(_DUMP_SECONDS, self.kill)
+
+    def describe_end(self, status: int) -> str:
+        """How the worker ended, in words."""
+        if self._overdue:
+            return f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
+        return describe_exit(status)
 
     def tell_to_leave(self, order: int, seconds: float | None) -> None:
         """Have the worker finish what it runs and leave, in so many seconds, or None: in its time.
@@ -159,9 +206,9 @@ class Seat:
         self.told = True
         self._slot.order = order
         self._slot.leave_by = time.monotonic_ns() + int(seconds * 1e9) if seconds is not None else 0
-        self._cancel_kill()
+        self._cancel_timer()
         if seconds is not None:
-            self._kill = self._company.loop.after(seconds + KILL_MARGIN, self._kill_it)
+            self._set_timer(seconds + KILL_MARGIN, self._does_not_end)
         os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
@@ -169,7 +216,7 @@ class Seat:
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
 
-    def _kill_it(self) -> None:
+    def _does_not_end(self) -> None:
         LOGGER.warning("Worker %d (pid %d) does not end: killed", self.number, self.pid)
         self.kill()
 
@@ -177,7 +224,8 @@ class Seat:
         """The worker has ended: give back what it held."""
         self._company.shared.clear(self._slot)
         self.pid, self.ready_at, self.told, self.leaving = 0, None, False, ""
-        self._cancel_kill()
+        self._overdue = False
+        self._cancel_timer()
 
     def free(self) -> None:
         """Nobody is to sit here any more, until a generation takes the seat."""
@@ -191,7 +239,11 @@ class Seat:
             self.refill.cancel()
             self.refill = None
 
-    def _cancel_kill(self) -> None:
-        if self._kill is not None:
-            self._kill.cancel()
-            self._kill = None
+    def _set_timer(self, seconds: float, action: Callable[[], None]) -> None:
+        self._cancel_timer()
+        self._timer = self._company.loop.after(seconds, action)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

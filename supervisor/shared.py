@@ -298,13 +298,16 @@ class Shared:
         return self._window
 
     def apply_limits(self, limits: Limits) -> None:
-        """Let these limits hold. Called in the master under the gate's lock."""
+        """Let these limits hold. Called in the master under the gate's lock.
+
+        Raises OSError when there is no memory for the rate's window; nothing has changed then.
+        """
+        self.resize_window(limits.max_requests_per_minute)
         header = self.header
         header.max_connections = limits.max_connections
         header.max_concurrent_requests = limits.max_concurrent_requests
         header.max_memory_mb = limits.max_memory_mb
         header.max_cpu = round(limits.max_cpu_percent * SCALE)
-        self.resize_window(limits.max_requests_per_minute)
 
     def resize_window(self, limit: int) -> None:
         """Let another rate limit hold, with what is known of the last minute.

@@ -11,16 +11,16 @@ what runs, and leaves; what it was doing harms nobody. Called in the master.
 
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.place import Report, WorkerMain
-from cpanbridge.supervisor.seats import Company, Generation, Seat
+from cpanbridge.supervisor.seats import Company, Generation, Seat, Stage
 from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, Shared
-from cpanbridge.supervisor.text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -69,23 +69,47 @@ class Workforce:
 
     def hire(self, generation: Generation) -> None:
         """Fork the workers that a generation lacks, as far as there are free seats for them."""
-        for _ in range(generation.wanted - len(list(self._staff(generation)))):
+        for _ in range(generation.wanted - len(self._staff(generation))):
             seat = self._free_seat()
-            if seat is None or self._stopping:
+            if seat is None or self._stopping or generation.stage is Stage.OVER:
                 return
             self._fork(seat, generation)
 
     def put_in_service(self, generation: Generation) -> None:
         """From now on its workers accept, and those that die are replaced."""
-        generation.in_service = True
-        os.eventfd_write(generation.opening, 1)
+        generation.put_in_service()
 
     def dismiss(self, generation: Generation) -> None:
         """End a generation that has never been in service."""
+        generation.stage = Stage.OVER
         for seat in self._of(generation):
-            seat.cancel_refill()
-            seat.leaving = "it is not needed"
+            self._give_up(seat, "its generation is given up")
+        self._close_if_empty(generation)
+
+    def retire_generation(self, generation: Generation) -> None:
+        """Another one has taken over: its workers finish what they run, within `drain_timeout`."""
+        generation.stage = Stage.OVER
+        seconds = generation.settings.limits.drain_timeout or None
+        for seat in self._of(generation):
+            seat.refill_after = False
+            if not seat.ready:
+                self._give_up(seat, "its generation is retired")
+            elif not seat.told:
+                seat.leaving = "its generation is retired"
+                seat.tell_to_leave(ORDER_RETIRE, seconds)
+        self._close_if_empty(generation)
+
+    def _give_up(self, seat: Seat, reason: str) -> None:
+        """End a worker that has never accepted, or its next start."""
+        if seat.pid:
+            seat.leaving = reason
             seat.kill()
+        else:
+            seat.free()
+
+    def _close_if_empty(self, generation: Generation) -> None:
+        if not any(self._of(generation)):
+            generation.close()
 
     def stop(self, seconds: float | None) -> None:
         """End all workers: in so many seconds, or None: at once. Nobody is replaced any more."""
@@ -96,6 +120,12 @@ class Workforce:
                 seat.kill()
             elif seat.pid and seconds is not None:
                 seat.tell_to_leave(ORDER_STOP, seconds)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every worker."""
+        for seat in self.seats:
+            if seat.pid:
+                os.kill(seat.pid, number)
 
     # -- retiring --
 
@@ -147,7 +177,7 @@ class Workforce:
         assert generation is not None
         if report.error is not None:
             LOGGER.error("Worker %d cannot start: %s", seat.number, report.error)
-            if not generation.in_service and not seat.leaving:
+            if generation.stage is Stage.BOOTS:
                 self._owner.generation_failed(generation, report.error)
             return
         seat.failures = 0
@@ -155,8 +185,8 @@ class Workforce:
         replaced, seat.replaces = seat.replaces, None
         if replaced is not None and not replaced.told:
             self._tell_to_retire(replaced)
-        if not generation.in_service:
-            staff = list(self._staff(generation))
+        if generation.stage is Stage.BOOTS:
+            staff = self._staff(generation)
             if len(staff) >= generation.wanted and all(each.ready for each in staff):
                 self._owner.generation_ready(generation)
 
@@ -164,9 +194,10 @@ class Workforce:
         """A child has ended; ignored when it was no worker."""
         for seat in self.seats:
             if seat.pid == pid:
-                self._ended(seat, describe_exit(status))
+                self._ended(seat, status)
 
-    def _ended(self, seat: Seat, how: str) -> None:
+    def _ended(self, seat: Seat, status: int) -> None:
+        how = seat.describe_end(status)
         report = seat.take_report()  # what it said last may not have been read yet
         if report is not None:
             self._reported(seat, report)
@@ -190,6 +221,8 @@ class Workforce:
             self._fork(seat, generation)
         else:
             seat.free()
+            if generation is not None and generation.stage is Stage.OVER:
+                self._close_if_empty(generation)
 
     def _after_death(self, seat: Seat, pid: int, ready_at: float | None, how: str) -> None:
         generation = seat.generation
@@ -221,12 +254,12 @@ class Workforce:
 
     # -- who sits where --
 
-    def _of(self, generation: Generation) -> Iterator[Seat]:
-        return (seat for seat in self.seats if seat.generation is generation)
+    def _of(self, generation: Generation) -> list[Seat]:
+        return [seat for seat in self.seats if seat.generation is generation]
 
-    def _staff(self, generation: Generation) -> Iterator[Seat]:
+    def _staff(self, generation: Generation) -> list[Seat]:
         """The seats that count for what a generation should have."""
-        return (s for s in self._of(generation) if not s.leaving or s.refill_after)
+        return [s for s in self._of(generation) if not s.leaving or s.refill_after]
 
     def _free_seat(self) -> Seat | None:
         return next((seat for seat in self.seats if seat.generation is None), None)

@@ -9,8 +9,9 @@ It lets the first client in when the master opens the door to its whole generati
 
 TERM says that the worker is to leave; its slot says how. Where the daemon stops, clients that wait
 are told so; where it goes on, they are left to the other workers. In both cases the worker accepts
-no more, finishes what runs, and leaves. QUIT leaves at once. INT and HUP reach the whole process
-group of a terminal; they are for the master, which tells its workers what to do.
+no more, finishes what runs, and leaves. QUIT leaves at once, USR1 reopens the
+log, USR2 writes to it what each thread is at. INT and HUP reach the whole process group of a
+terminal; they are for the master, which tells its workers what to do.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from typing import NoReturn
 import setproctitle
 
 from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.place import Place, send_report
 from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP
 from cpanbridge.workers import builtin, modules
@@ -45,20 +47,23 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 
 TITLE_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.5
-_FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP)
 
 
 def run(place: Place) -> NoReturn:
     """Be a worker. Called in the child, right after the fork; ends the process."""
     status = 1
     try:
-        _reset_signals()
+        _reset_signals(place)
         setproctitle.setproctitle(f"cpanbridged: worker {place.slot} gen {place.generation} boots")
         faulthandler.enable()
+        # What each thread is at, written to the log without the interpreter's help: the master asks
+        # for it when a worker does not boot, and whoever looks into a worker may.
+        faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
         # What modules print goes where the log goes, never to a client or the terminal's reader.
         os.dup2(2, 1)
         sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
-        let_go_in_children(place.settings.sockets)
+        let_go_in_children([str(each.getsockname()) for each in place.listeners])
         try:
             registry = _boot(place)
         except ModuleLoadError as error:
@@ -78,9 +83,17 @@ def run(place: Place) -> NoReturn:
         os._exit(status)  # never back into the master's code
 
 
-def _reset_signals() -> None:
+def _reset_signals(place: Place) -> None:
     """Undo the master's handlers. Ignored signals would be inherited by what modules start."""
+
+    def reopen_logs(*_: object) -> None:
+        try:
+            place.reopen_logs()
+        except LogError as error:
+            LOGGER.error("Worker %d: the log stays where it is: %s", place.slot, error)
+
     signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGUSR1, reopen_logs)
     for number in _FOR_THE_MASTER:
         signal.signal(number, lambda *_: None)
     for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):

@@ -15,8 +15,8 @@ from cpanbridge.supervisor.instance import Instance, InstanceError, running_pid
 HOLD = """
 import os, sys, time
 from cpanbridge.supervisor.instance import Instance
-instance = Instance(sys.argv[2:])
-instance.acquire()
+instance = Instance()
+instance.acquire(sys.argv[2:])
 if sys.argv[1] == "with child" and os.fork() == 0:
     sys.stdout.write(f"{os.getpid()}\\n")
     sys.stdout.flush()
@@ -76,7 +76,7 @@ def test_its_pid_is_told_while_it_runs_and_not_after(path: str) -> None:
 
 def test_a_second_one_is_refused_with_the_firsts_pid(path: str, holder: Holder) -> None:
     with pytest.raises(InstanceError) as caught:
-        Instance([path]).acquire()
+        Instance().acquire([path])
     assert str(caught.value) == (
         f"{path}: in use by a running cpanbridged (pid {holder.process.pid})"
     )
@@ -87,8 +87,8 @@ def test_a_killed_one_is_not_believed_to_run(path: str, holder: Holder) -> None:
     holder.kill()
     assert os.path.exists(f"{path}.pid")
     assert running_pid(path) is None
-    instance = Instance([path])
-    instance.acquire()
+    instance = Instance()
+    instance.acquire([path])
     assert instance.unclean == {path}
     assert running_pid(path) == os.getpid()
     instance.release()
@@ -96,8 +96,8 @@ def test_a_killed_one_is_not_believed_to_run(path: str, holder: Holder) -> None:
 
 def test_after_one_that_tidied_up_nothing_is_stale(path: str) -> None:
     Holder(path).leave()
-    instance = Instance([path])
-    instance.acquire()
+    instance = Instance()
+    instance.acquire([path])
     assert instance.unclean == set()
     instance.release()
 
@@ -117,8 +117,8 @@ def test_a_forked_child_does_not_hold_a_dead_masters_lock(path: str) -> None:
         holder.kill()
         os.kill(holder.child, 0)  # the child is there
         until(lambda: running_pid(path) is None)
-        instance = Instance([path])
-        instance.acquire()
+        instance = Instance()
+        instance.acquire([path])
         instance.release()
     finally:
         os.kill(holder.child, signal.SIGKILL)
@@ -128,20 +128,20 @@ def test_all_paths_are_locked_or_none(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("a.sock", "b.sock", "c.sock")]
     holder = Holder(paths[1])
     with pytest.raises(InstanceError, match=r"b\.sock: in use"):
-        Instance(paths).acquire()
+        Instance().acquire(paths)
     assert running_pid(paths[0]) is None
     assert not os.path.exists(f"{paths[0]}.pid")
     holder.leave()
-    instance = Instance(paths)
-    instance.acquire()
+    instance = Instance()
+    instance.acquire(paths)
     assert [running_pid(each) for each in paths] == [os.getpid()] * 3
     instance.release()
     assert [running_pid(each) for each in paths] == [None] * 3
 
 
 def test_a_path_that_is_given_twice_is_one(path: str) -> None:
-    instance = Instance([path, path])
-    instance.acquire()
+    instance = Instance()
+    instance.acquire([path, path])
     assert running_pid(path) == os.getpid()
     instance.release()
 
@@ -149,7 +149,7 @@ def test_a_path_that_is_given_twice_is_one(path: str) -> None:
 def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InstanceError) as caught:
-        Instance([str(tmp_path / "file" / "d.sock")]).acquire()
+        Instance().acquire([str(tmp_path / "file" / "d.sock")])
     assert "the socket's folder must exist and be writable" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -160,7 +160,7 @@ def test_a_pid_file_that_cannot_be_written_is_told_and_leaves_no_lock(
     Path(f"{path}.pid.new").mkdir()
     first = str(tmp_path / "a.sock")
     with pytest.raises(InstanceError, match=r"pid: cannot be written: "):
-        Instance([first, path]).acquire()
+        Instance().acquire([first, path])
     assert running_pid(first) is None
     assert running_pid(path) is None
 
@@ -168,3 +168,38 @@ def test_a_pid_file_that_cannot_be_written_is_told_and_leaves_no_lock(
 def test_only_the_user_may_lock(path: str, holder: Holder) -> None:
     assert os.stat(f"{path}.lock").st_mode & 0o077 == 0
     assert running_pid(path) == holder.process.pid
+
+
+def test_a_program_that_is_handed_the_locks_has_them_after_the_first_has_gone(path: str) -> None:
+    first = Instance()
+    first.acquire([path])
+    descriptor = first.descriptors[path]
+    code = (
+        "import sys\nfrom cpanbridge.supervisor.instance import Instance, write_pid\n"
+        f"instance = Instance({{{path!r}: {descriptor}}})\n"
+        f"write_pid({path!r})\nprint('held', flush=True)\nsys.stdin.read()\ninstance.release()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        pass_fds=[descriptor],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as second:
+        assert second.stdout is not None
+        assert second.stdout.readline() == "held\n"
+        os.close(descriptor)
+        assert running_pid(path) == second.pid
+        second.communicate()
+    assert running_pid(path) is None
+
+
+def test_paths_can_be_added_and_given_up_while_others_stay(tmp_path: Path) -> None:
+    first, second = (str(tmp_path / name) for name in ("a.sock", "b.sock"))
+    instance = Instance()
+    instance.acquire([first])
+    instance.acquire([second])
+    instance.release([first])
+    assert running_pid(first) is None
+    assert running_pid(second) == os.getpid()
+    instance.release()

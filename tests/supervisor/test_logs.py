@@ -201,7 +201,7 @@ def run_configured(arguments: str, code: str) -> subprocess.CompletedProcess[str
     program = (
         "import logging, os, sys\n"
         "from cpanbridge.supervisor import logs\n"
-        f"logs.configure({arguments})\n"
+        f"logs.configure(logs.LogSettings({arguments}))\n"
         "log = logging.getLogger('cpanbridge.worker')\n"
         "security = logging.getLogger('cpanbridge.security')\n"
         f"{code}\n"

@@ -11,6 +11,7 @@ import pytest
 
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.logs import LogSettings
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.place import Place, WorkerMain, send_report
 from cpanbridge.supervisor.seats import Generation
@@ -51,7 +52,7 @@ class Firm:
         bells = [Bells.hang() for _ in range(slots)]
         self.workforce = Workforce(self, self.loop, self.shared, bells, worker_main)
         settings = Settings(workers=wanted, limits=Limits(**limits))  # type: ignore[arg-type]
-        self.generation = Generation(1, settings, [], wanted)
+        self.generation = Generation(1, settings, [], LogSettings("stderr", "-", "text", False))
         self.failed: list[str] = []
         self.ready: list[Generation] = []
 

@@ -14,6 +14,7 @@ FOR_WORKERS = {
     "config",
     "shared",
     "gate",
+    "logs",
     "roster",
     "reports",
     "health",

@@ -1,0 +1,28 @@
+"""How many file descriptors a process may have open, in proportion to what the daemon is set to."""
+
+import contextlib
+import logging
+import resource
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+_BELLS = 2  # of each slot
+_SPARE = 128
+
+
+def raise_limit(max_connections: int, slots: int) -> None:
+    """Allow as many as a worker may need, as far as the system lets us. Workers inherit it."""
+    needed = max_connections + _BELLS * slots + _SPARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    if hard < needed:
+        LOGGER.warning(
+            "limits.max_connections = %d needs %d file descriptors, but only %d are allowed: "
+            "raise the limit (ulimit -n, LimitNOFILE=)",
+            max_connections,
+            needed,
+            hard,
+        )

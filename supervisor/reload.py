@@ -1,0 +1,199 @@
+"""From one generation of workers to the next: all of a changed configuration, or nothing of it.
+
+The configuration is read and checked, new sockets are bound, and a new generation is forked, which
+imports its modules anew. While it boots, the old one serves on as if nothing were. When each of its
+workers is ready, the limits change for both at once, the new generation accepts, and the old one
+stops accepting and finishes what it runs. Whatever fails before that is undone: nothing has changed
+then but the log, which says why.
+
+A reload that is asked for while another is under way takes its place, so that what holds at last is
+what was configured last, even when a module hangs while it is imported. Who asked for the first one
+is told how the last one went. Called in the master.
+"""
+
+import logging
+from collections.abc import Callable
+
+from cpanbridge.supervisor import descriptors, logs
+from cpanbridge.supervisor.config import ConfigError, Load, Loaded, Settings
+from cpanbridge.supervisor.instance import InstanceError
+from cpanbridge.supervisor.listener import ListenError
+from cpanbridge.supervisor.logs import LogError, LogSettings
+from cpanbridge.supervisor.loop import Loop
+from cpanbridge.supervisor.recordlock import RecordLock
+from cpanbridge.supervisor.seats import Generation
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.sockets import Change, Sockets
+from cpanbridge.supervisor.workforce import Workforce
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+_LOCK_PAUSE = 0.001
+
+Tell = Callable[[str | None], None]
+
+
+class ReloadError(Exception):
+    """A changed configuration cannot take effect without a restart; one line that says why."""
+
+
+class _Attempt:
+    """A reload that is under way."""
+
+    def __init__(self, loaded: Loaded, change: Change, generation: Generation) -> None:
+        self.loaded = loaded
+        self.change = change
+        self.generation = generation
+
+
+class Reloader:
+    """Makes the generations, and changes over from one to the next.
+
+    `generation` is the one in service, or the first one while it boots; `loaded` its configuration.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        loaded: Loaded,
+        loop: Loop,
+        shared: Shared,
+        sockets: Sockets,
+        workforce: Workforce,
+        number: int,
+    ) -> None:
+        self._load = load
+        self._loop = loop
+        self._shared = shared
+        self._gate_lock = RecordLock(shared.fd)
+        self._sockets = sockets
+        self._workforce = workforce
+        self._last_number = number
+        self._attempt: _Attempt | None = None
+        self._waiting: list[Tell] = []
+        self.loaded = loaded
+        self.generation = Generation(
+            number, loaded.settings, sockets.listeners, LogSettings.of(loaded)
+        )
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a new generation is on its way."""
+        return self._attempt is not None
+
+    def begin(self, tell: Tell) -> None:
+        """Read the configuration and change over to it.
+
+        `tell` is called once, in this call or later: with None when the new generation serves, or
+        with the reason why nothing has changed.
+        """
+        self._waiting.append(tell)
+        if self._attempt is not None:
+            LOGGER.info("Another reload: generation %d is given up", self._last_number)
+            self._undo()
+        try:
+            self._attempt = self._prepare()
+        except (ConfigError, InstanceError, ListenError, LogError, ReloadError) as error:
+            self._finish(str(error))
+            return
+        generation = self._attempt.generation
+        LOGGER.info("Reloading from %s: generation %d boots", self.loaded.source, generation.number)
+        self._workforce.hire(generation)
+
+    def ready(self, generation: Generation) -> None:
+        """All workers of a new generation have booted."""
+        if self._attempt is not None and self._attempt.generation is generation:
+            self._change_over(self._attempt)
+
+    def failed(self, generation: Generation, reason: str) -> None:
+        """A worker of a new generation cannot boot."""
+        if self._attempt is not None and self._attempt.generation is generation:
+            self._undo()
+            self._finish(reason)
+
+    def seat_emptied(self) -> None:
+        """There may be room for workers that found none."""
+        if self._attempt is not None:
+            self._workforce.hire(self._attempt.generation)
+
+    def give_up(self, reason: str) -> None:
+        """End a reload that is under way, because something has come that matters more."""
+        if self._attempt is not None:
+            self._undo()
+            self._finish(reason)
+
+    def _prepare(self) -> _Attempt:
+        loaded = self._load()
+        settings = loaded.settings
+        self._check(settings)
+        log = LogSettings.of(loaded)
+        logs.check(log)
+        change = self._sockets.change(settings)
+        for note in loaded.notes:
+            LOGGER.warning("%s", note)
+        descriptors.raise_limit(settings.limits.max_connections, len(self._shared.slots))
+        self._last_number += 1
+        generation = Generation(self._last_number, settings, change.listeners + change.removed, log)
+        return _Attempt(loaded, change, generation)
+
+    def _check(self, settings: Settings) -> None:
+        """See that nothing changes that only a restart can. Raises ReloadError."""
+        most = len(self._shared.slots) // 2
+        if settings.worker_count > most:
+            raise ReloadError(
+                f"workers = {settings.worker_count}: the running daemon has room for {most}; "
+                "restart it to have more"
+            )
+        before = self.loaded.settings.log_file
+        if settings.log_file == "stderr" != before:
+            raise ReloadError(
+                f'log_file = "stderr": the running daemon logs to {before} and has no other '
+                "standard error; restart it"
+            )
+
+    def _change_over(self, attempt: _Attempt) -> None:
+        if self._attempt is not attempt:
+            return  # given up while it waited for the lock
+        if not self._gate_lock.take():
+            # Held for microseconds, unless its holder was stopped: the loop must not wait for that.
+            self._loop.after(_LOCK_PAUSE, lambda: self._change_over(attempt))
+            return
+        try:
+            self._shared.apply_limits(attempt.loaded.settings.limits)
+        except OSError as error:
+            self._undo()
+            self._finish(f"no memory for the limits: {error.strerror}")
+            return
+        finally:
+            self._gate_lock.give_back()
+        old, new = self.generation, attempt.generation
+        self._workforce.put_in_service(new)
+        attempt.change.complete()
+        new.listeners = attempt.change.listeners
+        self._workforce.retire_generation(old)
+        self._attempt = None
+        self.generation, self.loaded = new, attempt.loaded
+        try:
+            logs.configure(new.log)
+        except LogError as error:
+            LOGGER.error("The log stays where it is: %s", error)
+        LOGGER.info(
+            "Reloaded: generation %d serves with %d workers, listening on %s",
+            new.number,
+            new.wanted,
+            ", ".join(each.path for each in new.listeners),
+        )
+        self._finish(None)
+
+    def _undo(self) -> None:
+        attempt, self._attempt = self._attempt, None
+        assert attempt is not None
+        self._workforce.dismiss(attempt.generation)
+        attempt.change.undo()
+
+    def _finish(self, reason: str | None) -> None:
+        if reason is not None:
+            LOGGER.error("Not reloaded, nothing has changed: %s", reason)
+        waiting, self._waiting = self._waiting, []
+        for tell in waiting:
+            tell(reason)

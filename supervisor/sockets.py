@@ -1,0 +1,122 @@
+"""The socket paths that the daemon serves: each is locked, listened on, and given back at the end.
+
+A reload may change them. What can fail is done before any worker is forked, and undone when the
+reload fails. A path that is given up loses its file when the new workers accept; clients that had
+connected to it before are still in its queue, so the new workers are handed its socket as well.
+Called in the master.
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from cpanbridge.supervisor import listener
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.instance import Instance
+from cpanbridge.supervisor.listener import Listener, ListenError
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+# The loop must not stand still: a path that another daemon holds is not waited for in a reload.
+_NO_PATIENCE = 0.02
+
+
+class Sockets:
+    """All that is held for the paths. Files and locks are gone after `close` and `release`."""
+
+    def __init__(self) -> None:
+        self._instance = Instance()
+        self.listeners: list[Listener] = []
+
+    def open(self, settings: Settings) -> None:
+        """Have all paths, or none. Raises ListenError, InstanceError."""
+        _prepare_folders(settings.sockets, create=settings.listen is None)
+        self._instance.acquire(settings.sockets)
+        try:
+            self.listeners = self._listen(settings, settings.sockets)
+        except ListenError:
+            self.release()
+            raise
+
+    def change(self, settings: Settings) -> "Change":
+        """Get what a changed configuration needs besides. Raises ListenError, InstanceError."""
+        have = {each.path: each for each in self.listeners}
+        missing = [path for path in settings.sockets if path not in have]
+        kept = [have[path] for path in settings.sockets if path in have]
+        removed = [each for each in self.listeners if each.path not in settings.sockets]
+        _prepare_folders(missing, create=settings.listen is None)
+        self._instance.acquire(missing, _NO_PATIENCE)
+        added: list[Listener] = []
+        access: list[tuple[Listener, int, int]] = []
+        try:
+            added = self._listen(settings, missing)
+            gid = listener.group_id(settings.socket_group)
+            for each in kept:
+                access.append((each, *each.set_access(int(settings.socket_mode, 8), gid)))
+        except ListenError:
+            Change(self, kept, added, removed, access, missing).undo()
+            raise
+        return Change(self, kept, added, removed, access, missing)
+
+    def _listen(self, settings: Settings, paths: Sequence[str]) -> list[Listener]:
+        mode, group = int(settings.socket_mode, 8), settings.socket_group
+        made: list[Listener] = []
+        try:
+            for path in dict.fromkeys(paths):
+                made.append(listener.listen(path, mode, group, self._instance.unclean))
+        except ListenError:
+            self.close(made)
+            raise
+        return made
+
+    def close(self, listeners: Sequence[Listener] | None = None) -> None:
+        """Take the files away and listen no more. Workers have their own copies of the sockets."""
+        for each in self.listeners if listeners is None else listeners:
+            try:
+                each.unlink()
+            except OSError as error:
+                LOGGER.warning("%s: cannot be removed: %s", each.path, error.strerror)
+            each.socket.close()
+
+    def release(self, paths: Sequence[str] | None = None) -> None:
+        """Free the locks: another daemon may have the paths."""
+        self._instance.release(paths)
+
+
+class Change:
+    """What a reload does to the sockets: made, and then completed or undone."""
+
+    def __init__(
+        self,
+        sockets: Sockets,
+        kept: list[Listener],
+        added: list[Listener],
+        removed: list[Listener],
+        access: list[tuple[Listener, int, int]],
+        locked: list[str],
+    ) -> None:
+        self._sockets = sockets
+        self.listeners = kept + added
+        self.removed = removed
+        self._added = added
+        self._access = access
+        self._locked = locked
+
+    def undo(self) -> None:
+        """The reload has failed: all is as it was."""
+        for each, mode, gid in self._access:
+            with contextlib.suppress(ListenError):  # somebody has taken the file away
+                each.set_access(mode, gid)
+        self._sockets.close(self._added)
+        self._sockets.release(self._locked)
+
+    def complete(self) -> None:
+        """The new workers accept: give up what is not served any more."""
+        self._sockets.close(self.removed)
+        self._sockets.release([each.path for each in self.removed])
+        self._sockets.listeners = self.listeners
+
+
+def _prepare_folders(paths: Sequence[str], *, create: bool) -> None:
+    for path in paths:
+        listener.prepare_folder(path, create=create)
