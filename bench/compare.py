@@ -197,8 +197,8 @@ def main() -> int:
             servers = {}
             for name, (command, path, environment) in _servers(folder, options).items():
                 output = path.with_suffix(".out")
-                server = running(command, path, output, options.form, environment)
-                servers[name] = path, stack.enter_context(server)
+                starting = running(command, path, output, options.form, environment)
+                servers[name] = path, stack.enter_context(starting)
             for path, server in servers.values():
                 drive(program, path, server, options, WARM_UP_SECONDS)
             rounds: dict[str, list[Run]] = {name: [] for name in servers}

@@ -204,7 +204,13 @@ class Master:
             self._reload_when_started = True
             tell("the daemon is still starting; it reloads when it has started")
         else:
-            self._reloader.begin(tell)
+
+            def told(reason: str | None) -> None:
+                self._monitor.limits = self._reloader.loaded.settings.limits
+                self._monitor.listeners = [each.socket for each in self._sockets.listeners]
+                tell(reason)
+
+            self._reloader.begin(told)
 
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:
