@@ -3,9 +3,10 @@
 Memory is PSS, which counts a page that n processes share as 1/n in each, so that the sum is what
 the tree takes from the machine. Reading it costs the kernel a walk through the process's pages,
 2 ms for 200 MB. So it is read of new processes and of the parents with whom they share, and of
-others, those first that were read longest ago, for no more than `PSS_SHARE` of the time; to the
-rest is added what their RSS has grown since, which is there for the asking. Where PSS cannot be
-read (another user's process, or one that is not dumpable) a process counts with its RSS.
+those whose RSS, which is there for the asking, has changed, or that were last read long ago: those
+first that were read longest ago, for no more than `PSS_SHARE` of the time. To the rest is added
+what their RSS has grown since. Where PSS cannot be read (another user's process, or one that is not
+dumpable) a process counts with its RSS.
 
 CPU is the time that all processes have used between two samples, those that have ended meanwhile
 included: their parent is told their time when it waits for them.
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import psutil
 
 PSS_SHARE = 0.01  # of the time between two samples
+PSS_SECONDS = 10.0  # what others share with a process may change without a trace in its RSS
 NEVER = 0.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -152,10 +154,12 @@ class Tree:
         for process in self._known.values():
             if process.read_at == NEVER and process.parent in self._known:
                 self._known[process.parent].read_at = NEVER
-        until = time.monotonic() + PSS_SHARE * seconds
+        now = time.monotonic()
         for process in sorted(self._known.values(), key=lambda each: each.read_at):
-            if process.read_at != NEVER and time.monotonic() > until:
+            if process.read_at != NEVER and time.monotonic() > now + PSS_SHARE * seconds:
                 return
+            if process.rss == process.rss_then and now < process.read_at + PSS_SECONDS:
+                continue
             process.read_at = time.monotonic()
             if process.readable:
                 process.read_pss()
