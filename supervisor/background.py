@@ -27,8 +27,12 @@ class StartOutcome(msgspec.Struct):
     error: str | None = None
 
 
-def start(serve: Callable[[Callable[[str | None], None]], int]) -> StartOutcome:
+def start(
+    serve: Callable[[Callable[[str | None], None]], int], wait: Callable[[int], object]
+) -> StartOutcome:
     """Run `serve` as a daemon and wait until it calls what it is handed: None, or an error.
+
+    `wait` is called meanwhile, and returns when the descriptor that it is handed is readable.
 
     The process that calls this goes on; `serve` runs in another one and its result is that one's
     exit status. Standard input is /dev/null there; output is for `serve` to redirect.
@@ -45,6 +49,7 @@ def start(serve: Callable[[Callable[[str | None], None]], int]) -> StartOutcome:
             os._exit(0)
     os.close(write_end)
     os.waitpid(child, 0)
+    wait(read_end)
     with os.fdopen(read_end, "rb") as pipe:
         line = pipe.read()  # to the end: a master that has failed keeps it open until it is gone
     if not line:

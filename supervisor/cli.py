@@ -24,6 +24,7 @@ from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.reports import format_duration
 from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.status import when
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers import builtin, modules, worker
 from cpanbridge.workers.modules import ModuleLoadError
@@ -99,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     add("run", "Run in the foreground, until stopped (for systemd, containers).")
     add("start", "Start in the background; returns when all workers are ready.")
     add("stop", "Stop: running requests finish, up to limits.graceful_timeout.")
+    add(
+        "reload", "Change over to the configuration and modules as they are now, or change nothing."
+    )
     add("restart", "Stop, if it runs, and start again; a bad configuration changes nothing.")
     status = add("status", "Say whether it runs, and with which workers.")
     status.add_argument("--json", action="store_true", help="as one JSON object")
@@ -141,6 +145,19 @@ def _load(options: argparse.Namespace) -> config.Loaded:
     return config.load(options.config, flags)
 
 
+def _locate(options: argparse.Namespace) -> config.Settings:
+    """The settings that a running daemon is found by.
+
+    With --socket also when the file has a mistake by now: the daemon runs all the same.
+    """
+    try:
+        return _load(options).settings
+    except config.ConfigError:
+        if not options.socket:
+            raise
+        return config.Settings(listen=options.socket.split(","))
+
+
 # -- run, start --
 
 
@@ -165,7 +182,11 @@ def start(options: argparse.Namespace) -> int:
     """`cpanbridged start`."""
     settings = _load_for_background(options).settings
     load = partial(_load_for_background, options)
-    outcome = background.start(lambda tell: _serve_and_tell(load, tell))
+    with control.shown_progress() as show:
+        outcome = background.start(
+            lambda tell: _serve_and_tell(load, tell),
+            lambda pipe: control.watch_until(pipe, settings, show),
+        )
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
     print(
@@ -199,8 +220,9 @@ def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> in
 
 def stop(options: argparse.Namespace) -> int:
     """`cpanbridged stop`."""
-    settings = _load(options).settings
-    pid = control.stop(settings)
+    settings = _locate(options)
+    with control.shown_progress() as show:
+        pid = control.stop(settings, show)
     if pid is None:
         print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
         return NOT_RUNNING
@@ -216,15 +238,31 @@ def restart(options: argparse.Namespace) -> int:
     error = background.try_in_child(lambda: _load_modules(settings))
     if error is not None:
         raise CommandError(f"nothing stopped, because it would not start again: {error}")
-    pid = control.stop(settings)
+    with control.shown_progress() as show:
+        pid = control.stop(settings, show)
     if pid is not None:
         print(f"Stopped: pid {pid}")
     return start(options)
 
 
+def reload(options: argparse.Namespace) -> int:
+    """`cpanbridged reload`."""
+    try:
+        settings = _locate(options)
+        if control.master_pid(settings) is None:
+            print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
+            return NOT_RUNNING
+        with control.shown_progress() as show:
+            done = control.ask(settings, "reload", None, show)
+    except (config.ConfigError, control.ControlError) as error:
+        raise CommandError(f"not reloaded, nothing has changed: {error}") from None
+    print(f"Reloaded: generation {done['generation']}, {done['workers']} workers")
+    return DONE
+
+
 def status(options: argparse.Namespace) -> int:
     """`cpanbridged status`."""
-    settings = _load(options).settings
+    settings = _locate(options)
     pid = control.master_pid(settings)
     state = control.describe(pid, settings) if pid is not None else None
     if options.json:
@@ -232,11 +270,23 @@ def status(options: argparse.Namespace) -> int:
     elif state is None:
         print(f"not running at {settings.sockets[0]}")
     else:
-        up = format_duration(state["uptime_seconds"])
-        print(f"running: pid {pid}, up {up}, listening on {', '.join(state['sockets'])}")
-        for each in state["workers"]:
-            print(f"  pid {each['pid']}: {each['title']}")
+        _print_status(state)
     return DONE if state else NOT_RUNNING
+
+
+def _print_status(state: dict[str, Any]) -> None:
+    up = format_duration(state["uptime_seconds"])
+    print(
+        f"{state['state']}: pid {state['pid']}, up {up}, listening on {', '.join(state['sockets'])}"
+    )
+    for each in state["workers"]:
+        print(f"  pid {each['pid']}: {each['title']}")
+    if "problem" in state:
+        print(f"  the master does not answer: {state['problem']}")
+    last = state.get("last_reload")
+    if last is not None:
+        how = f"failed: {last['error']}" if last["error"] else f"generation {last['generation']}"
+        print(f"  last reload, {when(last['at'])}: {how}")
 
 
 # -- check, call --
@@ -306,6 +356,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
     "start": start,
     "stop": stop,
+    "reload": reload,
     "restart": restart,
     "status": status,
     "check": check,

@@ -31,4 +31,5 @@ def serve(load: Load, worker_main: WorkerMain, on_ready: Callable[[str | None], 
         return Master(load, loaded, sockets, worker_main, on_ready).run()
     finally:
         sockets.close()
+        sockets.close_control()
         sockets.release()

@@ -15,7 +15,9 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 _MAX_LINKS = 40  # as many as the kernel follows
-_MAX_PATH = 107  # bytes: sun_path holds 108 with the end mark (unix(7))
+CONTROL = ".ctl"  # after the first path: the control socket's
+# Bytes: sun_path holds 108 with the end mark (unix(7)), and the control socket's name is longer.
+_MAX_PATH = 107 - len(CONTROL)
 _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
 

@@ -9,10 +9,15 @@ Times are CLOCK_MONOTONIC seconds: setting the machine's clock changes nothing.
 
 import heapq
 import itertools
+import logging
 import os
 import selectors
 import time
 from collections.abc import Callable
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+MOST_FAULTS = 10  # in a second: more, and going on is a busy loop
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
@@ -50,6 +55,7 @@ class Loop:
         # The number keeps those for the same instant in the order in which they were set.
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
+        self._faults: list[float] = []
 
     def watch(self, descriptor: int, handler: Callable[[], None], events: int = READ) -> None:
         """Call `handler` whenever the descriptor is ready; watched already: from now on so."""
@@ -74,10 +80,21 @@ class Loop:
         for key, _ in self._selector.select(self._until_next_timer()):
             # A handler before this one may have closed it, and another may have its number now.
             if watched.get(key.fd) is key:
-                key.data()
+                self._do(key.data)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2].run()
+            self._do(heapq.heappop(self._timers)[2].run)
+
+    def _do(self, step: Callable[[], None]) -> None:
+        """One step. A fault of our own in one of them is no reason to end all that is served."""
+        try:
+            step()
+        except Exception:
+            LOGGER.exception("A step of the master failed, by a fault of the daemon's own")
+            now = time.monotonic()
+            self._faults = [at for at in self._faults if now - at < 1.0] + [now]
+            if len(self._faults) > MOST_FAULTS:
+                raise
 
     def let_go(self) -> None:
         """Called in a forked child: close all that the master watches, which is its alone."""

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import setproctitle
 
-from cpanbridge.supervisor import logs
+from cpanbridge.supervisor import logs, status
 from cpanbridge.supervisor.config import Load, Loaded
+from cpanbridge.supervisor.controlserver import ControlServer, Visitor
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.loop import Loop
@@ -58,6 +59,7 @@ class Master:
         self._loop = Loop()
         self._workforce = Workforce(self, self._loop, shared, bells, worker_main)
         self._reloader = Reloader(load, loaded, self._loop, shared, sockets, self._workforce, 1)
+        self._reloader.changed = self._configuration_changed
         self._monitor = Monitor(
             self._loop,
             shared,
@@ -65,6 +67,16 @@ class Master:
             settings.limits,
             [each.socket for each in sockets.listeners],
             lambda slot, reason: self._workforce.retire(slot, reason, replace_first=False),
+        )
+        self._shared = shared
+        self._control = ControlServer(
+            self._loop,
+            {
+                "status": self._tell_status,
+                "reload": self._reload_for,
+                "watch": lambda _: None,  # it is told the progress until the master ends
+            },
+            self._progress,
         )
         self._signals, self._wakeup = socket.socketpair()
         self._started = False
@@ -76,6 +88,7 @@ class Master:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
         self._show_title()
         self._catch_signals()
+        self._watch_control()
         gc.freeze()  # what exists now is shared with the workers; keep the collector off it
         self._workforce.hire(self._reloader.generation)
         while not (self._stopping and self._workforce.is_gone()):
@@ -212,6 +225,13 @@ class Master:
 
             self._reloader.begin(told)
 
+    def _configuration_changed(self) -> None:
+        """Another generation has taken over."""
+        settings = self._reloader.loaded.settings
+        self._monitor.limits = settings.limits
+        self._monitor.listeners = [each.socket for each in self._sockets.listeners]
+        self._show_title()
+
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:
             self._on_ready(reason)
@@ -220,6 +240,41 @@ class Master:
             self._reloader.give_up("the daemon is stopping")
             self._sockets.close()
         self._workforce.stop(seconds)
+
+    # -- the control socket --
+
+    def _watch_control(self) -> None:
+        if self._sockets.control is not None:
+            self._control.listen(self._sockets.control)
+        self._sockets.control_moved = self._control.listen
+
+    def _state(self) -> str:
+        if self._stopping:
+            return "stopping"
+        if not self._started:
+            return "starting"
+        return "reloading" if self._reloader.coming is not None else "running"
+
+    def _progress(self) -> str | None:
+        seats = self._workforce.seats
+        if self._stopping:
+            return status.stop_progress(seats, self._shared)
+        coming = self._reloader.coming if self._started else self._reloader.generation
+        return status.boot_progress(coming, seats) if coming is not None else None
+
+    def _tell_status(self, visitor: Visitor) -> None:
+        seats = self._workforce.seats
+        visitor.finish(status.status(self._state(), self._reloader, seats, self._shared))
+
+    def _reload_for(self, visitor: Visitor) -> None:
+        def tell(reason: str | None) -> None:
+            if reason is not None:
+                visitor.fail(reason)
+                return
+            generation = self._reloader.generation
+            visitor.finish({"generation": generation.number, "workers": generation.wanted})
+
+        self.reload(tell)
 
     def _show_title(self) -> None:
         setproctitle.setproctitle(f"cpanbridged: master [{self._reloader.loaded.source}]")

@@ -12,7 +12,9 @@ is told how the last one went. Called in the master.
 """
 
 import logging
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cpanbridge.supervisor import descriptors, logs
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, Settings
@@ -29,12 +31,22 @@ from cpanbridge.supervisor.workforce import Workforce
 LOGGER = logging.getLogger("cpanbridge.master")
 
 _LOCK_PAUSE = 0.001
+_DOOR_PAUSE = 0.002
+_DOOR_SECONDS = 1.0
 
 Tell = Callable[[str | None], None]
 
 
 class ReloadError(Exception):
     """A changed configuration cannot take effect without a restart; one line that says why."""
+
+
+class Outcome(NamedTuple):
+    """How a reload went."""
+
+    at: float  # Unix seconds
+    generation: int  # the one in service since
+    error: str | None
 
 
 class _Attempt:
@@ -71,15 +83,17 @@ class Reloader:
         self._last_number = number
         self._attempt: _Attempt | None = None
         self._waiting: list[Tell] = []
+        self.last: Outcome | None = None
+        self.changed: Callable[[], None] = lambda: None  # called when a generation has taken over
         self.loaded = loaded
         self.generation = Generation(
             number, loaded.settings, sockets.listeners, LogSettings.of(loaded)
         )
 
     @property
-    def under_way(self) -> bool:
-        """Whether a new generation is on its way."""
-        return self._attempt is not None
+    def coming(self) -> Generation | None:
+        """The generation that boots, in a reload."""
+        return self._attempt.generation if self._attempt is not None else None
 
     def begin(self, tell: Tell) -> None:
         """Read the configuration and change over to it.
@@ -173,17 +187,30 @@ class Reloader:
         self._workforce.retire_generation(old)
         self._attempt = None
         self.generation, self.loaded = new, attempt.loaded
+        self.changed()
         try:
             logs.configure(new.log)
         except LogError as error:
             LOGGER.error("The log stays where it is: %s", error)
+        waiting, self._waiting = self._waiting, []
+        self._wait_for_doors(old, waiting, time.monotonic() + _DOOR_SECONDS)
+
+    def _wait_for_doors(self, old: Generation, waiting: list[Tell], until: float) -> None:
+        """The reload is over when no old worker lets a client in any more.
+
+        That takes some milliseconds, unless one was stopped: then it is not waited for.
+        """
+        if self._workforce.lets_in(old) and time.monotonic() < until:
+            self._loop.after(_DOOR_PAUSE, lambda: self._wait_for_doors(old, waiting, until))
+            return
+        new = self.generation
         LOGGER.info(
             "Reloaded: generation %d serves with %d workers, listening on %s",
             new.number,
             new.wanted,
             ", ".join(each.path for each in new.listeners),
         )
-        self._finish(None)
+        self._tell(waiting, None)
 
     def _undo(self) -> None:
         attempt, self._attempt = self._attempt, None
@@ -191,9 +218,12 @@ class Reloader:
         self._workforce.dismiss(attempt.generation)
         attempt.change.undo()
 
-    def _finish(self, reason: str | None) -> None:
-        if reason is not None:
-            LOGGER.error("Not reloaded, nothing has changed: %s", reason)
+    def _finish(self, reason: str) -> None:
+        LOGGER.error("Not reloaded, nothing has changed: %s", reason)
         waiting, self._waiting = self._waiting, []
+        self._tell(waiting, reason)
+
+    def _tell(self, waiting: list[Tell], reason: str | None) -> None:
+        self.last = Outcome(time.time(), self.generation.number, reason)
         for tell in waiting:
             tell(reason)

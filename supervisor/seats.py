@@ -110,6 +110,11 @@ class Seat:
         """Whether its worker has booted."""
         return self.ready_at is not None
 
+    @property
+    def lets_in(self) -> bool:
+        """Whether its worker may still accept a client."""
+        return self.ready and not self._slot.shut
+
     def fork(self, generation: Generation, on_report: "Callable[[Seat, Report], None]") -> None:
         """Put a worker here. Raises OSError when there cannot be one."""
         read_end, write_end = os.pipe()

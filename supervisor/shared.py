@@ -35,7 +35,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 3
+LAYOUT = 4
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -118,6 +118,8 @@ class Slot(ctypes.Structure):
         ("generation", ctypes.c_int64),
         ("order", ctypes.c_int64),  # ORDER_..., before the worker is sent a TERM
         ("leave_by", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: when all has finished
+        # Written by the worker's main thread.
+        ("shut", ctypes.c_int64),  # 1: it lets nobody in any more
         ("since", ctypes.c_int64),  # when the process was forked, CLOCK_MONOTONIC, nanoseconds
         ("admitted_before", ctypes.c_int64),  # what `admitted` was then
         ("memory", ctypes.c_int64),  # bytes, with all that the worker has started
@@ -277,6 +279,7 @@ class Shared:
         slot.pid = 0
         slot.order = ORDER_NONE
         slot.leave_by = 0
+        slot.shut = 0
         slot.reserved = 0
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost

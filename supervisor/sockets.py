@@ -8,7 +8,7 @@ Called in the master.
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cpanbridge.supervisor import listener
 from cpanbridge.supervisor.config import Settings
@@ -27,6 +27,9 @@ class Sockets:
     def __init__(self) -> None:
         self._instance = Instance()
         self.listeners: list[Listener] = []
+        self.control: Listener | None = None
+        # Called when a reload has moved the control socket, while the one before is still open.
+        self.control_moved: Callable[[Listener], None] = lambda _: None
 
     def open(self, settings: Settings) -> None:
         """Have all paths, or none. Raises ListenError, InstanceError."""
@@ -34,9 +37,16 @@ class Sockets:
         self._instance.acquire(settings.sockets)
         try:
             self.listeners = self._listen(settings, settings.sockets)
+            self.control = _listen_for_control(settings)
         except ListenError:
+            self.close()
             self.release()
             raise
+
+    def close_control(self) -> None:
+        """Take the control socket away: the daemon has ended."""
+        if self.control is not None:
+            self.close([self.control])
 
     def change(self, settings: Settings) -> "Change":
         """Get what a changed configuration needs besides. Raises ListenError, InstanceError."""
@@ -47,16 +57,19 @@ class Sockets:
         _prepare_folders(missing, create=settings.listen is None)
         self._instance.acquire(missing, _NO_PATIENCE)
         added: list[Listener] = []
+        control = self.control
         access: list[tuple[Listener, int, int]] = []
         try:
             added = self._listen(settings, missing)
+            if control is None or settings.sockets[0] + listener.CONTROL != control.path:
+                control = _listen_for_control(settings)
             gid = listener.group_id(settings.socket_group)
             for each in kept:
                 access.append((each, *each.set_access(int(settings.socket_mode, 8), gid)))
         except ListenError:
-            Change(self, kept, added, removed, access, missing).undo()
+            Change(self, kept, added, removed, access, missing, control).undo()
             raise
-        return Change(self, kept, added, removed, access, missing)
+        return Change(self, kept, added, removed, access, missing, control)
 
     def _listen(self, settings: Settings, paths: Sequence[str]) -> list[Listener]:
         mode, group = int(settings.socket_mode, 8), settings.socket_group
@@ -94,6 +107,7 @@ class Change:
         removed: list[Listener],
         access: list[tuple[Listener, int, int]],
         locked: list[str],
+        control: Listener | None,
     ) -> None:
         self._sockets = sockets
         self.listeners = kept + added
@@ -101,6 +115,7 @@ class Change:
         self._added = added
         self._access = access
         self._locked = locked
+        self._control = control
 
     def undo(self) -> None:
         """The reload has failed: all is as it was."""
@@ -108,6 +123,8 @@ class Change:
             with contextlib.suppress(ListenError):  # somebody has taken the file away
                 each.set_access(mode, gid)
         self._sockets.close(self._added)
+        if self._control is not None and self._control is not self._sockets.control:
+            self._sockets.close([self._control])
         self._sockets.release(self._locked)
 
     def complete(self) -> None:
@@ -115,8 +132,17 @@ class Change:
         self._sockets.close(self.removed)
         self._sockets.release([each.path for each in self.removed])
         self._sockets.listeners = self.listeners
+        if self._control is not None and self._control is not self._sockets.control:
+            self._sockets.control_moved(self._control)
+            self._sockets.close_control()
+            self._sockets.control = self._control
 
 
 def _prepare_folders(paths: Sequence[str], *, create: bool) -> None:
     for path in paths:
         listener.prepare_folder(path, create=create)
+
+
+def _listen_for_control(settings: Settings) -> Listener:
+    """The control socket beside the first path, whose lock is held: nobody else may use it."""
+    return listener.listen(settings.sockets[0] + listener.CONTROL, 0o600, None, ())

@@ -99,6 +99,10 @@ class Workforce:
                 seat.tell_to_leave(ORDER_RETIRE, seconds)
         self._close_if_empty(generation)
 
+    def lets_in(self, generation: Generation) -> bool:
+        """Whether a worker of a retired generation may still accept a client."""
+        return any(seat.lets_in for seat in self._of(generation))
+
     def _give_up(self, seat: Seat, reason: str) -> None:
         """End a worker that has never accepted, or its next start."""
         if seat.pid:
@@ -173,22 +177,25 @@ class Workforce:
                 self._owner.generation_failed(generation, reason)
 
     def _reported(self, seat: Seat, report: Report) -> None:
-        generation = seat.generation
-        assert generation is not None
         if report.error is not None:
-            LOGGER.error("Worker %d cannot start: %s", seat.number, report.error)
-            if generation.stage is Stage.BOOTS:
-                self._owner.generation_failed(generation, report.error)
+            self._cannot_boot(seat, report.error)
             return
         seat.failures = 0
         LOGGER.info("Worker %d ready (pid %d)", seat.number, seat.pid)
         replaced, seat.replaces = seat.replaces, None
         if replaced is not None and not replaced.told:
             self._tell_to_retire(replaced)
-        if generation.stage is Stage.BOOTS:
+        generation = seat.generation
+        if generation is not None and generation.stage is Stage.BOOTS:
             staff = self._staff(generation)
             if len(staff) >= generation.wanted and all(each.ready for each in staff):
                 self._owner.generation_ready(generation)
+
+    def _cannot_boot(self, seat: Seat, error: str) -> None:
+        LOGGER.error("Worker %d cannot start: %s", seat.number, error)
+        generation = seat.generation
+        if generation is not None and generation.stage is Stage.BOOTS:
+            self._owner.generation_failed(generation, error)
 
     def ended(self, pid: int, status: int) -> None:
         """A child has ended; ignored when it was no worker."""
@@ -199,16 +206,16 @@ class Workforce:
     def _ended(self, seat: Seat, status: int) -> None:
         how = seat.describe_end(status)
         report = seat.take_report()  # what it said last may not have been read yet
-        if report is not None:
-            self._reported(seat, report)
         pid, ready_at, leaving = seat.pid, seat.ready_at, seat.leaving
-        seat.vacate()
+        seat.vacate()  # first of all: its pid may be another process's from now on
         if not self._stopping:
+            if report is not None and report.error is not None:
+                self._cannot_boot(seat, report.error)
             if leaving:
                 LOGGER.info("Worker %d (pid %d) has left: %s", seat.number, pid, how)
                 self._after_leaving(seat)
-            else:
-                self._after_death(seat, pid, ready_at, how)
+            elif seat.generation is not None:
+                self._after_death(seat, seat.generation, pid, ready_at, how)
         self._owner.seat_emptied()
 
     def _after_leaving(self, seat: Seat) -> None:
@@ -224,9 +231,9 @@ class Workforce:
             if generation is not None and generation.stage is Stage.OVER:
                 self._close_if_empty(generation)
 
-    def _after_death(self, seat: Seat, pid: int, ready_at: float | None, how: str) -> None:
-        generation = seat.generation
-        assert generation is not None
+    def _after_death(
+        self, seat: Seat, generation: Generation, pid: int, ready_at: float | None, how: str
+    ) -> None:
         if not generation.in_service:
             LOGGER.error("Worker %d (pid %d) died at boot: %s", seat.number, pid, how)
             reason = f"worker {seat.number} died at boot: {how}"

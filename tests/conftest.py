@@ -91,6 +91,8 @@ class Daemon:
         workers = self.workers()
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
+        for pid in workers:
+            until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
         try:
             yield
         finally:
@@ -169,9 +171,11 @@ def _daemons() -> Iterator[NewDaemon]:
     try:
         yield make
     finally:
+        faults = [daemon.log() for daemon in daemons if "step of the master" in daemon.log()]
         for daemon in daemons:
             daemon.clean_up()
             shutil.rmtree(daemon.folder, ignore_errors=True)
+        assert not faults, faults[0]
 
 
 @pytest.fixture

@@ -75,6 +75,12 @@ class Crew(Generic[A]):
         return self._serving + (1 if self._kept_since else 0)
 
     @property
+    def door_is_left(self) -> bool:
+        """After `close_door`: whether nobody is at the door, who could let a client in."""
+        with self._lock:
+            return self._at_door == 0
+
+    @property
     def idle(self) -> bool:
         """After `close_door`: whether nothing is served any more and nobody is at the door."""
         with self._lock:
@@ -127,8 +133,7 @@ class Crew(Generic[A]):
     def _tell_idle(self) -> None:
         """Wake whoever waits for the end. Called under the lock, when there is to be no more."""
         self._idle.notify_all()
-        if self._is_idle():
-            os.eventfd_write(self.attention, 1)
+        os.eventfd_write(self.attention, 1)
 
     def _run(self) -> None:
         """A thread's life."""

@@ -216,6 +216,8 @@ class Worker:
         """Whether a worker that retires may leave: nothing runs any more, or its time is over."""
         if not self._retiring:
             return False
+        if self._crew.door_is_left:
+            self._place.shared.slots[self._place.slot].shut = 1
         if self._crew.idle:
             return True
         if time.monotonic() < self._leave_by:

@@ -3,7 +3,9 @@
 import os
 import time
 
-from cpanbridge.supervisor.loop import WRITE, Loop
+import pytest
+
+from cpanbridge.supervisor.loop import MOST_FAULTS, WRITE, Loop
 
 
 def test_timers_run_in_the_order_of_their_times() -> None:
@@ -74,5 +76,28 @@ def test_watching_again_changes_handler_and_events() -> None:
     loop.watch(write_end, lambda: seen.append("writable"), WRITE)
     loop.turn()
     assert seen == ["writable"]
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_a_step_that_fails_is_logged_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop()
+    ran: list[str] = []
+    loop.after(0.0, lambda: [][0])
+    loop.after(0.0, lambda: ran.append("next"))
+    loop.turn()
+    assert ran == ["next"]
+    assert "by a fault of the daemon's own" in caplog.text
+    assert "IndexError" in caplog.text
+
+
+def test_a_step_that_fails_again_and_again_is_no_busy_loop() -> None:
+    loop = Loop()
+    read_end, write_end = os.pipe()
+    loop.watch(write_end, lambda: [][0], WRITE)
+    for _ in range(MOST_FAULTS):
+        loop.turn()
+    with pytest.raises(IndexError):
+        loop.turn()
     os.close(read_end)
     os.close(write_end)

@@ -71,7 +71,7 @@ def ends(daemon: Daemon) -> bool:
 
 def nothing_is_left(daemon: Daemon) -> bool:
     """Whether there is neither a process nor a socket nor a pid file."""
-    files = [daemon.path, f"{daemon.path}.pid", f"{daemon.path}.pid.new"]
+    files = [f"{daemon.path}{suffix}" for suffix in ("", ".pid", ".pid.new", ".ctl")]
     return not any(map(os.path.lexists, files)) and not processes_of(daemon)
 
 
@@ -432,7 +432,7 @@ def test_no_other_signal_ends_it(daemon: Daemon) -> None:
 
 
 def too_long(daemon: Daemon) -> tuple[str, str]:
-    return f"{daemon.folder}/{'x' * 107}", "at most 107"
+    return f"{daemon.folder}/{'x' * 107}", "at most 103"
 
 
 def no_folder(daemon: Daemon) -> tuple[str, str]:

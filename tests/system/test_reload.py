@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon, NewDaemon
+from hammer import Hammer
 from plain_client import Framed, connect, one_shot, until
 
 
@@ -338,3 +339,60 @@ def test_an_idle_framed_client_of_a_retiring_worker_is_told_to_go_elsewhere(
         reload(daemon)
         assert used.receive() is None
         assert begun.receive() is None
+
+
+def test_no_client_meets_an_error_through_ten_reloads_under_load(new_daemon: NewDaemon) -> None:
+    config = (
+        "limits.max_requests_per_minute = 0\nlimits.max_connections = 90\n"
+        "limits.max_concurrent_requests = 80"
+    )
+    daemon = new_daemon(f"workers = 2\n{config}").run()
+    hammer = Hammer(daemon.path, one_shots=16, framed=16)
+    try:
+        for number in range(10):
+            daemon.write_config(f"workers = {2 + number % 2}\n{config}{number % 2}")
+            reload(daemon)
+            answered = hammer.answered
+            until(lambda answered=answered: hammer.answered > answered + 100)
+    finally:
+        hammer.stop()
+    assert hammer.errors == []
+    until(lambda: len(daemon.workers()) == 3)
+    assert daemon.metrics()["performance_metrics"]["failed_requests"] == 0
+    counted = daemon.metrics()["performance_metrics"]["total_requests"]
+    assert counted == hammer.answered + 1
+
+
+def test_a_retiring_worker_reads_and_runs_what_it_has_accepted(daemon: Daemon) -> None:
+    body = json.dumps({"module": "test", "function": "echo", "params": [1]}).encode()
+    with connect(daemon.path) as silent, connect(daemon.path) as begun:
+        begun.sendall(body[:10])
+        until(lambda: daemon.metrics()["gate"]["connections"] == 3)
+        reload(daemon)
+        for client, rest in ((silent, body), (begun, body[10:])):
+            client.sendall(rest)
+            client.settimeout(20)
+            assert json.loads(client.recv(65536))["result"] == [1]
+    until(lambda: len(daemon.workers()) == 2)
+
+
+def test_a_one_shot_client_that_waits_for_room_in_a_retiring_worker_is_served(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon("workers = 1\nlimits.max_concurrent_requests = 1").run()
+    note = daemon.folder / "runs"
+    # Both have been accepted when the first is admitted: their requests come afterwards.
+    with connect(daemon.path) as first, connect(daemon.path) as second:
+        until(lambda: daemon.metrics()["gate"]["connections"] == 3)
+        first.sendall(request_bytes("span", [1.5, str(note)]))
+        until(note.exists)
+        second.sendall(request_bytes("span", [0]))
+        time.sleep(0.1)
+        reload(daemon)
+        for client in (first, second):
+            client.settimeout(20)
+            assert json.loads(client.recv(65536))["success"]
+
+
+def request_bytes(function: str, params: list[object]) -> bytes:
+    return json.dumps({"module": "probe", "function": function, "params": params}).encode()

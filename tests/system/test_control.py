@@ -1,0 +1,232 @@
+"""The control socket: it answers whatever state the workers and the gate are in."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Daemon, NewDaemon
+from plain_client import Framed, connect, until
+
+
+def ask_bytes(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
+    """What the master answers to these bytes, to the end of the connection."""
+    with connect(f"{daemon.path}.ctl") as visitor:
+        visitor.sendall(data)
+        answer = b""
+        while piece := visitor.recv(65536):
+            answer += piece
+    return [json.loads(line) for line in answer.splitlines()]
+
+
+def ask(daemon: Daemon, command: str) -> dict[str, Any]:
+    """The last answer to a command."""
+    return ask_bytes(daemon, json.dumps({"command": command}).encode() + b"\n")[-1]
+
+
+def test_it_is_the_users_own_and_gone_with_the_daemon(daemon: Daemon) -> None:
+    assert stat.S_IMODE(os.stat(f"{daemon.path}.ctl").st_mode) == 0o600
+    assert ask(daemon, "status")["result"]["pid"] == daemon.pid
+    assert daemon.stop() == 0
+    assert not os.path.exists(f"{daemon.path}.ctl")
+
+
+def test_it_tells_what_the_shared_memory_has(daemon: Daemon) -> None:
+    for number in range(5):
+        daemon.call("test", "echo", [number])
+    with Framed(daemon.path) as kept:
+        assert kept.call("test", "ping") is not None
+        told = ask(daemon, "status")["result"]
+        assert told["state"] == "running"
+        assert told["gate"]["connections"] == 1
+        assert told["gate"]["admitted_last_minute"] == 6
+    assert [each["state"] for each in told["workers"]] == ["serves", "serves"]
+    assert sum(each["requests"] for each in told["workers"]) == 6
+    assert sorted(each["pid"] for each in told["workers"]) == sorted(daemon.workers())
+
+
+def test_it_answers_while_no_worker_can(daemon: Daemon) -> None:
+    with daemon.held():
+        assert ask(daemon, "status")["result"]["state"] == "running"
+        assert daemon.command("status").returncode == 0
+
+
+def test_it_answers_while_the_gate_has_no_room(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits.max_connections = 1").run()
+    with Framed(daemon.path) as only:
+        assert only.call("test", "ping") is not None
+        assert ask(daemon, "status")["result"]["gate"]["connections"] == 1
+
+
+def test_it_answers_while_workers_die_at_their_start(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    flag = daemon.folder / "broken"
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    (helpers / "fragile.py").write_text(
+        f"import os\nif os.path.exists({str(flag)!r}):\n    os._exit(7)\n"
+    )
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    daemon.run()
+    flag.touch()
+    for pid in daemon.workers():
+        os.kill(pid, signal.SIGKILL)
+
+    def waiting() -> bool:
+        workers = ask(daemon, "status")["result"]["workers"]
+        return all(each["state"] == "waits for its next start" for each in workers)
+
+    until(waiting)
+    until(lambda: ask(daemon, "status")["result"]["worker_deaths"] >= 4)
+    flag.unlink()
+    until(lambda: len(daemon.workers()) == 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"{}\n", "not a question"),
+        (b"status\n", "not a question"),
+        (b'{"command": "fly"}\n', "there is no command 'fly'; there are reload, "),
+        (b"x" * 5000, "the question is too long"),
+        (b"\xff\x00\n", "not a question"),
+    ],
+)
+def test_what_it_does_not_understand_it_says(shared_daemon: Daemon, data: bytes, said: str) -> None:
+    answers = ask_bytes(shared_daemon, data)
+    assert len(answers) == 1
+    assert said in answers[0]["error"]
+
+
+def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -> None:
+    visitors = [connect(f"{daemon.path}.ctl") for _ in range(40)]
+    for number, visitor in enumerate(visitors):
+        visitor.setblocking(False)
+        try:
+            if number % 3 == 0:
+                visitor.sendall(b"x")
+            elif number % 3 == 1:
+                for _ in range(200):
+                    visitor.sendall(b'{"command": "status"}\n' * 100)
+        except OSError:
+            continue  # it has had enough of this one
+    began = time.monotonic()
+    daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
+    until(lambda: "Reloaded: generation 2" in daemon.log())
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert ask(daemon, "status")["result"]["generation"] == 2
+    assert time.monotonic() - began < 25
+    for visitor in visitors:
+        visitor.close()
+    assert daemon.stop() == 0
+
+
+def test_a_visitor_that_leaves_while_it_waits_is_forgotten(daemon: Daemon) -> None:
+    descriptors = Path(f"/proc/{daemon.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(3):
+        with connect(f"{daemon.path}.ctl") as visitor:
+            visitor.sendall(b'{"command": "watch"}\n')
+    until(lambda: len(list(descriptors.iterdir())) == before)
+
+
+def test_another_user_is_not_heard(daemon: Daemon) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can be another user for a while")
+    os.chmod(f"{daemon.path}.ctl", 0o666)
+    daemon.folder.chmod(0o755)
+    read_end, write_end = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgid(61000)
+            os.setuid(61000)
+            answer = ask(daemon, "reload")
+            os.write(write_end, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    os.waitpid(child, 0)
+    with os.fdopen(read_end) as pipe:
+        assert json.load(pipe) == {"error": "user 61000 may not control this daemon"}
+    assert "Reloading" not in daemon.log()
+
+
+# -- the commands that use it --
+
+
+def test_reload_says_how_it_went(daemon: Daemon) -> None:
+    daemon.write_config("workers = 3")
+    done = daemon.command("reload")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Reloaded: generation 2, 3 workers\n"
+    assert "last reload, " in daemon.command("status").stdout
+    daemon.write_config("workers = 200")
+    done = daemon.command("reload")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(
+        "cpanbridged: not reloaded, nothing has changed: workers = 200: the running daemon has "
+    )
+    assert "failed: workers = 200" in daemon.command("status").stdout
+    status = json.loads(daemon.command("status", "--json").stdout)
+    assert status["generation"] == 2
+    assert status["last_reload"]["error"].startswith("workers = 200")
+
+
+def test_a_mistake_in_the_file_is_told_whether_or_not_the_command_can_read_it(
+    daemon: Daemon,
+) -> None:
+    daemon.write_config("colour = 1")
+    for flags in ((), ("--socket", daemon.path)):
+        done = daemon.command("reload", *flags)
+        assert done.returncode == 1
+        assert done.stderr.startswith("cpanbridged: not reloaded, nothing has changed: ")
+        assert "colour: unknown key" in done.stderr
+    assert "colour: unknown key" in daemon.command("status", "--socket", daemon.path).stdout
+    assert daemon.command("stop", "--socket", daemon.path).returncode == 0
+
+
+def test_reload_of_what_does_not_run_is_exit_status_3(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    done = daemon.command("reload")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "not running" in done.stderr
+
+
+def test_a_waiting_reload_is_told_when_the_daemon_stops_or_dies(daemon: Daemon) -> None:
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    note = daemon.folder / "hangs"
+    (helpers / "slow.py").write_text(f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n")
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    with connect(f"{daemon.path}.ctl") as visitor:
+        visitor.sendall(b'{"command": "reload"}\n')
+        until(note.exists)
+        heard = b""
+        while b"waiting for worker" not in heard:
+            heard += visitor.recv(65536)
+        assert ask(daemon, "status")["result"]["state"] == "reloading"
+        assert daemon.stop() == 0
+        while piece := visitor.recv(65536):
+            heard += piece
+    assert json.loads(heard.splitlines()[-1]) == {"error": "the daemon is stopping"}
+
+
+def test_status_and_stop_work_when_the_master_does_not_answer(daemon: Daemon) -> None:
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        status = daemon.command("status")
+        assert status.returncode == 0
+        assert status.stdout.startswith(f"unresponsive: pid {daemon.pid}, up ")
+        assert "worker 0 gen 1" in status.stdout
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    os.unlink(f"{daemon.path}.ctl")
+    assert daemon.command("status").returncode == 0
+    assert daemon.command("stop").returncode == 0
+    with pytest.raises(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(daemon.path)
