@@ -177,8 +177,7 @@ def test_a_killed_master_in_a_reload_leaves_nothing_that_a_start_minds(daemon: D
     daemon.write_config(f"workers = 2\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
     until(note.exists)
-    workers = daemon.workers()
-    assert len(workers) == 4
+    workers = until(lambda: len(pids := daemon.workers()) == 4 and pids)
     assert daemon.process is not None
     os.kill(daemon.pid, signal.SIGKILL)
     daemon.process.wait()
