@@ -40,37 +40,36 @@ class Names:
         """`memory` is `NAMES_SIZE` bytes."""
         self._header = header
         self._memory = memory
-        self._numbers: dict[str, int] = {OTHERS: 0}
-        self._names = [OTHERS]
+        # Replaced as a whole: another thread may be reading new names at the same time.
+        self._names: Sequence[str] = (OTHERS,)
 
     def number_of(self, name: str) -> int:
         """A function's number; it is given one if it has none. Called under the gate's lock."""
-        self._read_new()
-        number = self._numbers.get(name)
-        if number is None:
-            number = len(self._names)
-            if number >= FUNCTIONS:
-                return 0
-            text = name.encode("ascii")
-            start = number * _NAME_SIZE
-            self._memory[start + 8 : start + 8 + len(text)] = text
-            self._memory[start : start + 8] = len(text).to_bytes(8, "little")
-            self._header.functions = number
-            self._read_new()
+        names = self.all()
+        if name in names:
+            return names.index(name)
+        number = len(names)
+        if number >= FUNCTIONS:
+            return 0
+        text = name.encode("ascii")
+        start = number * _NAME_SIZE
+        self._memory[start + 8 : start + 8 + len(text)] = text
+        self._memory[start : start + 8] = len(text).to_bytes(8, "little")
+        self._header.functions = number
         return number
 
     def all(self) -> Sequence[str]:
-        """All names, by their numbers."""
-        self._read_new()
-        return self._names
+        """All names, by their numbers. Called from any thread."""
+        names, last = self._names, self._header.functions
+        if len(names) <= last:
+            names = (*names, *map(self._read, range(len(names), last + 1)))
+            self._names = names
+        return names
 
-    def _read_new(self) -> None:
-        for number in range(len(self._names), self._header.functions + 1):
-            start = number * _NAME_SIZE
-            length = int.from_bytes(self._memory[start : start + 8], "little")
-            name = bytes(self._memory[start + 8 : start + 8 + length]).decode("ascii")
-            self._numbers[name] = number
-            self._names.append(name)
+    def _read(self, number: int) -> str:
+        start = number * _NAME_SIZE
+        length = int.from_bytes(self._memory[start : start + 8], "little")
+        return bytes(self._memory[start + 8 : start + 8 + length]).decode("ascii")
 
 
 class Tally:
