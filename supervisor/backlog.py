@@ -13,6 +13,7 @@ from collections.abc import Sequence
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
+_NLMSG_ERROR = 2
 _UDIAG_SHOW_RQLEN = 0x10
 _UNIX_DIAG_RQLEN = 4
 _ANY_COOKIE = 0xFFFFFFFF
@@ -42,6 +43,9 @@ class Backlog:
         self._kernel.send(_HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + request)
         reply = self._kernel.recv(8192)  # it is there: the kernel answers within send(2)
         length, kind, *_ = _HEADER.unpack_from(reply)
+        if kind == _NLMSG_ERROR:
+            (number,) = struct.unpack_from("=i", reply, _HEADER.size)
+            raise OSError(-number, os.strerror(-number))
         at = _HEADER.size + _REPLY_SIZE
         while kind == _SOCK_DIAG_BY_FAMILY and at < length:
             attribute_length, attribute = _ATTRIBUTE.unpack_from(reply, at)
