@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 from plain_client import one_shot, until
 
 COMMAND = str(Path(sys.executable).with_name("cpanbridged"))
 MODULES = Path(__file__).parent / "modules"
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 class Daemon:
