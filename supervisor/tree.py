@@ -90,6 +90,7 @@ class Tree:
     def __init__(self, root: int) -> None:
         self._root = root
         self._known: dict[int, _Process] = {}
+        self._untold = 0.0  # CPU seconds that parents were found not to have been told of yet
         self._sampled_at = time.monotonic()
 
     def sample(self, roots: Collection[int]) -> Usage:
@@ -134,7 +135,8 @@ class Tree:
         """CPU seconds since the last sample.
 
         What the living have used themselves, and what the ended had left when their parents were
-        told: all they ever used, less what was counted of it before.
+        told: all they ever used, less what was counted of it before. A process that ended after
+        its parent was looked at is missing already, and its parent is told by the next sample.
         """
         used = told = 0.0
         for pid, process in self._known.items():
@@ -147,7 +149,8 @@ class Tree:
                 told += process.waited
         gone = (old for pid, old in before.items() if pid not in self._known)
         told -= sum(old.own + old.waited for old in gone)
-        return max(0.0, used) + max(0.0, told)
+        late, self._untold = self._untold, max(0.0, -told)
+        return max(0.0, used) + max(0.0, told - late)
 
     def _read_pss(self, seconds: float) -> None:
         """Read all that must be read, and of the others as many as the time allows."""
