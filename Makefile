@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TYPING := .typing/cpanbridge
 
-.PHONY: help demo test lint types pytest perl-test bench clean
+.PHONY: help demo test lint types pytest perl-test soak bench clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -32,6 +32,10 @@ pytest: $(VENV)/.installed-test
 
 perl-test: $(VENV)/.installed
 	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l t
+
+# Not part of the tests: what takes minutes (see tests/soak).
+soak: $(VENV)/.installed-test
+	$(BIN)/pytest -n 2 tests/soak/soak_*.py
 
 # Not part of the tests: figures of this machine (see bench/README.md).
 bench: $(VENV)/.installed

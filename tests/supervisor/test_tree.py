@@ -333,6 +333,7 @@ def test_a_child_that_ends_while_it_is_looked_at_counts_as_ended(
     monkeypatch.setattr(owner, moment, kill_and_look)
     with monkeypatch.context() as patched:
         patched.setattr(tree_module, "PSS_SHARE", 1e9)
+        patched.setattr(tree_module, "PSS_SECONDS", -1.0)
         usages = [tree.sample([child.pid, other.pid])]
     assert killed
     assert usages[0].by_root[other.pid] > 0
