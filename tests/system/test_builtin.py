@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import signal
 import threading
 import time
 from typing import Any
@@ -186,3 +188,59 @@ def test_totals_survive_a_worker(new_daemon: NewDaemon) -> None:
         performance["successful_requests"] + performance["failed_requests"]
         == performance["total_requests"]
     )
+
+
+def test_totals_equal_what_clients_saw_though_workers_are_killed(new_daemon: NewDaemon) -> None:
+    """Each reply that a client has is counted, and nothing else but calls lost with a worker."""
+    daemon = new_daemon("workers = 2\nlimits.max_requests_per_minute = 0").run()
+    stop = threading.Event()
+    seen = {"good": 0, "bad": 0, "lost": 0}
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        while not stop.is_set():
+            function = "fail" if number % 3 == 0 else "worker_pid"
+            try:
+                reply = one_shot(daemon.path, "probe", function)
+                outcome = "good" if reply["success"] else "bad"
+            except (OSError, ValueError):  # closed without a reply, or in the midst of one
+                outcome = "lost"
+            with lock:
+                seen[outcome] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for deaths in range(1, 6):
+        calls = sum(seen.values())
+        until(lambda calls=calls: sum(seen.values()) > calls + 50)
+        os.kill(daemon.workers()[0], signal.SIGKILL)
+        until(lambda deaths=deaths: daemon.log().count("; replacing it") == deaths)
+        until(lambda deaths=deaths: len(re.findall(r"Worker \d ready", daemon.log())) == 2 + deaths)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    asked = 0
+
+    def at_rest() -> Any:
+        nonlocal asked
+        asked += 1
+        metrics = daemon.metrics()
+        return metrics["gate"]["connections"] == metrics["gate"]["running"] == 1 and metrics
+
+    performance = until(at_rest)["performance_metrics"]
+    good = performance["successful_requests"] - (asked - 1)
+    bad = performance["failed_requests"]
+    assert performance["total_requests"] == good + bad + asked - 1
+    assert seen["good"] <= good
+    assert seen["bad"] <= bad
+    assert good + bad <= sum(seen.values())
+    assert daemon.metrics()["gate"]["worker_deaths"] == 5
+    functions = {
+        each["module_function"]: each
+        for each in daemon.call("system", "performance")["module_performance"]["top_modules"]
+    }
+    counted = functions["probe.worker_pid"]["requests"] + functions["probe.fail"]["requests"]
+    assert seen["good"] + seen["bad"] <= counted <= good + bad
+    assert functions["probe.fail"]["error_rate"] == 1.0
+    assert functions["probe.worker_pid"]["error_rate"] == 0.0
