@@ -18,13 +18,14 @@ from typing import Any
 import msgspec
 
 from cpanbridge.supervisor import background, client, config, control, listener
-from cpanbridge.supervisor.daemon import serve
+from cpanbridge.supervisor.daemon import serve, take_over
 from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.reports import format_duration
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.status import when
+from cpanbridge.supervisor.upgrade import VARIABLE, UpgradeError
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers import builtin, modules, worker
 from cpanbridge.workers.modules import ModuleLoadError
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_descriptors()
     options = _parser().parse_args(arguments)
     try:
+        if VARIABLE in os.environ:
+            load = _load if options.command == "run" else _load_for_background
+            return take_over(partial(load, options), worker.run)
         status = COMMANDS[options.command](options)
         sys.stdout.flush()
         return status
@@ -53,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LogError,
         ModuleLoadError,
         client.CallError,
+        UpgradeError,
     ) as error:
         print(f"cpanbridged: {error}", file=sys.stderr)
         return FAILED
@@ -103,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "reload", "Change over to the configuration and modules as they are now, or change nothing."
     )
+    add("upgrade", "Hand over to a new master, of the code that is on disk now, without a break.")
     add("restart", "Stop, if it runs, and start again; a bad configuration changes nothing.")
     status = add("status", "Say whether it runs, and with which workers.")
     status.add_argument("--json", action="store_true", help="as one JSON object")
@@ -247,17 +253,35 @@ def restart(options: argparse.Namespace) -> int:
 
 def reload(options: argparse.Namespace) -> int:
     """`cpanbridged reload`."""
+    done = _have_done(options, "reload", "not reloaded")
+    if done is None:
+        return NOT_RUNNING
+    print(f"Reloaded: generation {done['generation']}, {done['workers']} workers")
+    return DONE
+
+
+def upgrade(options: argparse.Namespace) -> int:
+    """`cpanbridged upgrade`."""
+    done = _have_done(options, "upgrade", "not upgraded")
+    if done is None:
+        return NOT_RUNNING
+    with control.shown_progress() as show:
+        control.wait_until_running(_locate(options), show)
+    print(f"Upgraded: pid {done['pid']}")
+    return DONE
+
+
+def _have_done(options: argparse.Namespace, command: str, failure: str) -> Any:
+    """The result of what the running daemon is asked to do; None when none runs."""
     try:
         settings = _locate(options)
         if control.master_pid(settings) is None:
             print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
-            return NOT_RUNNING
+            return None
         with control.shown_progress() as show:
-            done = control.ask(settings, "reload", None, show)
+            return control.ask(settings, command, None, show)
     except (config.ConfigError, control.ControlError) as error:
-        raise CommandError(f"not reloaded, nothing has changed: {error}") from None
-    print(f"Reloaded: generation {done['generation']}, {done['workers']} workers")
-    return DONE
+        raise CommandError(f"{failure}, nothing has changed: {error}") from None
 
 
 def status(options: argparse.Namespace) -> int:
@@ -357,6 +381,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "start": start,
     "stop": stop,
     "reload": reload,
+    "upgrade": upgrade,
     "restart": restart,
     "status": status,
     "check": check,

@@ -115,6 +115,12 @@ def ask(settings: Settings, command: str, timeout: float | None, show: Show) -> 
         conversation.close()
 
 
+def wait_until_running(settings: Settings, show: Show) -> None:
+    """Wait until a new master is through with taking over. Raises ControlError."""
+    while ask(settings, "status", _STATUS_SECONDS, show)["state"] != "running":
+        time.sleep(_LOOK_SECONDS / 10)
+
+
 def watch_until(descriptor: int, settings: Settings, show: Show, seconds: float = math.inf) -> bool:
     """Show what the master waits for, until a descriptor is readable; False: not in time."""
     until = time.monotonic() + seconds
@@ -205,10 +211,12 @@ def describe(pid: int, settings: Settings) -> dict[str, Any] | None:
     workers = []
     try:
         master = psutil.Process(pid)
-        for child in master.children():
+        # Those that an earlier master has forked are not this one's children.
+        for worker in {child.pid for child in master.children()} | known.keys() - {0}:
             with contextlib.suppress(psutil.NoSuchProcess):
-                title = " ".join(child.cmdline()).strip().removeprefix("cpanbridged: ")
-                workers.append({"pid": child.pid, "title": title, **known.get(child.pid, {})})
+                title = " ".join(psutil.Process(worker).cmdline()).strip()
+                title = title.removeprefix("cpanbridged: ")
+                workers.append({"pid": worker, "title": title, **known.get(worker, {})})
         uptime = max(0.0, time.time() - master.create_time())
     except psutil.NoSuchProcess:
         return None

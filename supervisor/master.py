@@ -23,9 +23,11 @@ from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.monitor import Monitor
 from cpanbridge.supervisor.place import WorkerMain
 from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import Generation
+from cpanbridge.supervisor.seats import Generation, Stage
 from cpanbridge.supervisor.shared import Shared, slot_capacity
 from cpanbridge.supervisor.sockets import Sockets
+from cpanbridge.supervisor.text import describe_exit
+from cpanbridge.supervisor.upgrade import Estate, Inherited, Predecessor, Successor
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.workforce import Workforce
 
@@ -48,18 +50,27 @@ class Master:
         sockets: Sockets,
         worker_main: WorkerMain,
         on_ready: Callable[[str | None], None],
+        inherited: Inherited | None = None,
     ) -> None:
         settings = loaded.settings
         self._sockets = sockets
         self._on_ready = on_ready
-        shared = Shared.create(
-            slot_capacity(settings.worker_count), settings.limits, used=settings.worker_count
-        )
-        bells = [Bells.hang() for _ in shared.slots]
+        if inherited is None:
+            capacity = slot_capacity(settings.worker_count)
+            shared = Shared.create(capacity, settings.limits, used=settings.worker_count)
+            bells = [Bells.hang() for _ in shared.slots]
+            number = 1
+        else:
+            shared, bells, number = inherited.shared, inherited.bells, inherited.estate.generation
         self._loop = Loop()
         self._workforce = Workforce(self, self._loop, shared, bells, worker_main)
-        self._reloader = Reloader(load, loaded, self._loop, shared, sockets, self._workforce, 1)
+        self._reloader = Reloader(
+            load, loaded, self._loop, shared, sockets, self._workforce, number
+        )
         self._reloader.changed = self._configuration_changed
+        self._successor: Successor | None = None
+        self._predecessor: Predecessor | None = None
+        self._bells = bells
         self._monitor = Monitor(
             self._loop,
             shared,
@@ -74,29 +85,38 @@ class Master:
             {
                 "status": self._tell_status,
                 "reload": self._reload_for,
+                "upgrade": self._upgrade_for,
                 "watch": lambda _: None,  # it is told the progress until the master ends
             },
             self._progress,
         )
         self._signals, self._wakeup = socket.socketpair()
+        self._put_off: list[int] = []  # signals that came while another master was taking over
         self._started = False
         self._reload_when_started = False
         self._stopping = False
+        self._left = False  # to another master
         self._exit_status = 0
+        if inherited is not None:
+            self._expect(inherited)
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
         self._show_title()
         self._catch_signals()
-        self._watch_control()
         gc.freeze()  # what exists now is shared with the workers; keep the collector off it
-        self._workforce.hire(self._reloader.generation)
-        while not (self._stopping and self._workforce.is_gone()):
+        if self._predecessor is None:
+            self._watch_control()
+            self._workforce.hire(self._reloader.generation)
+        else:
+            self._reloader.begin(self._tell_predecessor)
+        while not (self._left or (self._stopping and self._workforce.is_gone())):
             self._loop.turn()
         for name in _SIGNALS:  # Python would put the defaults back while it ends
             if name != "CHLD":
                 signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
-        LOGGER.info("Stopped")
+        if not self._left:
+            LOGGER.info("Stopped")
         return self._exit_status
 
     # -- signals --
@@ -113,6 +133,9 @@ class Master:
         numbers = dict.fromkeys(self._signals.recv(4096))
         numbers[signal.SIGCHLD] = None  # of many at once, some may not have been written
         for number in numbers:
+            if self._workforce.standing_still and number != signal.SIGCHLD:
+                self._put_off.append(number)
+                continue
             name = signal.Signals(number).name.removeprefix("SIG").lower()
             getattr(self, f"handle_{name}")()
 
@@ -138,12 +161,17 @@ class Master:
         Not only workers: as process 1 of a container the master inherits what they leave behind.
         """
         while True:
+            # While another master takes over, the workers are not this one's to wait for.
+            waited_for = self._successor.pid if self._successor is not None else -1
+            whom = waited_for if self._workforce.standing_still else -1
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(whom, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
+            if self._successor is not None and pid == self._successor.pid:
+                self._successor.ended(describe_exit(status))
             self._workforce.ended(pid, status)
 
     def handle_hup(self) -> None:
@@ -161,22 +189,31 @@ class Master:
         self._workforce.signal(signal.SIGUSR1)
 
     def handle_usr2(self) -> None:
-        """A request for what this version does not have."""
-        LOGGER.warning("SIGUSR2: this version cannot upgrade in place; restart it instead")
+        """Upgrade: hand over to a new master, of the code that is on disk now."""
+        self.upgrade(lambda _: None)
 
     def handle_ttin(self) -> None:
-        """See handle_usr2."""
-        LOGGER.warning("SIGTTIN: this version cannot add a worker; set workers and restart")
+        """One worker more, until the next reload."""
+        if self._workforce.add(self._reloader.generation):
+            LOGGER.info("1 worker more: %d", self._reloader.generation.wanted)
+        else:
+            LOGGER.warning("No worker more: there is no room for it")
 
     def handle_ttou(self) -> None:
-        """See handle_usr2."""
-        LOGGER.warning("SIGTTOU: this version cannot remove a worker; set workers and restart")
+        """One worker fewer, until the next reload."""
+        if self._workforce.remove(self._reloader.generation):
+            LOGGER.info("1 worker fewer: %d", self._reloader.generation.wanted)
+        else:
+            LOGGER.warning("No worker fewer: the last worker stays")
 
     # -- what the workforce tells --
 
     def generation_ready(self, generation: Generation) -> None:
         """All workers have booted: the daemon is ready, or a reload can be completed."""
         if self._stopping:
+            return
+        if self._predecessor is not None:
+            self._predecessor.ready()
             return
         if self._started:
             self._reloader.ready(generation)
@@ -213,6 +250,8 @@ class Master:
         """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
         if self._stopping:
             tell("the daemon is stopping")
+        elif self._successor is not None:
+            tell("an upgrade is under way")
         elif not self._started:
             self._reload_when_started = True
             tell("the daemon is still starting; it reloads when it has started")
@@ -238,8 +277,112 @@ class Master:
         if not self._stopping:
             self._stopping = True
             self._reloader.give_up("the daemon is stopping")
+            if self._successor is not None:
+                self._successor.give_up("the daemon is stopping")
             self._sockets.close()
         self._workforce.stop(seconds)
+
+    # -- handing over to another master --
+
+    def upgrade(self, tell: Callable[[str | None], None]) -> None:
+        """Hand over to a new master; `tell` is called once: with None when it has taken over."""
+        reason = self._cannot_upgrade()
+        if reason is not None:
+            LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+            tell(reason)
+            return
+        self._workforce.confined = True
+        estate = Estate(
+            self._shared.fd,
+            [list(each) for each in self._bells],
+            self._workforce.life,
+            self._sockets.held(),
+            self._reloader.generation.number,
+            self._workforce.occupied,
+        )
+
+        def failed(reason: str) -> None:
+            self._stay()
+            LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+            tell(reason)
+
+        def taken(pid: int) -> None:
+            LOGGER.info("Handed over to pid %d", pid)
+            tell(None)
+            self._leave_to(pid)
+
+        try:
+            self._successor = Successor(self._loop, estate, self._stand_still, taken, failed)
+        except OSError as error:
+            failed(f"the new master cannot be started: {error.strerror}")
+            return
+        LOGGER.info("Upgrading: the new master is pid %d", self._successor.pid)
+
+    def _cannot_upgrade(self) -> str | None:
+        if self._stopping:
+            return "the daemon is stopping"
+        if self._successor is not None:
+            return "an upgrade is under way"
+        if not self._started or self._reloader.coming is not None:
+            return f"the daemon is {self._state()}"
+        if os.getpid() == 1:
+            return "process 1 of a container cannot be replaced; restart the container"
+        return None
+
+    def _stand_still(self) -> None:
+        """The new master is ready: do nothing more that it would not know of."""
+        self._workforce.standing_still = True
+        self._control.stop_listening()
+        assert self._successor is not None
+        self._successor.hand_over()
+
+    def _stay(self) -> None:
+        """There is no new master after all."""
+        self._successor = None
+        self._workforce.confined = False
+        if self._workforce.standing_still:
+            self._workforce.standing_still = False
+            self._sockets.take_over()
+            self._watch_control()
+            put_off, self._put_off = self._put_off, []
+            for number in (signal.SIGCHLD, *put_off):
+                os.kill(os.getpid(), number)
+
+    def _leave_to(self, pid: int) -> None:
+        self._sockets.give_away()
+        for number in self._put_off:
+            os.kill(pid, number)
+        self._left = True
+
+    # -- taking over from another master --
+
+    def _expect(self, inherited: Inherited) -> None:
+        """Called in a new master, which serves nothing yet."""
+        estate, generation = inherited.estate, self._reloader.generation
+        generation.stage = Stage.SERVES
+        self._workforce.expect(generation, estate.occupied, estate.life)
+        self._predecessor = Predecessor(self._loop, inherited.end, self._take_over)
+        self._started = True
+
+    def _take_over(self) -> None:
+        """The old master does nothing any more: the daemon is this one's."""
+        predecessor, self._predecessor = self._predecessor, None
+        coming = self._reloader.coming
+        assert predecessor is not None
+        assert coming is not None
+        self._sockets.take_over()
+        predecessor.taken()
+        self._workforce.adopt(self._reloader.generation)
+        self._watch_control()
+        self._monitor.start()
+        LOGGER.info("cpanbridged %s takes over: pid %d", __version__, os.getpid())
+        self._reloader.ready(coming)
+
+    def _tell_predecessor(self, reason: str | None) -> None:
+        if reason is not None and self._predecessor is not None:
+            self._predecessor.refuse(reason)
+            self._exit_status = 1
+            self._stop(None)
 
     # -- the control socket --
 
@@ -253,12 +396,16 @@ class Master:
             return "stopping"
         if not self._started:
             return "starting"
+        if self._successor is not None:
+            return "upgrading"
         return "reloading" if self._reloader.coming is not None else "running"
 
     def _progress(self) -> str | None:
         seats = self._workforce.seats
         if self._stopping:
             return status.stop_progress(seats, self._shared)
+        if self._successor is not None:
+            return f"the new master (pid {self._successor.pid}) boots"
         coming = self._reloader.coming if self._started else self._reloader.generation
         return status.boot_progress(coming, seats) if coming is not None else None
 
@@ -275,6 +422,15 @@ class Master:
             visitor.finish({"generation": generation.number, "workers": generation.wanted})
 
         self.reload(tell)
+
+    def _upgrade_for(self, visitor: Visitor) -> None:
+        def tell(reason: str | None) -> None:
+            if reason is not None:
+                visitor.fail(reason)
+            elif self._successor is not None:
+                visitor.finish({"pid": self._successor.pid})
+
+        self.upgrade(tell)
 
     def _show_title(self) -> None:
         setproctitle.setproctitle(f"cpanbridged: master [{self._reloader.loaded.source}]")

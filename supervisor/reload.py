@@ -82,6 +82,7 @@ class Reloader:
         self._workforce = workforce
         self._last_number = number
         self._attempt: _Attempt | None = None
+        self._changing: Generation | None = None  # serves, but old workers may still accept
         self._waiting: list[Tell] = []
         self.last: Outcome | None = None
         self.changed: Callable[[], None] = lambda: None  # called when a generation has taken over
@@ -92,8 +93,8 @@ class Reloader:
 
     @property
     def coming(self) -> Generation | None:
-        """The generation that boots, in a reload."""
-        return self._attempt.generation if self._attempt is not None else None
+        """The generation that a reload is about, until it is over."""
+        return self._attempt.generation if self._attempt is not None else self._changing
 
     def begin(self, tell: Tell) -> None:
         """Read the configuration and change over to it.
@@ -193,6 +194,7 @@ class Reloader:
         except LogError as error:
             LOGGER.error("The log stays where it is: %s", error)
         waiting, self._waiting = self._waiting, []
+        self._changing = new
         self._wait_for_doors(old, waiting, time.monotonic() + _DOOR_SECONDS)
 
     def _wait_for_doors(self, old: Generation, waiting: list[Tell], until: float) -> None:
@@ -203,7 +205,7 @@ class Reloader:
         if self._workforce.lets_in(old) and time.monotonic() < until:
             self._loop.after(_DOOR_PAUSE, lambda: self._wait_for_doors(old, waiting, until))
             return
-        new = self.generation
+        new, self._changing = self.generation, None
         LOGGER.info(
             "Reloaded: generation %d serves with %d workers, listening on %s",
             new.number,

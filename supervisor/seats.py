@@ -6,6 +6,7 @@ should be is not decided here but in `workforce.py`. Called in the master, but w
 otherwise.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from cpanbridge.supervisor.listener import Listener
 from cpanbridge.supervisor.logs import LogSettings
 from cpanbridge.supervisor.loop import Loop, Timer
 from cpanbridge.supervisor.place import Place, Report, WorkerMain, read_report
-from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.shared import ORDER_NONE, Shared
 from cpanbridge.supervisor.text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -83,6 +84,7 @@ class Company:
         self.worker_main = worker_main
         # Workers hold the read end only, so it ends when the master does, however that happens.
         self.lifeline, self.life = os.pipe()
+        self.inherited_life: list[int] = []  # the same of masters before this one
 
 
 class Seat:
@@ -104,6 +106,7 @@ class Seat:
         self._report = -1  # read end of the worker's report pipe; -1: it has reported
         self._timer: Timer | None = None  # the end of what it may take to boot, or to leave
         self._overdue = False
+        self._handle = -1  # a pidfd, where the worker is not this process's child
 
     @property
     def ready(self) -> bool:
@@ -142,12 +145,43 @@ class Seat:
         self._company.loop.watch(read_end, lambda: self._read_report(on_report))
         self._set_timer(BOOT_SECONDS, self._boot_hangs)
 
+    def adopt(self, on_end: "Callable[[Seat], None]") -> bool:
+        """Take over the worker that another master has put in this slot; False if there is none.
+
+        It is not a child of this process: its end is seen by a pidfd. All its descriptors are
+        closed by then, as with one that was waited for.
+        """
+        self.pid = self._slot.pid
+        try:
+            self._handle = os.pidfd_open(self.pid) if self.pid else -1
+        except ProcessLookupError:
+            self.vacate()
+        if self._handle < 0:
+            return False
+        self.ready_at = time.monotonic()
+        self._company.loop.watch(self._handle, lambda: on_end(self))
+        if self._slot.order != ORDER_NONE:
+            self.told, self.leaving = True, "told by the master before this one"
+            if self._slot.leave_by:
+                left = (self._slot.leave_by - time.monotonic_ns()) / 1e9
+                self._set_timer(left + KILL_MARGIN, self._does_not_end)
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the worker a signal, if there is one."""
+        if self._handle >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, number)
+        elif self.pid:
+            os.kill(self.pid, number)  # it is there until this process waits for it
+
     def _become_worker(self, generation: Generation, report: int) -> NoReturn:
         """Called in the child: let go of what is the master's alone, and never come back."""
         company = self._company
         try:
             company.loop.let_go()
-            os.close(company.life)
+            for life in (company.life, *company.inherited_life):
+                os.close(life)
             logs.configure(generation.log)
             company.worker_main(
                 Place(
@@ -194,7 +228,7 @@ class Seat:
 
     def _boot_hangs(self) -> None:
         self._overdue = True
-        os.kill(self.pid, signal.SIGUSR2)  # it writes where it is to the log, see workers/worker.py
+        self.signal(signal.SIGUSR2)  # it writes where it is to the log, see workers/worker.py
         self._set_timer(_DUMP_SECONDS, self.kill)
 
     def describe_end(self, status: int) -> str:
@@ -214,12 +248,11 @@ class Seat:
         self._cancel_timer()
         if seconds is not None:
             self._set_timer(seconds + KILL_MARGIN, self._does_not_end)
-        os.kill(self.pid, signal.SIGTERM)
+        self.signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End the worker at once, if there is one. What it ran is lost."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
 
     def _does_not_end(self) -> None:
         LOGGER.warning("Worker %d (pid %d) does not end: killed", self.number, self.pid)
@@ -231,6 +264,10 @@ class Seat:
         self.pid, self.ready_at, self.told, self.leaving = 0, None, False, ""
         self._overdue = False
         self._cancel_timer()
+        if self._handle >= 0:
+            self._company.loop.forget(self._handle)
+            os.close(self._handle)
+            self._handle = -1
 
     def free(self) -> None:
         """Nobody is to sit here any more, until a generation takes the seat."""

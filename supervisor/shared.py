@@ -80,6 +80,7 @@ class Header(ctypes.Structure):
         ("closings", ctypes.c_int64),  # times that the verdict has closed
         ("changed_at", ctypes.c_int64),  # when it last opened or closed, CLOCK_MONOTONIC, ns
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
+        ("generation", ctypes.c_int64),  # the one in service
         ("slots_used", ctypes.c_int64),  # only grows, and before a worker is forked into a slot
         ("retired", ctypes.c_int64),  # workers that were told to leave, to give memory back
         # What the monitor saw last.

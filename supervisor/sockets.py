@@ -8,11 +8,14 @@ Called in the master.
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Collection, Sequence
+
+import msgspec
 
 from cpanbridge.supervisor import listener
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.instance import Instance
+from cpanbridge.supervisor.instance import Instance, write_pid
 from cpanbridge.supervisor.listener import Listener, ListenError
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -21,15 +24,70 @@ LOGGER = logging.getLogger("cpanbridge.master")
 _NO_PATIENCE = 0.02
 
 
-class Sockets:
-    """All that is held for the paths. Files and locks are gone after `close` and `release`."""
+class HeldListener(msgspec.Struct):
+    """A listener in another process, which has inherited its descriptor."""
 
-    def __init__(self) -> None:
-        self._instance = Instance()
+    path: str
+    descriptor: int
+    inode: tuple[int, int]
+
+    def take(self) -> Listener:
+        """It in this process."""
+        listening = socket.socket(fileno=self.descriptor)
+        listening.setblocking(False)
+        return Listener(self.path, listening, self.inode)
+
+
+class HeldSockets(msgspec.Struct):
+    """All that `Sockets` holds, as numbers that another process can use."""
+
+    listeners: list[HeldListener]
+    control: HeldListener | None
+    locks: dict[str, int]
+
+    def descriptors(self) -> list[int]:
+        """Those that the other process must inherit."""
+        control = [self.control] if self.control is not None else []
+        return [each.descriptor for each in self.listeners + control] + list(self.locks.values())
+
+
+class Sockets:
+    """All that is held for the paths. Files and locks are gone after `close` and `release`.
+
+    Of those that are borrowed, because another master has them as well, only our copies go.
+    """
+
+    def __init__(self, held: HeldSockets | None = None) -> None:
+        self._instance = Instance(held.locks if held is not None else None)
+        self._borrowed: set[str] = set()
         self.listeners: list[Listener] = []
         self.control: Listener | None = None
+        if held is not None:
+            self.listeners = [each.take() for each in held.listeners]
+            self.control = held.control.take() if held.control is not None else None
+            self.give_away()
         # Called when a reload has moved the control socket, while the one before is still open.
         self.control_moved: Callable[[Listener], None] = lambda _: None
+
+    def held(self) -> HeldSockets:
+        """What a master that takes over needs."""
+        return HeldSockets(
+            [_held(each) for each in self.listeners],
+            _held(self.control) if self.control is not None else None,
+            self._instance.descriptors,
+        )
+
+    def take_over(self) -> None:
+        """From now on they are ours: say so in the pid files. Raises InstanceError."""
+        self._borrowed.clear()
+        for path in self._instance.descriptors:
+            write_pid(path)
+
+    def give_away(self) -> None:
+        """They are another master's now, as well or only."""
+        self._borrowed = set(self._instance.descriptors)
+        if self.control is not None:
+            self._borrowed.add(self.control.path)
 
     def open(self, settings: Settings) -> None:
         """Have all paths, or none. Raises ListenError, InstanceError."""
@@ -86,14 +144,16 @@ class Sockets:
         """Take the files away and listen no more. Workers have their own copies of the sockets."""
         for each in self.listeners if listeners is None else listeners:
             try:
-                each.unlink()
+                if each.path not in self._borrowed:
+                    each.unlink()
             except OSError as error:
                 LOGGER.warning("%s: cannot be removed: %s", each.path, error.strerror)
             each.socket.close()
 
-    def release(self, paths: Sequence[str] | None = None) -> None:
+    def release(self, paths: Collection[str] | None = None) -> None:
         """Free the locks: another daemon may have the paths."""
-        self._instance.release(paths)
+        paths = self._instance.descriptors if paths is None else paths
+        self._instance.release([path for path in paths if path not in self._borrowed])
 
 
 class Change:
@@ -146,3 +206,7 @@ def _prepare_folders(paths: Sequence[str], *, create: bool) -> None:
 def _listen_for_control(settings: Settings) -> Listener:
     """The control socket beside the first path, whose lock is held: nobody else may use it."""
     return listener.listen(settings.sockets[0] + listener.CONTROL, 0o600, None, ())
+
+
+def _held(each: Listener) -> HeldListener:
+    return HeldListener(each.path, each.socket.fileno(), each.inode)

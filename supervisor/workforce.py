@@ -10,7 +10,6 @@ what runs, and leaves; what it was doing harms nobody. Called in the master.
 """
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -56,10 +55,12 @@ class Workforce:
     ) -> None:
         self._owner = owner
         self._shared = shared
-        company = Company(loop, shared, bells, worker_main)
+        self._company = company = Company(loop, shared, bells, worker_main)
         self._loop = loop
         self.seats = [Seat(company, number) for number in range(len(shared.slots))]
         self._stopping = False
+        self.standing_still = False  # another master is about to take over: nobody is forked
+        self.confined = False  # to the seats it has: another master uses the others
 
     def is_gone(self) -> bool:
         """Whether there is no worker at all."""
@@ -75,8 +76,37 @@ class Workforce:
                 return
             self._fork(seat, generation)
 
+    @property
+    def life(self) -> list[int]:
+        """The write ends of all lifelines, for a master that takes over."""
+        return [self._company.life, *self._company.inherited_life]
+
+    @property
+    def occupied(self) -> list[int]:
+        """The slots that are in use, or will be again."""
+        return [seat.number for seat in self.seats if seat.generation is not None]
+
+    def expect(self, generation: Generation, slots: Sequence[int], life: Sequence[int]) -> None:
+        """Another master's workers are in these slots: leave them to it, until `adopt`."""
+        self._company.inherited_life = list(life)
+        for slot in slots:
+            self.seats[slot].generation = generation
+
+    def adopt(self, generation: Generation) -> None:
+        """The other master is leaving: its workers are ours."""
+        for seat in self._of(generation):
+            if not seat.adopt(self._adopted_ended):
+                seat.free()
+
+    def _adopted_ended(self, seat: Seat) -> None:
+        LOGGER.info("Worker %d (pid %d) has left", seat.number, seat.pid)
+        seat.vacate()
+        self._after_leaving(seat)
+        self._owner.seat_emptied()
+
     def put_in_service(self, generation: Generation) -> None:
         """From now on its workers accept, and those that die are replaced."""
+        self._shared.header.generation = generation.number
         generation.put_in_service()
 
     def dismiss(self, generation: Generation) -> None:
@@ -128,8 +158,7 @@ class Workforce:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every worker."""
         for seat in self.seats:
-            if seat.pid:
-                os.kill(seat.pid, number)
+            seat.signal(number)
 
     # -- retiring --
 
@@ -157,6 +186,28 @@ class Workforce:
             self._fork(successor, generation)
         return True
 
+    def add(self, generation: Generation) -> bool:
+        """One worker more; False when there is no room for it beside another generation."""
+        if self._stopping or generation.wanted >= len(self.seats) // 2:
+            return False
+        generation.wanted += 1
+        self.hire(generation)
+        return True
+
+    def remove(self, generation: Generation) -> bool:
+        """One worker fewer: it finishes what it runs. False for the last one."""
+        staff = [seat for seat in self._of(generation) if not seat.leaving]
+        if self._stopping or generation.wanted == 1 or not staff:
+            return False
+        generation.wanted -= 1
+        seat = staff[-1]
+        if seat.ready:
+            seat.leaving = "one worker fewer"
+            seat.tell_to_leave(ORDER_RETIRE, generation.settings.limits.drain_timeout or None)
+        else:
+            self._give_up(seat, "one worker fewer")
+        return True
+
     def _tell_to_retire(self, seat: Seat) -> None:
         assert seat.generation is not None
         seat.tell_to_leave(ORDER_RETIRE, seat.generation.settings.limits.graceful_timeout)
@@ -165,6 +216,9 @@ class Workforce:
 
     def _fork(self, seat: Seat, generation: Generation) -> None:
         seat.refill = None
+        if self.standing_still:
+            self._refill_in(seat, generation, FIRST_PAUSE)
+            return
         try:
             seat.fork(generation, self._reported)
         except OSError as error:
@@ -269,4 +323,6 @@ class Workforce:
         return [s for s in self._of(generation) if not s.leaving or s.refill_after]
 
     def _free_seat(self) -> Seat | None:
+        if self.confined:
+            return None
         return next((seat for seat in self.seats if seat.generation is None), None)

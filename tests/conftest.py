@@ -82,7 +82,10 @@ class Daemon:
 
     @property
     def pid(self) -> int:
-        """The master's process id."""
+        """The master's process id; not the one that was started, after an upgrade."""
+        pid_file = Path(f"{self.path}.pid")
+        if pid_file.exists():
+            return int(pid_file.read_text())
         assert self.process is not None
         return self.process.pid
 
@@ -122,8 +125,12 @@ class Daemon:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Signal the master and wait for its end; returns its exit status."""
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
+        pid = self.pid
+        if pid == self.process.pid:
             self.process.send_signal(number)
+        else:  # the one that was started has handed over
+            os.kill(pid, number)
+            until(lambda: not psutil.pid_exists(pid), 90, "the end of the master")
         self.process.communicate(timeout=90)
         return self.process.returncode
 

@@ -177,10 +177,7 @@ class Worker:
                 self._crew.start()
             if self._place.lifeline in ready:
                 LOGGER.error("Worker %d: the master is gone, leaving", self._place.slot)
-                # Nobody will accept from this queue again; let clients see that at once.
-                for listener in self._place.listeners:
-                    with contextlib.suppress(OSError):
-                        listener.shutdown(socket.SHUT_RDWR)
+                self._close_queues()
                 self._stop_serving(self._graceful_end())
                 break
             if signals in ready and signal.SIGTERM in signals.recv(4096):
@@ -194,6 +191,16 @@ class Worker:
         if self._turnstile is not None:
             self._turnstile.wait_until_empty(min(1.0, self._leave_by - time.monotonic()))
         self._run_hooks("shutdown", self._leave_by - time.monotonic())
+
+    def _close_queues(self) -> None:
+        """Nobody will accept from these queues again; let clients see that at once.
+
+        Unless this worker's generation has never been in service: then another master still is.
+        """
+        if self._place.generation <= self._place.shared.header.generation:
+            for listener in self._place.listeners:
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)
 
     def _graceful_end(self) -> float:
         return time.monotonic() + self._limits.graceful_timeout

@@ -395,3 +395,42 @@ def test_a_one_shot_client_that_waits_for_room_in_a_retiring_worker_is_served(
 
 def request_bytes(function: str, params: list[object]) -> bytes:
     return json.dumps({"module": "probe", "function": function, "params": params}).encode()
+
+
+# -- one worker more or fewer --
+
+
+def test_ttin_adds_a_worker_and_ttou_takes_one_away(daemon: Daemon) -> None:
+    before = set(daemon.workers())
+    for count in (3, 4):
+        os.kill(daemon.pid, signal.SIGTTIN)
+        until(lambda count=count: daemon.log().count("1 worker more") == count - 2)
+        until(lambda count=count: len(ready_titles(daemon)) == count)
+    assert before < set(daemon.workers())
+    for count in (3, 2, 1):
+        os.kill(daemon.pid, signal.SIGTTOU)
+        until(lambda count=count: len(daemon.workers()) == count)
+    os.kill(daemon.pid, signal.SIGTTOU)
+    until(lambda: "the last worker stays" in daemon.log())
+    assert daemon.call("test", "echo", [1]) == [1]
+    reload(daemon)  # back to what is configured
+    until(lambda: len(daemon.workers()) == 2)
+
+
+def test_the_worker_that_ttou_takes_away_finishes_what_it_runs(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2").run()
+    notes = [daemon.folder / "first", daemon.folder / "second"]
+    with ThreadPoolExecutor(2) as pool:
+        calls = []
+        for note in notes:
+            calls.append(pool.submit(one_shot, daemon.path, "probe", "span", [2, str(note)]))
+            until(note.exists)
+        os.kill(daemon.pid, signal.SIGTTOU)
+        assert all(call.result()["success"] for call in calls)
+    until(lambda: len(daemon.workers()) == 1)
+
+
+def ready_titles(daemon: Daemon) -> list[int]:
+    return [
+        pid for pid in daemon.workers() if b" busy " in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]

@@ -1,0 +1,249 @@
+"""Upgrade: a new master of the code that is on disk now, and no client notices."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Daemon, NewDaemon
+from hammer import Hammer
+from plain_client import Framed, connect, one_shot, until
+
+CONFIG = "workers = 2\nlimits.max_requests_per_minute = 0"
+
+
+def upgrade(daemon: Daemon) -> int:
+    """Have it upgraded; the new master's pid."""
+    before = daemon.pid
+    done = daemon.command("upgrade")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    after = int(done.stdout.removeprefix("Upgraded: pid "))
+    assert after == daemon.pid != before
+    return after
+
+
+def refused_upgrade(daemon: Daemon) -> str:
+    """Have it upgraded, which cannot be; the reason."""
+    before = daemon.pid
+    done = daemon.command("upgrade")
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert daemon.pid == before
+    prefix = "cpanbridged: not upgraded, nothing has changed: "
+    assert done.stderr.startswith(prefix)
+    return done.stderr.removeprefix(prefix)
+
+
+def state(daemon: Daemon) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(daemon.command("status", "--json").stdout)
+    return found
+
+
+def code_of_another_version(daemon: Daemon, patch: str) -> None:
+    """What the next master and what it forks will run besides: the code on disk has changed."""
+    folder = daemon.folder / "changed"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(patch)
+
+
+def new_patchable_daemon(new_daemon: NewDaemon) -> Daemon:
+    daemon = new_daemon(CONFIG)
+    daemon.environment["PYTHONPATH"] = str(daemon.folder / "changed")
+    return daemon
+
+
+def test_the_new_master_is_of_the_code_on_disk_and_has_the_counts(new_daemon: NewDaemon) -> None:
+    daemon = new_patchable_daemon(new_daemon).run()
+    for number in range(5):
+        daemon.call("test", "echo", [number])
+    old = daemon.workers()
+    started = state(daemon)["uptime_seconds"]
+    code_of_another_version(
+        daemon,
+        "from cpanbridge.supervisor import version\nversion.__version__ = '9.8.7'\n",
+    )
+    upgrade(daemon)
+    assert daemon.process is not None
+    assert daemon.process.wait(20) == 0
+    found = state(daemon)
+    assert found["version"] == "9.8.7"
+    assert found["generation"] == 2
+    assert found["gate"]["admitted_last_minute"] == 5
+    assert found["uptime_seconds"] > started
+    assert daemon.metrics()["performance_metrics"]["total_requests"] == 5
+    assert daemon.call("test", "ping")["daemon_version"] == "9.8.7"
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old))
+    assert daemon.command("reload").returncode == 0
+    assert daemon.command("stop").returncode == 0
+    assert not any(Path(f"{daemon.path}{suffix}").exists() for suffix in ("", ".pid", ".ctl"))
+
+
+def test_a_signal_upgrades_as_well_and_again_and_again(daemon: Daemon) -> None:
+    for _ in range(3):
+        before = daemon.pid
+        os.kill(before, signal.SIGUSR2)
+        until(lambda before=before: daemon.pid != before)
+        assert daemon.call("test", "echo", [1]) == [1]
+        until(lambda: state(daemon)["state"] == "running")
+    assert daemon.stop() == 0
+
+
+def broken_file(daemon: Daemon) -> str:
+    daemon.config.write_text("workers = [\n")
+    return "not valid TOML"
+
+
+def broken_module(daemon: Daemon) -> str:
+    folder = daemon.folder / "helpers"
+    folder.mkdir()
+    (folder / "bad.py").write_text("def broken(:")
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{folder}"')
+    return "SyntaxError"
+
+
+def broken_code(daemon: Daemon) -> str:
+    code_of_another_version(daemon, "import os\nos._exit(9)\n")
+    return "the new master ended: exit status 9"
+
+
+def another_layout(daemon: Daemon) -> str:
+    code_of_another_version(daemon, "from cpanbridge.supervisor import shared\nshared.LAYOUT = -1")
+    return "cannot take the running one's memory over"
+
+
+@pytest.mark.parametrize("spoil", [broken_file, broken_module, broken_code, another_layout])
+def test_an_upgrade_that_cannot_be_changes_nothing_and_says_why(
+    new_daemon: NewDaemon, spoil: Callable[[Daemon], str]
+) -> None:
+    daemon = new_patchable_daemon(new_daemon).run()
+    before = sorted(daemon.workers())
+    config = daemon.config.read_text()
+    said = spoil(daemon)
+    with Framed(daemon.path) as kept:
+        assert kept.call("test", "ping") is not None
+        if spoil is broken_file:
+            os.kill(daemon.pid, signal.SIGUSR2)
+            until(lambda: "Not upgraded, nothing has changed: " in daemon.log())
+            assert said in daemon.log()
+        elif spoil is broken_code:
+            os.kill(daemon.pid, signal.SIGUSR2)  # the command is of the broken code as well
+            until(lambda: f"Not upgraded, nothing has changed: {said}" in daemon.log())
+        else:
+            assert said in refused_upgrade(daemon)
+        assert kept.call("test", "ping") is not None
+    until(lambda: sorted(daemon.workers()) == before)
+    assert daemon.call("test", "echo", [1]) == [1]
+    # It can be upgraded, once what was wrong has been put right.
+    daemon.config.write_text(config)
+    (daemon.folder / "changed" / "sitecustomize.py").unlink(missing_ok=True)
+    upgrade(daemon)
+    assert daemon.stop() == 0
+
+
+def hanging_upgrade(daemon: Daemon) -> int:
+    """Begin an upgrade whose workers boot for long; the new master's pid."""
+    folder = daemon.folder / "helpers"
+    folder.mkdir()
+    note = daemon.folder / "hangs"
+    (folder / "slow.py").write_text(f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(2)\n")
+    daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
+    os.kill(daemon.pid, signal.SIGUSR2)
+    until(note.exists)
+    return int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
+
+
+def test_a_new_master_that_is_killed_leaves_the_old_one(daemon: Daemon) -> None:
+    old = daemon.pid
+    os.kill(hanging_upgrade(daemon), signal.SIGKILL)
+    until(lambda: "the new master ended: killed by signal 9" in daemon.log())
+    assert daemon.pid == old
+    for number in range(20):
+        assert daemon.call("test", "echo", [number]) == [number]
+    until(lambda: len(daemon.workers()) == 2)
+    assert daemon.stop() == 0
+
+
+def test_an_old_master_that_is_killed_is_followed_by_the_new_one(daemon: Daemon) -> None:
+    old, new = daemon.pid, hanging_upgrade(daemon)
+    os.kill(old, signal.SIGKILL)
+    assert daemon.process is not None
+    daemon.process.wait()
+    assert daemon.call("test", "echo", [1]) == [1]
+    until(lambda: daemon.pid == new)
+    until(lambda: state(daemon)["state"] == "running")
+    assert daemon.call("test", "echo", [2]) == [2]
+    assert daemon.command("stop").returncode == 0
+
+
+def test_a_stop_during_an_upgrade_stops_both(daemon: Daemon) -> None:
+    new = hanging_upgrade(daemon)
+    assert daemon.stop() == 0
+    until(lambda: not Path(f"/proc/{new}").exists())
+    assert not Path(daemon.path).exists()
+    assert "Not upgraded, nothing has changed: the daemon is stopping" in daemon.log()
+
+
+def test_neither_a_reload_nor_another_upgrade_gets_in_between(daemon: Daemon) -> None:
+    hanging_upgrade(daemon)
+    for command in ("reload", "upgrade"):
+        done = daemon.command(command)
+        assert done.returncode == 1
+        assert "an upgrade is under way" in done.stderr
+    until(lambda: "takes over" in daemon.log())
+    until(lambda: state(daemon)["state"] == "running")
+
+
+def test_calls_and_kept_connections_of_old_workers_end_well(daemon: Daemon) -> None:
+    note = daemon.folder / "runs"
+    body = json.dumps({"module": "test", "function": "echo", "params": [1]}).encode()
+    with ThreadPoolExecutor(1) as pool, Framed(daemon.path) as kept, connect(daemon.path) as begun:
+        assert kept.call("test", "ping") is not None
+        begun.sendall(body[:10])
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [2.5, str(note)])
+        until(note.exists)
+        until(lambda: daemon.metrics()["gate"]["connections"] == 4)
+        upgrade(daemon)
+        assert not call.done()
+        assert kept.receive() is None
+        begun.sendall(body[10:])
+        begun.settimeout(20)
+        assert json.loads(begun.recv(65536))["result"] == [1]
+        assert state(daemon)["gate"]["running"] == 1
+        assert call.result()["success"]
+    until(lambda: len(state(daemon)["workers"]) == 2)
+    assert state(daemon)["gate"]["running"] == state(daemon)["gate"]["connections"] == 0
+
+
+def test_an_old_worker_that_is_killed_after_an_upgrade_leaks_no_room(daemon: Daemon) -> None:
+    note = daemon.folder / "runs"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
+        until(note.exists)
+        upgrade(daemon)
+        assert state(daemon)["gate"]["running"] == 1
+        os.kill(int(note.read_text()), signal.SIGKILL)
+        assert isinstance(call.exception(20), ConnectionError | ValueError)
+    until(lambda: state(daemon)["gate"]["running"] == 0)
+    until(lambda: len(state(daemon)["workers"]) == 2)
+
+
+def test_no_client_meets_an_error_through_three_upgrades_under_load(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(CONFIG).run()
+    hammer = Hammer(daemon.path, one_shots=16, framed=16)
+    try:
+        for _ in range(3):
+            upgrade(daemon)
+            answered = hammer.answered
+            until(lambda answered=answered: hammer.answered > answered + 100)
+            time.sleep(0.1)
+    finally:
+        hammer.stop()
+    assert hammer.errors == []
+    performance = daemon.metrics()["performance_metrics"]
+    assert performance["failed_requests"] == 0
+    assert performance["total_requests"] == hammer.answered
+    assert daemon.stop() == 0
