@@ -96,11 +96,14 @@ class Tree:
     def sample(self, roots: Collection[int]) -> Usage:
         """Look at every process. `roots` are the pids whose memory is wanted by itself.
 
+        They belong to the tree even when they are nobody's children in it: after an upgrade the
+        workers of the old master are not the new one's.
+
         Raises OSError when the system has no descriptor or no memory for it.
         """
         now = time.monotonic()
         before = self._known
-        self._known = dict(self._look(before))
+        self._known = dict(self._look(before, roots))
         seconds, self._sampled_at = now - self._sampled_at, now
         used = self._cpu_used(before)
         self._read_pss(seconds)
@@ -118,9 +121,11 @@ class Tree:
             by_rss=sum(not process.readable for process in self._known.values()),
         )
 
-    def _look(self, before: dict[int, _Process]) -> Iterator[tuple[int, _Process]]:
+    def _look(
+        self, before: dict[int, _Process], roots: Collection[int]
+    ) -> Iterator[tuple[int, _Process]]:
         """All processes of the tree, each with its present numbers; parents first."""
-        pending, seen = [self._root, *before], set[int]()
+        pending, seen = [self._root, *roots, *before], set[int]()
         while pending:
             pid = pending.pop(0)
             if pid in seen:

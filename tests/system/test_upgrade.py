@@ -247,3 +247,22 @@ def test_no_client_meets_an_error_through_three_upgrades_under_load(new_daemon: 
     assert performance["failed_requests"] == 0
     assert performance["total_requests"] == hammer.answered
     assert daemon.stop() == 0
+
+
+def test_workers_of_the_old_master_are_watched_by_the_new_one(daemon: Daemon) -> None:
+    """Their memory counts, though they are not its children."""
+    note = daemon.folder / "runs"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
+        until(note.exists)
+        upgrade(daemon)
+        pid = int(note.read_text())
+
+        def memory() -> float:
+            (old,) = (each for each in daemon.metrics()["workers"] if each["pid"] == pid)
+            return float(old["memory_mb"])
+
+        until(lambda: memory() > 1)
+        until(lambda: daemon.metrics()["system_stats"]["processes"] == 4)
+        os.kill(pid, signal.SIGKILL)
+        assert isinstance(call.exception(20), ConnectionError | ValueError)
