@@ -45,7 +45,7 @@ LEAST_SECONDS = 0.05  # between two samples
 MOST_SHARE = 0.02  # of the time may go into samples
 HEALTH_SECONDS = 60.0
 SUMMARY_SECONDS = 300.0
-# A gap of so many intervals between two samples: the process, or the machine, was stopped.
+# A sample that comes so many intervals late: the process, or the machine, was stopped.
 GAP = 3
 RECENT_FUNCTIONS = 5
 
@@ -79,7 +79,7 @@ class Monitor:
         self._alarms = Alarms()
         self._over_since = math.inf  # memory
         self._retired = 0  # the pid of the last worker retired for memory, until it has gone
-        self._sampled_at = math.inf
+        self._late_after = math.inf  # a sample after this time is late (see GAP)
         self._full = 0
         self._overloaded: dict[str, int] = {}
         self._levels = dict.fromkeys(Kind, Level.NORMAL)
@@ -100,6 +100,7 @@ class Monitor:
 
     def _sample(self) -> None:
         began = time.monotonic()
+        usage = None
         try:
             usage = self._tree.sample([slot.pid for slot in self._shared.used_slots if slot.pid])
         except OSError as error:  # no descriptor left, or no memory
@@ -113,14 +114,15 @@ class Monitor:
         closed = self._shared.header.verdict != VERDICT_OPEN
         interval = self.limits.sample_interval / (CLOSER_LOOKS if closed else 1)
         pause = max(interval, took / MOST_SHARE, LEAST_SECONDS)
+        if usage is not None:
+            self._late_after = began + pause + GAP * self.limits.sample_interval
         self._loop.after(began + pause - time.monotonic(), self._sample)
 
     # -- what is measured --
 
     def _judge(self, usage: Usage) -> None:
         now = time.monotonic()
-        stopped = now - self._sampled_at > GAP * self.limits.sample_interval
-        self._sampled_at = now
+        stopped = now > self._late_after
         self._write_down(usage)
         readings = totals.readings(self._shared)
         self._count_alerts(readings)
