@@ -24,7 +24,7 @@ from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.reports import format_duration
 from cpanbridge.supervisor.shared import Shared
-from cpanbridge.supervisor.status import when
+from cpanbridge.supervisor.status import load_lines, when
 from cpanbridge.supervisor.upgrade import VARIABLE, UpgradeError
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers import builtin, modules, worker
@@ -303,6 +303,9 @@ def _print_status(state: dict[str, Any]) -> None:
     print(
         f"{state['state']}: pid {state['pid']}, up {up}, listening on {', '.join(state['sockets'])}"
     )
+    if "gate" in state:
+        for line in load_lines(state["gate"], state["resource_status"]):
+            print(f"  {line}")
     for each in state["workers"]:
         print(f"  pid {each['pid']}: {each['title']}")
     if "problem" in state:

@@ -8,16 +8,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from cpanbridge.supervisor import reports, totals
 from cpanbridge.supervisor.reload import Reloader
 from cpanbridge.supervisor.seats import Generation, Seat
-from cpanbridge.supervisor.shared import VERDICT_OPEN, Shared
+from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.version import __version__
 
 
 def status(state: str, reloader: Reloader, seats: Sequence[Seat], shared: Shared) -> dict[str, Any]:
     """The daemon as one object."""
     last = reloader.last
-    header = shared.header
+    counts, per_minute = totals.count(shared), shared.admitted_in_window()
     return {
         "state": state,
         "pid": os.getpid(),
@@ -29,18 +30,28 @@ def status(state: str, reloader: Reloader, seats: Sequence[Seat], shared: Shared
         "generation": reloader.generation.number,
         "workers_wanted": reloader.generation.wanted,
         "workers": [_worker(seat, shared) for seat in seats if seat.generation is not None],
-        "worker_deaths": header.deaths,
-        "gate": {
-            "verdict": "open" if header.verdict == VERDICT_OPEN else "closed",
-            "connections": shared.connections(),
-            "max_connections": header.max_connections,
-            "running": shared.running(),
-            "max_concurrent_requests": header.max_concurrent_requests,
-            "admitted_last_minute": shared.admitted_in_window(),
-            "max_requests_per_minute": shared.window.limit,
-        },
+        "worker_deaths": shared.header.deaths,
+        "resource_status": reports.resource_status(shared, counts, per_minute),
+        "gate": reports.gate(shared, reloader.loaded.settings, counts, per_minute),
         "last_reload": last._asdict() if last is not None else None,
     }
+
+
+def load_lines(gate: dict[str, Any], load: dict[str, Any]) -> list[str]:
+    """The load as an operator wants to see it first, from the parts of `status`."""
+    minute = gate["max_requests_per_minute"]
+    lines = [
+        f"gate {gate['verdict']} for {gate['verdict_seconds']:.0f} s: "
+        f"{gate['connections']} of {gate['max_connections']} connections, "
+        f"{gate['running']} of {gate['max_concurrent_requests']} requests running, "
+        f"{gate['admitted_last_minute']}{f' of {minute}' if minute else ''} in the last minute",
+        f"memory {load['memory_mb']:.1f}MB, CPU {load['cpu_percent']:.1f}% "
+        f"(peaks {load['peak_memory']:.1f}MB, {load['peak_cpu']:.1f}%)",
+    ]
+    waiting = gate["waiting_clients"] + gate["waiting_requests"]
+    if waiting:
+        lines.append(f"{waiting} clients wait for room")
+    return [*lines, *load["violations"], *load["warnings"]]
 
 
 def _worker(seat: Seat, shared: Shared) -> dict[str, Any]:

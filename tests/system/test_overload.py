@@ -474,3 +474,20 @@ def test_a_daemon_that_was_stopped_for_a_while_draws_no_wrong_conclusions(
     until(lambda: daemon.call("system", "health")["overall_status"] == "healthy")
     assert not lines(daemon, "VIOLATION|retired|died")
     assert sorted(daemon.workers()) == sorted(tree[1:])
+
+
+def test_status_says_that_the_gate_is_closed_and_why(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits = {max_cpu_percent = 20, sample_interval = 0.2}").run()
+    status = daemon.command("status").stdout
+    assert "  gate open for " in status
+    assert "of 100 connections, 0 of 100 requests running, 0 of 2000 in the last minute" in status
+    with one_shot_call(daemon, "burn", [4.0]) as burning, contextlib.ExitStack() as stack:
+        until(lambda: "  gate closed for " in daemon.command("status").stdout)
+        for _ in range(3):
+            stack.enter_context(one_shot_call(daemon, "worker_pid", []))
+        until(lambda: "  3 clients wait for room\n" in daemon.command("status").stdout)
+        found = json.loads(daemon.command("status", "--json").stdout)
+        assert found["gate"]["waiting_clients"] == 3
+        (violation,) = found["resource_status"]["violations"]
+        assert re.fullmatch(r"CPU usage \d+\.\d% exceeds limit 20%", violation)
+        assert reply_of(burning)["success"]
