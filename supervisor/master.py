@@ -271,6 +271,13 @@ class Master:
         self._monitor.listeners = [each.socket for each in self._sockets.listeners]
         self._show_title()
 
+    def _configuration_changed(self) -> None:
+        """Another generation has taken over."""
+        settings = self._reloader.loaded.settings
+        self._monitor.limits = settings.limits
+        self._monitor.listeners = [each.socket for each in self._sockets.listeners]
+        self._show_title()
+
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:
             self._on_ready(reason)
