@@ -22,6 +22,7 @@ from cpanbridge.supervisor.daemon import serve, take_over
 from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
+from cpanbridge.supervisor.privileges import PrivilegeError
 from cpanbridge.supervisor.reports import format_duration
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.status import load_lines, when
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ModuleLoadError,
         client.CallError,
         UpgradeError,
+        PrivilegeError,
     ) as error:
         print(f"cpanbridged: {error}", file=sys.stderr)
         return FAILED
@@ -216,7 +218,7 @@ def _load_for_background(options: argparse.Namespace) -> config.Loaded:
 def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> int:
     try:
         return serve(load, worker.run, tell)
-    except (config.ConfigError, InstanceError, ListenError, LogError) as error:
+    except (config.ConfigError, InstanceError, ListenError, LogError, PrivilegeError) as error:
         tell(str(error))
         return FAILED
 
@@ -280,7 +282,7 @@ def _have_done(options: argparse.Namespace, command: str, failure: str) -> Any:
             return None
         with control.shown_progress() as show:
             return control.ask(settings, command, None, show)
-    except (config.ConfigError, control.ControlError) as error:
+    except (config.ConfigError, control.ControlError, PrivilegeError) as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None
 
 

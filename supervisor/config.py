@@ -98,6 +98,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     listen: Annotated[list[Path_], Meta(min_length=1)] | None = None
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}\Z")] = "0600"
     socket_group: Annotated[str, Meta(min_length=1)] | None = None
+    user: Annotated[str, Meta(min_length=1)] | None = None
+    group: Annotated[str, Meta(min_length=1)] | None = None
     workers: Annotated[int, Meta(ge=0, le=MAX_WORKERS)] = 0
     threads: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     log_file: Path_ = "stderr"
@@ -140,6 +142,8 @@ _RULES = {
     "log_format": 'must be "text" or "json"',
     "overload": 'must be "wait" or "reject"',
     "affinity": 'must be "none", the only one in this version',
+    "user": "must be a user's name",
+    "group": "must be a group's name",
     "functions": 'must be "*" or a list of function names',
     "debug": "must be true or false",
 }

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from cpanbridge.supervisor import listener
+from cpanbridge.supervisor import listener, privileges
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.controlserver import Answer, Question
 from cpanbridge.supervisor.instance import running_pid
@@ -152,13 +152,15 @@ def watch_until(descriptor: int, settings: Settings, show: Show, seconds: float 
 def master_pid(settings: Settings) -> int | None:
     """The running master's pid; believed only where nobody else could have put the files.
 
-    None if none runs. Raises ListenError, InstanceError.
+    None if none runs. Raises ListenError, InstanceError, PrivilegeError.
     """
     path = settings.sockets[0]
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         return None
-    listener.prepare_folder(path, create=False)
-    return running_pid(path)
+    whom = privileges.identity(settings)
+    owner = whom.uid if whom is not None else None
+    listener.prepare_folder(path, create=False, owner=owner)
+    return running_pid(path, owner)
 
 
 def stop(settings: Settings, show: Show) -> int | None:

@@ -185,7 +185,11 @@ class Visitor:
             allowed = ", ".join(sorted(self._server.commands))
             self.fail(f"there is no command {self._question!r}; there are {allowed}")
             return
-        command(self)
+        try:
+            command(self)
+        except Exception:
+            self.fail("a fault of the daemon's own; its log has more")
+            raise
         if not self._last:
             self._tell_progress()
 

@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 
-from cpanbridge.supervisor import descriptors, logs, upgrade
-from cpanbridge.supervisor.config import ConfigError, Load
+import msgspec
+
+from cpanbridge.supervisor import descriptors, listener, logs, privileges, upgrade
+from cpanbridge.supervisor.config import ConfigError, Load, Loaded
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.master import Master
 from cpanbridge.supervisor.place import WorkerMain
@@ -17,12 +20,19 @@ def serve(load: Load, worker_main: WorkerMain, on_ready: Callable[[str | None], 
 
     `load` reads the configuration, now and for each reload. `on_ready` is called once: with None
     when all workers are ready, or with the reason why there is no daemon. Raises ConfigError,
-    ListenError, InstanceError, LogError.
+    ListenError, InstanceError, LogError, PrivilegeError.
     """
+    lent = listener.from_service_manager()
+    if lent:
+        load = partial(_at_lent_paths, load, [each.path for each in lent])
     loaded = load()
     settings = loaded.settings
     sockets = Sockets()
-    sockets.open(settings)
+    whom = privileges.identity(settings)
+    if whom is not None:
+        logs.configure(logs.LogSettings.of(loaded))
+        privileges.drop(settings, whom)
+    sockets.open(settings, lent)
     try:
         logs.configure(logs.LogSettings.of(loaded))
         for note in loaded.notes:
@@ -37,12 +47,26 @@ def serve(load: Load, worker_main: WorkerMain, on_ready: Callable[[str | None], 
         sockets.release()
 
 
+def _at_lent_paths(load: Load, paths: list[str]) -> Loaded:
+    """Where no path is set, those of the sockets that the service manager has made are meant."""
+    loaded = load()
+    if loaded.settings.listen is not None:
+        return loaded
+    settings = msgspec.structs.replace(loaded.settings, listen=paths)
+    return msgspec.structs.replace(loaded, settings=settings)
+
+
 def take_over(load: Load, worker_main: WorkerMain) -> int:
     """Be the new master that another one has started; the exit status.
 
     The other one has said in the environment where it is to be heard. Raises UpgradeError.
     """
     inherited = upgrade.inherit(int(os.environ.pop(upgrade.VARIABLE)))
+    lent = [each.path for each in inherited.estate.sockets.listeners if each.lent]
+    if lent:
+        load = partial(_at_lent_paths, load, lent)
+    if "WATCHDOG_PID" in os.environ:  # which was the old master's
+        os.environ["WATCHDOG_PID"] = str(os.getpid())
     try:
         loaded = load()
         logs.configure(logs.LogSettings.of(loaded))

@@ -97,17 +97,19 @@ def _lock(path: str, patience: float) -> int:
         time.sleep(_PAUSE)
 
 
-def running_pid(socket_path: str) -> int | None:
+def running_pid(socket_path: str, owner: int | None = None) -> int | None:
     """The master that serves a socket path, or None.
+
+    `owner` is the user that the daemon is to be, when that is not this process's.
 
     Looks with a shared lock, so that who looks keeps nobody else from looking. Raises
     InstanceError when it cannot be told, or the files are not to be trusted.
     """
     until = time.monotonic() + _PASSING_HOLDER_SECONDS
     while True:
-        if not _is_locked(f"{socket_path}.lock"):
+        if not _is_locked(f"{socket_path}.lock", owner):
             return None
-        pid = _read_pid(f"{socket_path}.pid")
+        pid = _read_pid(f"{socket_path}.pid", owner)
         if pid is not None:
             return pid
         if time.monotonic() > until:
@@ -115,8 +117,8 @@ def running_pid(socket_path: str) -> int | None:
         time.sleep(0.01)  # it has only just got the lock
 
 
-def _is_locked(path: str) -> bool:
-    descriptor = _open_trusted(path)
+def _is_locked(path: str, owner: int | None) -> bool:
+    descriptor = _open_trusted(path, owner)
     if descriptor is None:
         return False
     try:
@@ -128,8 +130,8 @@ def _is_locked(path: str) -> bool:
     return False
 
 
-def _read_pid(path: str) -> int | None:
-    descriptor = _open_trusted(path)
+def _read_pid(path: str, owner: int | None = None) -> int | None:
+    descriptor = _open_trusted(path, owner)
     if descriptor is None:
         return None
     with open(descriptor, encoding="ascii") as stream:
@@ -139,7 +141,7 @@ def _read_pid(path: str) -> int | None:
             return None
 
 
-def _open_trusted(path: str) -> int | None:
+def _open_trusted(path: str, trusted: int | None = None) -> int | None:
     """Open one of our files to read; None if it is not there.
 
     Raises InstanceError for one that another user has put there: he would choose whom we signal.
@@ -151,7 +153,7 @@ def _open_trusted(path: str) -> int | None:
     except OSError as error:
         raise InstanceError(f"{path}: cannot be read: {error.strerror}") from None
     owner = os.fstat(descriptor).st_uid
-    if owner not in (0, os.getuid()):
+    if owner not in (0, os.getuid(), trusted):
         os.close(descriptor)
         raise InstanceError(f"{path}: not trusted, because it is user {owner}'s")
     return descriptor

@@ -18,6 +18,7 @@ _MAX_LINKS = 40  # as many as the kernel follows
 CONTROL = ".ctl"  # after the first path: the control socket's
 # Bytes: sun_path holds 108 with the end mark (unix(7)), and the control socket's name is longer.
 _MAX_PATH = 107 - len(CONTROL)
+_FIRST_LENT = 3  # sd_listen_fds(3)
 _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
 
@@ -31,6 +32,9 @@ class Listener(NamedTuple):
     path: str
     socket: socket.socket
     inode: tuple[int, int]
+    # Whether the service manager has it as well: it is not ours to take away, to shut, or to give
+    # other rights, and who waits there when the daemon ends is served by the next one.
+    lent: bool = False
 
     def set_access(self, mode: int, gid: int | None) -> tuple[int, int]:
         """Let others connect, or not; returns mode and group as they were. Raises ListenError.
@@ -51,12 +55,45 @@ class Listener(NamedTuple):
     def unlink(self) -> None:
         """Take the file away, so that no further client comes; unless it is another's by now."""
         with contextlib.suppress(FileNotFoundError):
-            if _inode(self.path) == self.inode:
+            if not self.lent and _inode(self.path) == self.inode:
                 os.unlink(self.path)
 
 
-def prepare_folder(path: str, *, create: bool) -> None:
+def from_service_manager() -> list[Listener]:
+    """The listening sockets that this process was started with: systemd's LISTEN_FDS.
+
+    Raises ListenError for one that is of no use.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()):
+        return []
+    return [_lent(descriptor) for descriptor in range(_FIRST_LENT, _FIRST_LENT + int(count))]
+
+
+def _lent(descriptor: int) -> Listener:
+    os.set_inheritable(descriptor, False)
+    try:
+        lent = socket.socket(fileno=descriptor)
+        path = lent.getsockname()
+        listening = lent.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ListenError(f"LISTEN_FDS: descriptor {descriptor}: {error.strerror}") from None
+    if (lent.family, lent.type) != (socket.AF_UNIX, socket.SOCK_STREAM) or not listening:
+        raise ListenError(
+            f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket with a path: "
+            "ListenStream= must be one"
+        )
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise ListenError(f"LISTEN_FDS: descriptor {descriptor} has no path")
+    lent.setblocking(False)
+    return Listener(path, lent, (0, 0), lent=True)
+
+
+def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None:
     """Check that nobody else can swap the socket. Raises ListenError.
+
+    `owner` is the user that the daemon is to be, when that is not this process's.
 
     With `create`, for the places that the daemon chose itself, make the folder if it is missing.
     """
@@ -72,13 +109,14 @@ def prepare_folder(path: str, *, create: bool) -> None:
             f"{path}: too long for a socket: {len(os.fsencode(path))} bytes, at most {_MAX_PATH}"
         )
     try:
-        for container in _containers(path, folder):
-            _check_folder(path, container)
+        trusted = {0, os.getuid(), os.getuid() if owner is None else owner}
+        for container in _containers(path, folder, trusted):
+            _check_folder(path, container, trusted)
     except OSError as error:
         raise ListenError(f"{folder}: {error.strerror}; the socket's folder must exist") from None
 
 
-def _containers(path: str, folder: str) -> Iterator[str]:
+def _containers(path: str, folder: str, trusted: Collection[int]) -> Iterator[str]:
     """Every folder in which something on the way to `folder` stands, and `folder` at the end.
 
     Links are followed one by one: whoever may replace a link decides where the way leads. Raises
@@ -102,7 +140,7 @@ def _containers(path: str, folder: str) -> Iterator[str]:
         links += 1
         if links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        _check_owner(path, place, os.lstat(place).st_uid)
+        _check_owner(path, place, os.lstat(place).st_uid, trusted)
         target = os.readlink(place)
         parts += target.split("/")[::-1]
         if target.startswith("/"):
@@ -112,9 +150,9 @@ def _containers(path: str, folder: str) -> Iterator[str]:
     yield current
 
 
-def _check_folder(path: str, folder: str) -> None:
+def _check_folder(path: str, folder: str, trusted: Collection[int]) -> None:
     status = os.stat(folder)
-    _check_owner(path, folder, status.st_uid)
+    _check_owner(path, folder, status.st_uid, trusted)
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if others_write and not status.st_mode & stat.S_ISVTX:
         raise ListenError(
@@ -123,8 +161,8 @@ def _check_folder(path: str, folder: str) -> None:
         )
 
 
-def _check_owner(path: str, place: str, owner: int) -> None:
-    if owner not in (0, os.getuid()):
+def _check_owner(path: str, place: str, owner: int, trusted: Collection[int]) -> None:
+    if owner not in trusted:
         raise ListenError(
             f"{path}: refused, because user {owner} owns {place} and could replace it"
         )

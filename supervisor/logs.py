@@ -172,6 +172,13 @@ def configure(settings: LogSettings) -> None:
     _Current.settings, _Current.security = settings, security
 
 
+def descriptors() -> list[int]:
+    """Those of the log files that were opened, which others are to write to."""
+    settings = _Current.settings
+    found = [STANDARD_ERROR] if settings is not None and settings.log_file != "stderr" else []
+    return found + ([_Current.security] if _Current.security >= 0 else [])
+
+
 def check(settings: LogSettings) -> None:
     """See that the files can be opened. Raises LogError."""
     for path in (settings.log_file, settings.security_log):

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import setproctitle
 
@@ -21,9 +22,10 @@ from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.monitor import Monitor
+from cpanbridge.supervisor.notify import Notifier
 from cpanbridge.supervisor.place import WorkerMain
 from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import Generation, Stage
+from cpanbridge.supervisor.seats import KILL_MARGIN, Generation, Stage
 from cpanbridge.supervisor.shared import Shared, slot_capacity
 from cpanbridge.supervisor.sockets import Sockets
 from cpanbridge.supervisor.text import describe_exit
@@ -63,6 +65,7 @@ class Master:
         else:
             shared, bells, number = inherited.shared, inherited.bells, inherited.estate.generation
         self._loop = Loop()
+        self._notifier = Notifier(self._loop)
         self._workforce = Workforce(self, self._loop, shared, bells, worker_main)
         self._reloader = Reloader(
             load, loaded, self._loop, shared, sockets, self._workforce, number
@@ -104,6 +107,7 @@ class Master:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
         self._show_title()
         self._catch_signals()
+        self._notifier.watch_dog()
         gc.freeze()  # what exists now is shared with the workers; keep the collector off it
         if self._predecessor is None:
             self._watch_control()
@@ -229,6 +233,7 @@ class Master:
             ", ".join(listener.path for listener in generation.listeners),
         )
         self._on_ready(None)
+        self._notifier.ready(self._summary())
         if self._reload_when_started:
             self.handle_hup()
 
@@ -256,20 +261,16 @@ class Master:
             self._reload_when_started = True
             tell("the daemon is still starting; it reloads when it has started")
         else:
+            self._notifier.reloading()
+            self._reloader.begin(partial(self._reloaded, tell))
 
-            def told(reason: str | None) -> None:
-                self._monitor.limits = self._reloader.loaded.settings.limits
-                self._monitor.listeners = [each.socket for each in self._sockets.listeners]
-                tell(reason)
+    def _reloaded(self, tell: Callable[[str | None], None], reason: str | None) -> None:
+        self._notifier.ready(self._summary() if reason is None else f"Not reloaded: {reason}")
+        tell(reason)
 
-            self._reloader.begin(told)
-
-    def _configuration_changed(self) -> None:
-        """Another generation has taken over."""
-        settings = self._reloader.loaded.settings
-        self._monitor.limits = settings.limits
-        self._monitor.listeners = [each.socket for each in self._sockets.listeners]
-        self._show_title()
+    def _summary(self) -> str:
+        generation = self._reloader.generation
+        return f"Serving with {generation.wanted} workers, generation {generation.number}"
 
     def _configuration_changed(self) -> None:
         """Another generation has taken over."""
@@ -283,6 +284,7 @@ class Master:
             self._on_ready(reason)
         if not self._stopping:
             self._stopping = True
+            self._notifier.stopping((seconds or 0.0) + KILL_MARGIN)
             self._reloader.give_up("the daemon is stopping")
             if self._successor is not None:
                 self._successor.give_up("the daemon is stopping")
@@ -356,6 +358,7 @@ class Master:
                 os.kill(os.getpid(), number)
 
     def _leave_to(self, pid: int) -> None:
+        self._notifier.handed_over(pid)
         self._sockets.give_away()
         for number in self._put_off:
             os.kill(pid, number)
@@ -386,7 +389,9 @@ class Master:
         self._reloader.ready(coming)
 
     def _tell_predecessor(self, reason: str | None) -> None:
-        if reason is not None and self._predecessor is not None:
+        if reason is None:
+            self._notifier.ready(self._summary())
+        elif self._predecessor is not None:
             self._predecessor.refuse(reason)
             self._exit_status = 1
             self._stop(None)

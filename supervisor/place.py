@@ -28,6 +28,7 @@ class Place(NamedTuple):
     shared: Shared
     bells: Sequence[Bells]  # of all slots
     listeners: Sequence[socket.socket]
+    lent: bool  # the listening sockets are the service manager's as well, and outlive the daemon
     lifeline: int  # reads end of file when the master is gone
     report: int  # where the worker writes its Report, once
     opening: int  # an eventfd, readable from when the worker may accept; nobody reads it

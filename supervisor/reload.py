@@ -159,6 +159,13 @@ class Reloader:
                 f"workers = {settings.worker_count}: the running daemon has room for {most}; "
                 "restart it to have more"
             )
+        for name in ("user", "group"):
+            now, then = getattr(settings, name), getattr(self.loaded.settings, name)
+            if now != then:
+                raise ReloadError(
+                    f"{name} = {now!r}: the running daemon has {then!r} and cannot become another; "
+                    "restart it"
+                )
         before = self.loaded.settings.log_file
         if settings.log_file == "stderr" != before:
             raise ReloadError(

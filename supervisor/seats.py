@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NoReturn
 
-from cpanbridge.supervisor import logs
+from cpanbridge.supervisor import logs, notify
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.listener import Listener
@@ -183,6 +183,8 @@ class Seat:
             for life in (company.life, *company.inherited_life):
                 os.close(life)
             logs.configure(generation.log)
+            for name in notify.VARIABLES:
+                os.environ.pop(name, None)
             company.worker_main(
                 Place(
                     slot=self.number,
@@ -191,6 +193,7 @@ class Seat:
                     shared=company.shared,
                     bells=company.bells,
                     listeners=[listener.socket for listener in generation.listeners],
+                    lent=any(listener.lent for listener in generation.listeners),
                     lifeline=company.lifeline,
                     report=report,
                     opening=generation.opening,

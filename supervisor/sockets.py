@@ -30,12 +30,13 @@ class HeldListener(msgspec.Struct):
     path: str
     descriptor: int
     inode: tuple[int, int]
+    lent: bool
 
     def take(self) -> Listener:
         """It in this process."""
         listening = socket.socket(fileno=self.descriptor)
         listening.setblocking(False)
-        return Listener(self.path, listening, self.inode)
+        return Listener(self.path, listening, self.inode, self.lent)
 
 
 class HeldSockets(msgspec.Struct):
@@ -89,12 +90,20 @@ class Sockets:
         if self.control is not None:
             self._borrowed.add(self.control.path)
 
-    def open(self, settings: Settings) -> None:
-        """Have all paths, or none. Raises ListenError, InstanceError."""
+    def open(self, settings: Settings, lent: Sequence[Listener] = ()) -> None:
+        """Have all paths, or none; those in `lent` are there. Raises ListenError, InstanceError."""
+        for each in lent:
+            if each.path not in settings.sockets:
+                raise ListenError(
+                    f"LISTEN_FDS: {each.path} is not in listen, which has "
+                    f"{', '.join(settings.sockets)}; make both the same"
+                )
+        there = {each.path for each in lent}
         _prepare_folders(settings.sockets, create=settings.listen is None)
         self._instance.acquire(settings.sockets)
         try:
-            self.listeners = self._listen(settings, settings.sockets)
+            missing = [path for path in settings.sockets if path not in there]
+            self.listeners = [*lent, *self._listen(settings, missing)]
             self.control = _listen_for_control(settings)
         except ListenError:
             self.close()
@@ -122,7 +131,7 @@ class Sockets:
             if control is None or settings.sockets[0] + listener.CONTROL != control.path:
                 control = _listen_for_control(settings)
             gid = listener.group_id(settings.socket_group)
-            for each in kept:
+            for each in (each for each in kept if not each.lent):
                 access.append((each, *each.set_access(int(settings.socket_mode, 8), gid)))
         except ListenError:
             Change(self, kept, added, removed, access, missing, control).undo()
@@ -209,4 +218,4 @@ def _listen_for_control(settings: Settings) -> Listener:
 
 
 def _held(each: Listener) -> HeldListener:
-    return HeldListener(each.path, each.socket.fileno(), each.inode)
+    return HeldListener(each.path, each.socket.fileno(), each.inode, each.lent)

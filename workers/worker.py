@@ -197,6 +197,8 @@ class Worker:
 
         Unless this worker's generation has never been in service: then another master still is.
         """
+        if self._place.lent:
+            return  # the service manager's: its next daemon serves who waits there
         if self._place.generation <= self._place.shared.header.generation:
             for listener in self._place.listeners:
                 with contextlib.suppress(OSError):
@@ -248,7 +250,7 @@ class Worker:
         self._connections.stop()
         os.eventfd_write(self._stops.door, 1)
         os.eventfd_write(self._stops.all, 1)
-        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()):
+        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()) and not self._place.lent:
             while (arrival := self._door.take_leftover(leave_by)) is not None:
                 self._connections.turn_away(arrival)
         if not self._crew.wait_until_idle(leave_by - time.monotonic()):

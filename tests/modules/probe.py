@@ -62,6 +62,10 @@ def stamp(file: str) -> float:
     return now / 1e9
 
 
+def variables(*names: str) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in names}
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 

@@ -39,6 +39,8 @@ KEYS: list[tuple[str, Any, Any]] = [
     ("listen", None, ["/tmp/a.sock", "/tmp/b.sock"]),
     ("socket_mode", "0600", "0660"),
     ("socket_group", None, "staff"),
+    ("user", None, "nobody"),
+    ("group", None, "nogroup"),
     ("workers", 0, 3),
     ("threads", 0, 9),
     ("log_file", "stderr", "/tmp/x.log"),

@@ -39,7 +39,7 @@ def test_every_value_in_it_is_the_default(tmp_path: Path) -> None:
     assert settings.limits == Limits()
     for field in msgspec.structs.fields(Settings):
         # Where there is no default, or not one for everybody, an example stands.
-        if field.name not in ("listen", "socket_group", "modules", "module_dirs"):
+        if field.name not in ("listen", "socket_group", "user", "group", "modules", "module_dirs"):
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name
     assert settings.modules["stats"].import_ == "statistics"
     (folder,) = settings.module_dirs

@@ -1,0 +1,230 @@
+"""What systemd relies on: sd_notify, the watchdog, sockets of its making, the units in etc/."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import COMMAND, Daemon, NewDaemon
+from plain_client import connect, one_shot, until
+
+ETC = Path(__file__).parents[2] / "etc"
+
+
+class Manager:
+    """Listens where systemd would, and keeps what it is told."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(path)
+        self._socket.setblocking(False)
+        self.messages: list[dict[str, str]] = []
+
+    def told(self, name: str, value: str | None = None) -> list[dict[str, str]]:
+        """The messages so far that have a field."""
+        try:
+            while True:
+                lines = self._socket.recv(4096).decode().splitlines()
+                self.messages.append(dict(line.split("=", 1) for line in lines))
+        except BlockingIOError:
+            pass
+        return [m for m in self.messages if name in m and value in (None, m[name])]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def managed(new_daemon: NewDaemon) -> Iterator[tuple[Daemon, Manager]]:
+    daemon = new_daemon("workers = 2")
+    manager = Manager(str(daemon.folder / "notify"))
+    daemon.environment["NOTIFY_SOCKET"] = manager.path
+    daemon.environment["WATCHDOG_USEC"] = "400000"
+    yield daemon.run(), manager
+    manager.close()
+
+
+def test_it_says_when_it_is_ready_reloads_and_stops(managed: tuple[Daemon, Manager]) -> None:
+    daemon, manager = managed
+    until(lambda: manager.told("READY"))
+    (ready,) = manager.told("READY")
+    assert ready["STATUS"] == "Serving with 2 workers, generation 1"
+    os.kill(daemon.pid, signal.SIGHUP)
+    until(lambda: len(manager.told("READY")) == 2)
+    (reloading,) = manager.told("RELOADING")
+    assert int(reloading["MONOTONIC_USEC"]) > 0
+    assert manager.messages.index(reloading) < manager.messages.index(manager.told("READY")[1])
+    assert manager.told("READY")[1]["STATUS"] == "Serving with 2 workers, generation 2"
+    daemon.write_config("workers = 200")
+    os.kill(daemon.pid, signal.SIGHUP)
+    until(lambda: len(manager.told("READY")) == 3)
+    assert manager.told("READY")[2]["STATUS"].startswith("Not reloaded: workers = 200")
+    assert daemon.stop() == 0
+    (stopping,) = manager.told("STOPPING")
+    assert int(stopping["EXTEND_TIMEOUT_USEC"]) == 33_000_000
+
+
+def test_the_watchdog_is_told_as_long_as_the_loop_turns(managed: tuple[Daemon, Manager]) -> None:
+    daemon, manager = managed
+    until(lambda: len(manager.told("WATCHDOG")) > 3)
+    os.kill(daemon.pid, signal.SIGSTOP)
+    count = len(manager.told("WATCHDOG"))
+    with pytest.raises(AssertionError):
+        until(lambda: len(manager.told("WATCHDOG")) > count, 1.0)
+    os.kill(daemon.pid, signal.SIGCONT)
+    until(lambda: len(manager.told("WATCHDOG")) > count)
+
+
+def test_an_upgrade_tells_the_new_main_pid(managed: tuple[Daemon, Manager]) -> None:
+    daemon, manager = managed
+    old = daemon.pid
+    assert daemon.command("upgrade").returncode == 0
+    until(lambda: manager.told("MAINPID", str(daemon.pid)))
+    assert daemon.pid != old
+    until(lambda: len(manager.told("READY")) == 2)
+    count = len(manager.told("WATCHDOG"))
+    until(lambda: len(manager.told("WATCHDOG")) > count)  # the new one goes on with that
+    assert daemon.stop() == 0
+
+
+def test_modules_cannot_speak_for_the_daemon(managed: tuple[Daemon, Manager]) -> None:
+    daemon, _ = managed
+    for pid in daemon.workers():
+        environment = daemon.call("probe", "variables", ["NOTIFY_SOCKET", "WATCHDOG_USEC"])
+        assert environment == {"NOTIFY_SOCKET": None, "WATCHDOG_USEC": None}, pid
+
+
+# -- sockets that systemd has made --
+
+EXEC = """
+import os, sys
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def activated(new_daemon: NewDaemon) -> Iterator[tuple[Daemon, socket.socket]]:
+    daemon = new_daemon("workers = 2")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(daemon.path)
+        listening.listen(128)
+        yield daemon, listening
+
+
+def start_with(daemon: Daemon, listening: socket.socket) -> None:
+    """Start it as systemd would, with the socket as descriptor 3."""
+
+    def at_three() -> None:
+        os.dup2(listening.fileno(), 3, inheritable=True)
+
+    daemon.process = subprocess.Popen(
+        [sys.executable, "-c", EXEC, COMMAND, "run", "--config", str(daemon.config)],
+        env={**daemon.environment, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        close_fds=False,
+        preexec_fn=at_three,
+    )
+
+
+def test_clients_that_came_before_the_daemon_are_served_and_the_socket_outlives_it(
+    activated: tuple[Daemon, socket.socket],
+) -> None:
+    daemon, listening = activated
+    inode = os.stat(daemon.path).st_ino
+    body = b'{"module": "test", "function": "ping"}'
+    for _ in range(2):
+        with connect(daemon.path) as early:
+            early.sendall(body)
+            start_with(daemon, listening)
+            assert b"pong" in early.recv(65536)
+        until(lambda: " ready: pid " in daemon.log())
+        assert one_shot(daemon.path, "test", "echo", [1])["result"] == [1]
+        assert daemon.call("probe", "variables", ["LISTEN_FDS"]) == {"LISTEN_FDS": None}
+        assert daemon.command("reload").returncode == 0
+        assert daemon.stop() == 0
+        assert os.stat(daemon.path).st_ino == inode
+    with connect(daemon.path) as next_client:  # it waits for the next daemon
+        next_client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            next_client.recv(1)
+
+
+def test_a_killed_daemon_leaves_the_lent_socket_open(
+    activated: tuple[Daemon, socket.socket],
+) -> None:
+    daemon, listening = activated
+    start_with(daemon, listening)
+    until(lambda: " ready: pid " in daemon.log())
+    assert daemon.process is not None
+    workers = daemon.workers()
+    os.kill(daemon.pid, signal.SIGKILL)
+    daemon.process.wait()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    with connect(daemon.path) as client:
+        client.sendall(b'{"module": "test", "function": "ping"}')
+        start_with(daemon, listening)
+        assert b"pong" in client.recv(65536)
+    assert daemon.stop() == 0
+
+
+def test_an_upgrade_keeps_the_lent_socket(activated: tuple[Daemon, socket.socket]) -> None:
+    daemon, listening = activated
+    start_with(daemon, listening)
+    until(lambda: " ready: pid " in daemon.log())
+    assert daemon.command("upgrade").returncode == 0
+    assert daemon.call("test", "echo", [1]) == [1]
+    assert daemon.stop() == 0
+    assert os.path.exists(daemon.path)
+
+
+def test_a_socket_that_is_not_in_listen_is_told(activated: tuple[Daemon, socket.socket]) -> None:
+    daemon, listening = activated
+    daemon.config.write_text(
+        daemon.config.read_text().replace(f'"{daemon.path}"', f'"{daemon.folder}/other.sock"')
+    )
+    start_with(daemon, listening)
+    assert daemon.process is not None
+    _, said = daemon.process.communicate(timeout=30)
+    assert daemon.process.returncode == 1
+    assert f"LISTEN_FDS: {daemon.path} is not in listen" in said.decode()
+
+
+# -- the units --
+
+
+def test_the_units_are_what_systemd_understands(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    version = subprocess.run(
+        ["systemd-analyze", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    number = int(re.findall(r"systemd (\d+)", version)[0])
+    service = (ETC / "cpanbridged.service").read_text()
+    assert "/opt/cpanbridge/bin/cpanbridged run" in service
+    service = service.replace("/opt/cpanbridge/bin/cpanbridged", COMMAND)
+    if number < 253:  # it does not know the type; the file says what to put there
+        service = service.replace("Type=notify-reload", "Type=notify")
+    (tmp_path / "cpanbridged.service").write_text(service)
+    shutil.copy(ETC / "cpanbridged.socket", tmp_path)
+    done = subprocess.run(
+        [
+            "systemd-analyze",
+            "verify",
+            "--man=no",
+            str(tmp_path / "cpanbridged.service"),
+            str(tmp_path / "cpanbridged.socket"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
