@@ -287,9 +287,9 @@ def recent_events(shared: Shared) -> list[dict[str, Any]]:
 
 def recent_errors(shared: Shared) -> list[dict[str, Any]]:
     """The last requests that failed, the newest first."""
-    names = shared.names.all()
     notes = [note for books in _books(shared) for note in books.errors.read()]
     notes.sort(reverse=True)
+    names = shared.names.all()  # after the notes: each was written when its function had a name
     return [
         {
             "timestamp": note.at / 1e9,
