@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from plain_client import until
 
 from cpanbridge.supervisor import gate as gate_module
+from cpanbridge.supervisor import recordlock as recordlock_module
 from cpanbridge.supervisor import shared as shared_module
 from cpanbridge.supervisor import window as window_module
 from cpanbridge.supervisor.config import Limits
@@ -433,7 +434,8 @@ def kill_at(step: int, work: Callable[[], object]) -> bool:
     if pid == 0:
         with contextlib.suppress(BaseException):
             left = step
-            files = (gate_module.__file__, shared_module.__file__, window_module.__file__)
+            modules = (gate_module, recordlock_module, shared_module, window_module)
+            files = {module.__file__ for module in modules}
 
             def trace(frame: FrameType, event: str, _: object) -> Any:
                 nonlocal left
@@ -466,6 +468,17 @@ def one_life(house: House) -> None:
     gate.closed()
 
 
+def kept_life(house: House) -> None:
+    """The same without ever waiting, with a second request for which there is no room."""
+    gate = house.gates[0]
+    assert gate.attempt(gate.reserve, connection=True) is True
+    gate.opened()
+    assert gate.attempt(gate.admitted, connection=False) is True
+    assert isinstance(gate.attempt(gate.admitted, connection=False), Obstacle)
+    gate.finished(False)
+    gate.closed()
+
+
 def age(house: House) -> None:
     """Let all admissions so far be over a minute old."""
     for position in range(len(ring(house))):
@@ -494,9 +507,10 @@ def assert_unharmed(house: House, admitted_before: int, aged: int = 0) -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("life", [one_life, kept_life])
 @pytest.mark.parametrize(("aged", "before"), [(0, 2), (8, 0)], ids=["new", "wrapped"])
 def test_a_process_killed_between_any_two_steps_of_an_admission_leaks_nothing(
-    aged: int, before: int
+    aged: int, before: int, life: Callable[[House], None]
 ) -> None:
     step, killed = 0, True
     while killed:
@@ -507,12 +521,38 @@ def test_a_process_killed_between_any_two_steps_of_an_admission_leaks_nothing(
                 age(house)
             for _ in range(before):
                 one_life(house)
-            killed = kill_at(step, lambda house=house: one_life(house))  # type: ignore[misc]
+            killed = kill_at(step, lambda house=house: life(house))  # type: ignore[misc]
             assert_unharmed(house, before, aged)
         finally:
             house.close()
         step += 1
-    assert step > 30  # it was killed at many places indeed
+    assert step > 50  # it was killed at many places indeed
+
+
+def test_a_process_killed_while_it_turns_a_client_away_leaks_nothing() -> None:
+    step, killed = 0, True
+    while killed:
+        house = House(2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4)
+        try:
+            other = house.gates[1]
+            assert house.try_to_open(other)
+            assert house.try_to_admit(other)
+
+            def turn_away(house: House = house) -> None:
+                gate = house.gates[0]
+                assert isinstance(gate.attempt(gate.reserve, connection=True), Obstacle)
+                assert isinstance(gate.attempt(gate.admitted, connection=False), Obstacle)
+                assert not gate.reserve_any()
+
+            killed = kill_at(step, turn_away)
+            assert house.shared.slots[0].full <= 1
+            other.finished(True)
+            other.closed()
+            assert_unharmed(house, admitted_before=1)
+        finally:
+            house.close()
+        step += 1
+    assert step > 30
 
 
 def test_a_process_killed_while_it_waits_leaks_nothing() -> None:

@@ -1,0 +1,101 @@
+"""What a worker writes down: each thing at its place, and nothing lost between its threads."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cpanbridge.supervisor import histogram
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.workers.bookkeeper import Bookkeeper
+from cpanbridge.workers.security import SecurityEvent
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def shared() -> Iterator[Shared]:
+    shared = Shared.create(2, Limits())
+    yield shared
+    os.close(shared.fd)
+
+
+def test_a_request_that_has_run_is_counted_in_all_books(shared: Shared) -> None:
+    books = Bookkeeper(shared, 1)
+    books.ran(3, True, 10 * MS, time.monotonic_ns())
+    books.ran(3, False, 20 * MS, time.monotonic_ns())
+    written = shared.books[1]
+    assert shared.slots[1].busy_ns == 30 * MS
+    assert written.tally.read(3) == (2, 1, 30 * MS)
+    latencies = histogram.merged([written.histogram])
+    assert (latencies.requests, latencies.failed) == (2, 1)
+    assert shared.slots[1].finished == 0  # that is the gate's to count
+    assert shared.books[0].tally.read(3) == (0, 0, 0)
+
+
+def test_an_error_is_kept_with_its_function_and_its_duration(shared: Shared) -> None:
+    Bookkeeper(shared, 0).error(7, 5 * MS, "division by zero")
+    (note,) = shared.books[0].errors.read()
+    assert (note.first, note.second, note.text) == (5 * MS, 7, "division by zero")
+    assert abs(note.at / 1e9 - time.time()) < 600
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["invalid_request", "module_not_allowed", "function_not_allowed", "permission_denied"],
+)
+def test_a_security_event_is_counted_by_its_kind_and_kept(shared: Shared, name: str) -> None:
+    Bookkeeper(shared, 0).event(SecurityEvent(name, "what it was", 4711, 1000))
+    assert getattr(shared.slots[0], name) == 1
+    (note,) = shared.books[0].events.read()
+    assert (note.first, note.second, note.text) == (4711, 1000, f"{name}\nwhat it was")
+
+
+@pytest.mark.parametrize("reason", ["verdict", "connections", "concurrency", "rate"])
+def test_who_was_told_overloaded_is_counted_by_the_reason(shared: Shared, reason: str) -> None:
+    Bookkeeper(shared, 0).overloaded(reason)
+    assert getattr(shared.slots[0], f"overloaded_{reason}") == 1
+
+
+def test_a_replacement_goes_on_counting(shared: Shared) -> None:
+    for _ in range(2):
+        books = Bookkeeper(shared, 0)
+        books.refused()
+        books.turned_away()
+    assert (shared.slots[0].refused, shared.slots[0].turned_away) == (2, 2)
+
+
+def test_no_count_is_lost_between_threads(shared: Shared) -> None:
+    books = Bookkeeper(shared, 0)
+    event = SecurityEvent("invalid_request", "x", 1, 1)
+    works: list[Callable[[], None]] = [
+        books.refused,
+        books.turned_away,
+        lambda: books.overloaded("rate"),
+        lambda: books.event(event),
+        lambda: books.ran(1, False, 1, 1),
+    ]
+
+    def work() -> None:
+        for _ in range(500):
+            for each in works:
+                each()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    slot = shared.slots[0]
+    assert (slot.refused, slot.turned_away, slot.overloaded_rate) == (2000, 2000, 2000)
+    assert (slot.invalid_request, slot.busy_ns) == (2000, 2000)
+    assert shared.books[0].tally.read(1) == (2000, 2000, 2000)
