@@ -479,17 +479,18 @@ def test_the_demand_includes_those_who_wait(new_tower: NewTower) -> None:
 
 
 def test_the_demand_includes_those_who_were_told_overloaded_since_the_last_look(
-    new_tower: NewTower,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tower = new_tower(max_requests_per_minute=100)
+    tower = Tower(monkeypatch, max_requests_per_minute=100)
     slot = tower.slot(1)
-    slot.overloaded_rate = 1000  # long ago
+    slot.overloaded_rate = 1000  # long ago, under a master before this one
+    tower.start()
+    assert tower.value(Kind.REQUESTS) == 0
 
     def demand() -> list[float]:
         tower.look()
         return [tower.value(kind) for kind in (Kind.REQUESTS, Kind.CONCURRENT, Kind.CONNECTIONS)]
 
-    demand()
     slot.overloaded_rate += 5
     slot.overloaded_concurrency += 3
     slot.overloaded_connections += 2
