@@ -82,6 +82,7 @@ class Module(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     import_: Annotated[str, Meta(min_length=1)] = msgspec.field(name="import")
     functions: Functions
     affinity: Affinity = "none"
+    request_timeout: SecondsOrNever | None = None
 
 
 class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,6 +91,7 @@ class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     path: Path_
     functions: Functions = "*"
     affinity: Affinity = "none"
+    request_timeout: SecondsOrNever | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,6 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     group: Annotated[str, Meta(min_length=1)] | None = None
     workers: Annotated[int, Meta(ge=0, le=MAX_WORKERS)] = 0
     threads: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    max_requests: Count = 0
     log_file: Path_ = "stderr"
     security_log: Path_ = "-"
     log_format: Literal["text", "json"] = "text"
@@ -122,17 +125,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Workers to run: as set, or one per usable core, at least 2 and at most 8."""
         return self.workers or min(8, max(2, len(os.sched_getaffinity(0))))
 
+    def timeout_of(self, module: Module | ModuleDir) -> float:
+        """How many seconds a call of a module may take; 0: any time."""
+        if module.request_timeout is not None:
+            return module.request_timeout
+        return self.limits.request_timeout
+
     @property
     def thread_count(self) -> int:
         """Connections that one worker serves at a time: as set, or all that there may be."""
         return self.threads or self.limits.max_connections
 
-
-# Checked like all others, but nothing acts on them in this version; the command says so.
-NOT_YET_ENFORCED = (
-    "limits.request_timeout",
-    "limits.slow_request",
-)
 
 # What may stand at a key, where msgspec's own words would not tell an operator.
 _NAME_RULE = "must be a letter followed by letters, digits and _, at most {} characters"
@@ -151,7 +154,7 @@ _RULES = {
 # The environment's names that are not the prefix and the key's last part.
 _ENVIRONMENT_NAMES = {"listen": "SOCKET", "limits.idle_timeout": "TIMEOUT"}
 _ENVIRONMENT_KEYS = (
-    *("listen", "workers", "threads", "debug", "overload"),
+    *("listen", "workers", "threads", "max_requests", "debug", "overload"),
     *(f"limits.{name}" for name in Limits.__struct_fields__),
 )
 ENVIRONMENT = {
@@ -217,11 +220,6 @@ def load(
             raise ConfigError(f"--set {flag}: must be KEY=VALUE, such as limits.max_connections=50")
         _set(tables, key.strip(), text, "--set")
     settings = _convert(tables, source)
-    notes.extend(
-        f"{key} is set, but this version does not enforce it yet"
-        for key in NOT_YET_ENFORCED
-        if _get(tables, key) is not None
-    )
     notes.extend(_beyond_the_machine(tables, settings.limits))
     return Loaded(settings, source, notes)
 

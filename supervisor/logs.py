@@ -28,6 +28,13 @@ class LogError(Exception):
     """A log file cannot be opened; one line that says which and why."""
 
 
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """The traceback of a record's exception, or one that it was given as `extra`: `trace`."""
+    if record.exc_info:
+        return formatter.formatException(record.exc_info)
+    return getattr(record, "trace", "")
+
+
 class LineFormatter(logging.Formatter):
     """`2025-10-08 14:32:15 [WARNING] message`, with control characters shown escaped.
 
@@ -37,9 +44,8 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         line = f"{when} [{record.levelname}] {escaped(record.getMessage())}"
-        if record.exc_info:
-            for each in self.formatException(record.exc_info).split("\n"):
-                line += "\n    " + escaped(each)
+        for each in _trace(self, record).splitlines():
+            line += "\n    " + escaped(each)
         return line
 
 
@@ -53,8 +59,8 @@ class JsonFormatter(logging.Formatter):
             "pid": os.getpid(),
             "message": printable(record.getMessage()),
         }
-        if record.exc_info:
-            line["traceback"] = printable(self.formatException(record.exc_info))
+        if trace := _trace(self, record):
+            line["traceback"] = printable(trace)
         return json_line(line)
 
 

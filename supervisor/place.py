@@ -32,6 +32,7 @@ class Place(NamedTuple):
     lifeline: int  # reads end of file when the master is gone
     report: int  # where the worker writes its Report, once
     opening: int  # an eventfd, readable from when the worker may accept; nobody reads it
+    plea: int  # an eventfd: written when the worker has put a plea into its slot
     reopen_logs: Callable[[], None]  # raises LogError
 
 

@@ -84,6 +84,8 @@ class Company:
         self.worker_main = worker_main
         # Workers hold the read end only, so it ends when the master does, however that happens.
         self.lifeline, self.life = os.pipe()
+        # Rung by a worker that asks to be retired.
+        self.plea = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.inherited_life: list[int] = []  # the same of masters before this one
 
 
@@ -100,6 +102,7 @@ class Seat:
         self.failures = 0  # starts in a row that did not get it ready
         self.refill: Timer | None = None  # its next start
         self.leaving = ""  # why its worker was told to leave, or will be
+        self.hurry = True  # it has graceful_timeout for that, not drain_timeout
         self.told = False
         self.refill_after = False  # when it has left, the same seat gets its replacement
         self.replaces: Seat | None = None  # told to leave once the worker here is ready
@@ -112,6 +115,16 @@ class Seat:
     def ready(self) -> bool:
         """Whether its worker has booted."""
         return self.ready_at is not None
+
+    @property
+    def plea(self) -> int:
+        """Why the worker asks to be retired: PLEA_..."""
+        return int(self._slot.plea)
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether the worker has been told to leave in its own time."""
+        return self.told and not self._slot.leave_by
 
     @property
     def lets_in(self) -> bool:
@@ -179,6 +192,7 @@ class Seat:
         """Called in the child: let go of what is the master's alone, and never come back."""
         company = self._company
         try:
+            plea = os.dup(company.plea)
             company.loop.let_go()
             for life in (company.life, *company.inherited_life):
                 os.close(life)
@@ -197,6 +211,7 @@ class Seat:
                     lifeline=company.lifeline,
                     report=report,
                     opening=generation.opening,
+                    plea=plea,
                     reopen_logs=logs.reopen,
                 )
             )

@@ -35,7 +35,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 4
+LAYOUT = 5
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -52,6 +52,11 @@ WAITS_FOR_RATE = 4  # told for whoever looks; the time that it waits for is exac
 ORDER_NONE = 0
 ORDER_RETIRE = 1  # the daemon goes on without it
 ORDER_STOP = 2  # the daemon ends
+
+# Why a worker asks to be retired.
+PLEA_NONE = 0
+PLEA_HANGS = 1  # a call has not ended in its time
+PLEA_WORN = 2  # it has run max_requests
 
 _CACHE_LINE = 64
 
@@ -121,6 +126,7 @@ class Slot(ctypes.Structure):
         ("leave_by", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: when all has finished
         # Written by the worker's main thread.
         ("shut", ctypes.c_int64),  # 1: it lets nobody in any more
+        ("plea", ctypes.c_int64),  # PLEA_...: why it asks to be retired
         ("since", ctypes.c_int64),  # when the process was forked, CLOCK_MONOTONIC, nanoseconds
         ("admitted_before", ctypes.c_int64),  # what `admitted` was then
         ("memory", ctypes.c_int64),  # bytes, with all that the worker has started
@@ -281,6 +287,7 @@ class Shared:
         slot.order = ORDER_NONE
         slot.leave_by = 0
         slot.shut = 0
+        slot.plea = PLEA_NONE
         slot.reserved = 0
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost

@@ -10,6 +10,7 @@ what runs, and leaves; what it was doing harms nobody. Called in the master.
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -19,7 +20,14 @@ from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.place import Report, WorkerMain
 from cpanbridge.supervisor.seats import Company, Generation, Seat, Stage
-from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, Shared
+from cpanbridge.supervisor.shared import (
+    ORDER_RETIRE,
+    ORDER_STOP,
+    PLEA_HANGS,
+    PLEA_NONE,
+    PLEA_WORN,
+    Shared,
+)
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -27,6 +35,8 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 30.0
 SETTLED_SECONDS = 1.0  # one that was ready for so long did not die of its start
 PAUSE_AFTER_READY = 0.5  # for one that was not
+
+_PLEAS = {PLEA_HANGS: "a call hangs", PLEA_WORN: "it has run max_requests"}
 
 
 class Owner(Protocol):
@@ -59,6 +69,7 @@ class Workforce:
         self._loop = loop
         self.seats = [Seat(company, number) for number in range(len(shared.slots))]
         self._stopping = False
+        loop.watch(company.plea, self._hear_pleas)
         self.standing_still = False  # another master is about to take over: nobody is forked
         self.confined = False  # to the seats it has: another master uses the others
 
@@ -162,21 +173,22 @@ class Workforce:
 
     # -- retiring --
 
-    def retire(self, slot: int, reason: str, *, replace_first: bool) -> bool:
+    def retire(self, slot: int, reason: str, *, replace_first: bool, hurry: bool = True) -> bool:
         """Have the worker in a slot leave: it finishes what runs, within `graceful_timeout`.
 
+        Without `hurry` it has `drain_timeout`, as after a reload: nothing is wrong with it.
         With `replace_first` its replacement takes another slot and boots meanwhile, and only then
         it is told. Otherwise, and when no slot is free, its replacement follows when it has gone.
         False when there is nobody to retire: it boots, leaves already, or is not in service.
         """
         seat = self.seats[slot]
         generation = seat.generation
-        if not seat.ready or seat.leaving or self._stopping:
+        if not seat.ready or seat.leaving or self._stopping or self.standing_still:
             return False
         if generation is None or not generation.in_service:
             return False
         LOGGER.warning("Worker %d (pid %d) is retired: %s", slot, seat.pid, reason)
-        seat.leaving = reason
+        seat.leaving, seat.hurry = reason, hurry
         successor = self._free_seat() if replace_first else None
         if successor is None:
             seat.refill_after = True
@@ -208,9 +220,22 @@ class Workforce:
             self._give_up(seat, "one worker fewer")
         return True
 
+    def _hear_pleas(self) -> None:
+        os.eventfd_read(self._company.plea)
+        for seat in self.seats:
+            hangs = seat.plea == PLEA_HANGS
+            if hangs and seat.may_stay:
+                seat.hurry = True
+                self._tell_to_retire(seat)  # it drains, which must not take as long as it hangs
+            elif seat.plea != PLEA_NONE:
+                reason = _PLEAS[seat.plea]
+                self.retire(seat.number, reason, replace_first=True, hurry=hangs)
+
     def _tell_to_retire(self, seat: Seat) -> None:
         assert seat.generation is not None
-        seat.tell_to_leave(ORDER_RETIRE, seat.generation.settings.limits.graceful_timeout)
+        limits = seat.generation.settings.limits
+        seconds = limits.graceful_timeout if seat.hurry else limits.drain_timeout or None
+        seat.tell_to_leave(ORDER_RETIRE, seconds)
 
     # -- a worker's life --
 

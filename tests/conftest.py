@@ -136,21 +136,20 @@ class Daemon:
 
     def clean_up(self) -> None:
         """Leave no process behind, whatever the test did."""
-        pids = []
-        if self.process is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                pids = self.workers()
-            self.process.kill()
-            self.process.communicate()
+        running = self.process is not None and self.process.poll() is None
+        masters = [self.process.pid] if self.process is not None and running else []
         pid_file = Path(f"{self.path}.pid")
-        if pid_file.exists():  # one that `start` put in the background
+        if pid_file.exists():  # one that `start` or an upgrade put in the background
+            masters.append(int(pid_file.read_text()))
+        pids = []
+        for master in masters:
             with contextlib.suppress(psutil.NoSuchProcess):
-                master = psutil.Process(int(pid_file.read_text()))
-                pids += [child.pid for child in master.children()]
-                master.kill()
+                pids += [master, *(child.pid for child in psutil.Process(master).children())]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.communicate()
 
 
 NewDaemon = Callable[..., Daemon]

@@ -18,6 +18,7 @@ from cpanbridge.workers.bookkeeper import Bookkeeper
 from cpanbridge.workers.modules import Registry, Target
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
+from cpanbridge.workers.watch import AnsweredError, Watch
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -27,6 +28,7 @@ class Call(NamedTuple):
 
     request: Request
     target: Target
+    arrived: float  # CLOCK_MONOTONIC seconds
 
 
 class Draining(Exception):
@@ -54,11 +56,21 @@ class Overloaded(Refusal):
         super().__init__("Overloaded", message, request_id)
 
 
+class LeftError(OSError):
+    """The client has left before its request was run."""
+
+
 class Calls:
     """What a worker's connections need to have their requests run."""
 
     def __init__(
-        self, settings: Settings, worker: int, shared: Shared, gate: Gate, registry: Registry
+        self,
+        settings: Settings,
+        worker: int,
+        shared: Shared,
+        gate: Gate,
+        registry: Registry,
+        watch: Watch,
     ) -> None:
         self._limits = settings.limits
         self._debug = settings.debug
@@ -67,6 +79,7 @@ class Calls:
         self._shared = shared
         self._gate = gate
         self._registry = registry
+        self._watch = watch
         self._books = Bookkeeper(shared, worker)
         self._security = security.SecurityLog(worker)
         self._pid = os.getpid()
@@ -85,14 +98,18 @@ class Calls:
         return self._find(protocol.decode(data, self._limits))
 
     def _find(self, request: Request) -> Call:
-        return Call(request, self._registry.find(request))
+        return Call(request, self._registry.find(request), time.monotonic())
 
     def admit(self, call: Call, peer: Peer, stop: int) -> None:
         """Wait until a request may run, and charge it.
 
         Raises Draining when the descriptor `stop` is readable before there is room, and with
-        `overload = "reject"` Refusal (Overloaded) when there is none now.
+        `overload = "reject"` Refusal (Overloaded) when there is none now. Raises LeftError for a
+        client that has left, and Refusal (RequestTimeout) when it does not wait any more: what it
+        asked for is not run then.
         """
+        if peer.has_left():
+            raise LeftError
         gate = self._gate
         outcome = gate.attempt(gate.admitted, connection=False)
         if outcome is True:
@@ -102,6 +119,26 @@ class Calls:
         self.roster.is_doing(peer.entry, WAITING)
         if not gate.wait_and_take(gate.admitted, stop, connection=False):
             raise Draining
+        late = call.request.timeout is not None and self._left(call) <= 0
+        if late or peer.has_left():
+            gate.finished(succeeded=False)
+            if not late:
+                raise LeftError
+            message = "There was no room within the request's timeout; the call was not run"
+            raise Refusal("RequestTimeout", message, call.request.request_id)
+
+    @staticmethod
+    def _left(call: Call) -> float:
+        """Seconds until a client with a timeout of its own waits no longer."""
+        return (call.request.timeout or 0.0) - (time.monotonic() - call.arrived)
+
+    def _limit(self, call: Call) -> float:
+        """Seconds that a call may take; 0.0: any time."""
+        limit = call.target.request_timeout
+        if call.request.timeout is None:
+            return limit
+        left = max(0.001, self._left(call))
+        return min(limit, left) if limit else left
 
     def run(self, call: Call, peer: Peer) -> bytes:
         """Run an admitted request and return the reply; its room is given back in any case."""
@@ -110,6 +147,7 @@ class Calls:
         if function < 0:
             function = self._number(call)
         self.roster.runs(peer.entry)
+        watched = self._watch.begin(request, peer, self._limit(call))
         started = time.monotonic_ns()
         problem: str | None = "the daemon's own fault"
         try:
@@ -130,6 +168,9 @@ class Calls:
             return protocol.encode_failure(refusal.message, refusal.kind, request.request_id)
         finally:
             ended = time.monotonic_ns()
+            answered = watched is not None and not self._watch.end(watched)
+            if answered:
+                problem = "it took longer than its request_timeout"
             duration_ns = ended - started
             if problem is not None:
                 self._books.error(function, duration_ns, problem)
@@ -137,6 +178,8 @@ class Calls:
             self._gate.finished(problem is None)
             self.roster.ran(peer.entry, ended)
             target.took(duration_ns)
+            if answered:
+                raise AnsweredError
 
     def _number(self, call: Call) -> int:
         """Called once for each function: its place in the table of names."""

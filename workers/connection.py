@@ -144,6 +144,7 @@ class Connections:
         if not data:
             return
         if protocol.is_framed(data):
+            peer.framed = True
             with self._interruptible(peer, self._framed):
                 self._serve_framed(peer, bytearray(data), deadline)
         else:

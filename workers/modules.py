@@ -41,15 +41,19 @@ class Exposed(NamedTuple):
     functions: dict[str, Callable[..., Any]]
     python: ModuleType | None  # None: built in
     takes_request: bool = False  # its functions are handed the Request itself, and the Peer
+    request_timeout: float = 0.0  # seconds that a call may take; 0: any time
 
 
 class Target:
     """A function that can be called, and whether its calls have been quick of late."""
 
-    __slots__ = ("_slow_share", "function", "number", "takes_request")
+    __slots__ = ("_slow_share", "function", "number", "request_timeout", "takes_request")
 
-    def __init__(self, function: Callable[..., Any], takes_request: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], takes_request: bool, request_timeout: float = 0.0
+    ) -> None:
         self.function = function
+        self.request_timeout = request_timeout
         self.number = -1  # its place in the daemon's table of names; -1: it was not called yet
         self.takes_request = takes_request
         self._slow_share = 0.5  # of the last calls, newer ones counting more
@@ -79,7 +83,7 @@ class Registry:
         self._exposed = exposed
         self._targets = {
             name: {
-                function: Target(callable_, module.takes_request)
+                function: Target(callable_, module.takes_request, module.request_timeout)
                 for function, callable_ in module.functions.items()
             }
             for name, module in exposed.items()
@@ -193,7 +197,11 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
             if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
                 raise ModuleLoadError(f"{file}: clients cannot name a module {name!r}; rename it")
             module = _import(str(file), partial(_import_file, name, file))
-            exposed[name] = Exposed(_select(module, directory.functions, str(file)), module)
+            exposed[name] = Exposed(
+                _select(module, directory.functions, str(file)),
+                module,
+                request_timeout=settings.timeout_of(directory),
+            )
     for name, table in settings.modules.items():
         label = f"modules.{name}"
         if name in built_in:
@@ -205,7 +213,7 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
             raise ModuleLoadError(
                 f'{label}: "*" finds no function of {table.import_!r}\'s own; name them'
             )
-        exposed[name] = Exposed(functions, module)
+        exposed[name] = Exposed(functions, module, request_timeout=settings.timeout_of(table))
     return Registry(built_in | exposed)
 
 

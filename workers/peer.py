@@ -6,6 +6,7 @@ when it differs from the last one.
 """
 
 import contextlib
+import ctypes
 import select
 import socket
 import struct
@@ -17,17 +18,48 @@ _TIMEVAL = struct.Struct("@ll")
 _UCRED = struct.Struct("3i")
 
 
+class _PollDescriptor(ctypes.Structure):
+    """struct pollfd of poll(2)."""
+
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+# It does not wait here, so it need not give up the interpreter lock, as `select.poll` does.
+_poll = ctypes.PyDLL(None).poll
+
+
 class Peer:
     """The other end of a connection. Every method raises OSError when the client has left."""
 
-    __slots__ = ("_receive_limit", "dismissed", "entry", "socket", "stale")
+    __slots__ = ("_receive_limit", "dismissed", "entry", "framed", "socket", "stale")
 
     def __init__(self, client: socket.socket, entry: int) -> None:
         self.socket = client
         self.entry = entry  # in the worker's roster
         self.dismissed = False  # no further request of it is taken up
         self.stale = False  # because it was silent for too long
+        self.framed = False  # it sends frames; known once it has sent something
         self._receive_limit = 0.0
+
+    def has_left(self) -> bool:
+        """Whether nobody would read a reply: the client has closed its end altogether.
+
+        One that has only ended its sending side waits for the reply.
+        """
+        descriptor = _PollDescriptor(self.socket.fileno(), 0, 0)
+        return _poll(ctypes.byref(descriptor), 1, 0) == 1 and bool(
+            descriptor.revents & (select.POLLHUP | select.POLLERR)
+        )
+
+    def say_last(self, data: bytes) -> None:
+        """Send what there is room for, and end the connection both ways.
+
+        Called in the place of the thread that serves this client, which still has the socket.
+        """
+        with contextlib.suppress(OSError):
+            self.socket.send(data, socket.MSG_DONTWAIT)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def credentials(self) -> tuple[int, int, int]:
         """The client's pid, uid and gid when it connected, as the kernel tells them (SO_PEERCRED).

@@ -20,6 +20,7 @@ import gc
 import logging
 import math
 import os
+import random
 import selectors
 import signal
 import socket
@@ -33,7 +34,7 @@ import setproctitle
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.place import Place, send_report
-from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP
+from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, PLEA_HANGS, PLEA_NONE, PLEA_WORN
 from cpanbridge.workers import builtin, modules
 from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
@@ -42,6 +43,7 @@ from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.forks import let_go_in_children
 from cpanbridge.workers.modules import ModuleLoadError, Registry
 from cpanbridge.workers.turnstile import Turnstile
+from cpanbridge.workers.watch import Watch
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -113,6 +115,11 @@ def _boot(place: Place) -> Registry:
     return registry
 
 
+def _with_jitter(requests: int) -> int:
+    """Up to a tenth more, so that workers that began together are not retired together."""
+    return requests + random.randrange(requests // 10 + 1)
+
+
 class Worker:
     """The worker once its modules are imported."""
 
@@ -123,7 +130,9 @@ class Worker:
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self._stops = Stops(os.eventfd(0, flags), os.eventfd(0, flags))
         self._gate = Gate(place.shared, place.slot, place.bells)
-        calls = Calls(place.settings, place.slot, place.shared, self._gate, registry)
+        self._attention = os.eventfd(0, flags)  # the watch has something to look at
+        self._watch = Watch(place.slot, self._limits.slow_request, self._attention)
+        calls = Calls(place.settings, place.slot, place.shared, self._gate, registry, self._watch)
         self._connections = Connections(self._limits, self._gate, calls, self._stops)
         self._turnstile = (
             Turnstile(calls.turn_away) if place.settings.overload == "reject" else None
@@ -137,6 +146,7 @@ class Worker:
         self._crew: Crew[Arrival[Call]] = Crew(
             self._threads, self._door.next, self._connections.is_quick, self._connections.serve
         )
+        self._most_requests = _with_jitter(place.settings.max_requests)
         self._retiring = False
         self._leave_by = math.inf  # CLOCK_MONOTONIC, seconds; once it is to leave
         self._title = ""
@@ -162,6 +172,7 @@ class Worker:
         selector.register(self._crew.attention, selectors.EVENT_READ)
         selector.register(self._place.opening, selectors.EVENT_READ)
         selector.register(self._bell, selectors.EVENT_READ)
+        selector.register(self._attention, selectors.EVENT_READ)
         self._show_title()
         while not self._has_finished():
             ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
@@ -169,6 +180,8 @@ class Worker:
                 os.eventfd_read(self._crew.attention)
                 if self._crew.broken:
                     self._retire(self._graceful_end())
+            if self._attention in ready:
+                os.eventfd_read(self._attention)
             if self._bell in ready:
                 os.eventfd_read(self._bell)
                 self._look_for_cleanup()
@@ -238,7 +251,9 @@ class Worker:
         return True
 
     def _until_next_look(self) -> float:
-        seconds = self._crew.look_after_door()
+        seconds = min(self._crew.look_after_door(), self._watch.look() or math.inf)
+        if self._watch.hangs:
+            self._ask_to_be_retired(PLEA_HANGS)
         if self._retiring:
             seconds = min(seconds, max(0.0, self._leave_by - time.monotonic()))
         return seconds
@@ -270,11 +285,21 @@ class Worker:
             self._cleanups = asked
             self._connections.dismiss_stale()
 
+    def _ask_to_be_retired(self, plea: int) -> None:
+        slot = self._place.shared.slots[self._place.slot]
+        # A worn worker that hangs besides is killed sooner: that is another plea.
+        if slot.plea == PLEA_NONE or (plea, slot.plea) == (PLEA_HANGS, PLEA_WORN):
+            slot.plea = plea
+            os.eventfd_write(self._place.plea, 1)
+
     def _keep_time(self) -> None:
         now = time.monotonic()
         if now >= self._next_title:
             self._next_title = now + TITLE_SECONDS
             self._show_title()
+            slot = self._place.shared.slots[self._place.slot]
+            if self._most_requests and slot.admitted - slot.admitted_before >= self._most_requests:
+                self._ask_to_be_retired(PLEA_WORN)
         if now >= self._next_cleanup:
             self._next_cleanup = now + self._limits.cleanup_interval
             self._start_cleanup()

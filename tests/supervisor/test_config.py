@@ -43,6 +43,7 @@ KEYS: list[tuple[str, Any, Any]] = [
     ("group", None, "nogroup"),
     ("workers", 0, 3),
     ("threads", 0, 9),
+    ("max_requests", 0, 500),
     ("log_file", "stderr", "/tmp/x.log"),
     ("security_log", "-", "/tmp/s.log"),
     ("log_format", "text", "json"),
@@ -55,6 +56,7 @@ IN_ENVIRONMENT = {
     "CPAN_BRIDGE_SOCKET": "listen",
     "CPAN_BRIDGE_WORKERS": "workers",
     "CPAN_BRIDGE_THREADS": "threads",
+    "CPAN_BRIDGE_MAX_REQUESTS": "max_requests",
     "CPAN_BRIDGE_DEBUG": "debug",
     "CPAN_BRIDGE_OVERLOAD": "overload",
     "CPAN_BRIDGE_TIMEOUT": "limits.idle_timeout",
@@ -428,18 +430,6 @@ def test_limits_that_the_machine_can_never_reach_are_noted(file: File) -> None:
 @pytest.mark.parametrize("key", ["max_memory_mb", "max_cpu_percent", "max_connections"])
 def test_a_limit_of_zero_is_refused_where_nothing_could_ever_run(file: File, key: str) -> None:
     assert f"limits.{key} = 0: expected" in file.error(f"limits.{key} = 0")
-
-
-def test_keys_that_are_not_enforced_yet_are_noted_when_they_are_set(file: File) -> None:
-    assert file.load("").notes == []
-    assert file.load("workers = 2\nlimits.read_timeout = 5").notes == []
-    for key in config.NOT_YET_ENFORCED:
-        note = f"{key} is set, but this version does not enforce it yet"
-        name = "CPAN_BRIDGE_" + key.removeprefix("limits.").upper()
-        value = as_text(OTHER[key])
-        assert file.load(f"{key} = {value}").notes == [note]
-        assert file.load("", f"{key}={value}").notes == [note]
-        assert file.load("", **{name: value}).notes == [note]
 
 
 def test_a_variable_that_is_no_option_is_noted(file: File) -> None:

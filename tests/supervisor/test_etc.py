@@ -43,7 +43,7 @@ def test_every_value_in_it_is_the_default(tmp_path: Path) -> None:
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name
     assert settings.modules["stats"].import_ == "statistics"
     (folder,) = settings.module_dirs
-    assert folder == ModuleDir(path=folder.path)
+    assert folder == ModuleDir(path=folder.path, request_timeout=0.0)
     assert settings.modules["stats"].affinity == "none"
 
 

@@ -795,7 +795,8 @@ def test_started_as_root_it_becomes_the_user_that_is_set(new_daemon: NewDaemon) 
     os.kill(daemon.pid, signal.SIGUSR1)
     until(lambda: "Logs reopened" in daemon.log())
     daemon.config.write_text(daemon.config.read_text().replace('"nobody"', '"root"'))
-    assert "user = 'root': the running daemon has 'nobody'" in daemon.command("reload").stderr
+    os.kill(daemon.pid, signal.SIGHUP)
+    until(lambda: "user = 'root': the running daemon has 'nobody'" in daemon.log())
     daemon.config.write_text(daemon.config.read_text().replace('"root"', '"nobody"'))
     assert daemon.command("stop").returncode == 0
     assert nothing_is_left(daemon)

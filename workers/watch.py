@@ -1,0 +1,151 @@
+"""Calls that may take only so long: their clients are told, and the log says where they hang.
+
+A thread cannot be ended from outside. So when a call's time is over, the main thread answers its
+client, writes to the log what the thread is at, and asks the master to retire the worker: other
+calls finish, a replacement takes over, and what hangs ends with the process. If the call returns
+after all, its result is dropped, for its client has had an answer.
+
+A call without a limit costs nothing here. While there are some with one, the main thread looks
+every `LOOK_SECONDS`; there is no alarm for each. A call that never gives up the interpreter lock,
+in a C library, keeps the main thread from looking as well.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from types import FrameType
+
+from cpanbridge.workers import modules, protocol
+from cpanbridge.workers.peer import Peer
+from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Request
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+LOOK_SECONDS = 0.05
+
+
+class AnsweredError(OSError):
+    """The client has been told that its call takes too long: there is nothing more to say to it."""
+
+
+class Running:
+    """A call under way. Times are CLOCK_MONOTONIC seconds, 0.0: none."""
+
+    __slots__ = ("answered", "deadline", "limit", "peer", "request", "slow_at", "started", "thread")
+
+    def __init__(self, request: Request, peer: Peer, limit: float, slow: float) -> None:
+        self.request = request
+        self.peer = peer
+        self.limit = limit
+        self.started = time.monotonic()
+        self.deadline = self.started + limit if limit else 0.0
+        self.slow_at = self.started + slow if slow else 0.0
+        self.thread = threading.get_ident()
+        self.answered = False  # by the watch; written under its lock
+
+    def describe(self) -> str:
+        """Which call it is, for the log."""
+        request = self.request
+        return (
+            f"{request.module}.{request.function} "
+            f"(request {request.request_id or 'without id'} "
+            f"of {request.perl_caller or 'an unknown caller'})"
+        )
+
+
+class Watch:
+    """One worker's watch. `wake` is an eventfd that makes the main thread call `look` soon."""
+
+    def __init__(self, worker: int, slow: float, wake: int) -> None:
+        self._worker = worker
+        self._slow = slow
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._running: set[Running] = set()
+        self._looking = False
+        self.hangs = False  # a call has not ended in its time: the worker is to be retired
+
+    def begin(self, request: Request, peer: Peer, limit: float) -> Running | None:
+        """A call starts that may take `limit` seconds, 0.0: any time. Called in its thread."""
+        if not limit and not self._slow:
+            return None
+        running = Running(request, peer, limit, self._slow)
+        with self._lock:
+            self._running.add(running)
+            looking, self._looking = self._looking, True
+        if not looking:
+            os.eventfd_write(self._wake, 1)
+        return running
+
+    def end(self, running: Running) -> bool:
+        """It has returned; False when its client was answered meanwhile. Called in its thread."""
+        with self._lock:
+            self._running.discard(running)
+            return not running.answered
+
+    def look(self) -> float | None:
+        """Answer for calls whose time is over; returns in how many seconds to look again.
+
+        None when there is nothing to look at. Called in the worker's main thread.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if not self._running:
+                self._looking = False
+                return None
+            overdue = [each for each in self._running if each.deadline and each.deadline <= now]
+            for each in overdue:
+                each.answered = True
+                each.deadline = each.slow_at = 0.0
+            slow = [each for each in self._running if each.slow_at and each.slow_at <= now]
+            for each in slow:
+                each.slow_at = 0.0
+        frames = sys._current_frames() if overdue or slow else {}
+        for each in overdue:
+            self._answer(each)
+            self._tell(logging.ERROR, each, now, "and is given up", frames.get(each.thread))
+            self.hangs = True
+        for each in slow:
+            self._tell(logging.WARNING, each, now, "and goes on", frames.get(each.thread))
+        return LOOK_SECONDS
+
+    def _answer(self, running: Running) -> None:
+        """In the place of the thread that hangs, and without waiting for the client."""
+        request = running.request
+        message = (
+            f"{request.module}.{request.function} did not return within {running.limit:g} s; "
+            "it may still run"
+        )
+        reply = protocol.encode_failure(message, "RequestTimeout", request.request_id)
+        if running.peer.framed:
+            reply = protocol.to_frame(reply) + NO_MORE_REQUESTS
+        else:
+            reply = protocol.to_ascii(reply)
+        running.peer.say_last(reply)
+
+    def _tell(
+        self, level: int, running: Running, now: float, what: str, frame: FrameType | None
+    ) -> None:
+        LOGGER.log(
+            level,
+            "Worker %d: %s has been running for %.1f s %s%s",
+            self._worker,
+            running.describe(),
+            now - running.started,
+            what,
+            "; it is at" if frame is not None else "",
+            extra={"trace": _stack(frame)},
+        )
+
+
+def _stack(frame: FrameType | None) -> str:
+    """What a thread is at, from the module's function on."""
+    if frame is None:
+        return ""
+    lines = traceback.extract_stack(frame)
+    ours = [number for number, each in enumerate(lines) if each.filename == modules.__file__]
+    theirs = lines[ours[-1] + 1 :] if ours else lines
+    return "".join(traceback.format_list(theirs)).rstrip()
