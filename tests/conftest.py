@@ -144,6 +144,7 @@ class Daemon:
         pids = []
         for master in masters:
             with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(master).suspend()  # so that it replaces none of them
                 pids += [master, *(child.pid for child in psutil.Process(master).children())]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
