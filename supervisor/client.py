@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 _HEADER = struct.Struct(">I")
+_ANSWER_SECONDS = 1.0  # for the daemon to say that a call took too long
 
 
 class CallError(Exception):
@@ -20,11 +21,12 @@ class NotRunningError(CallError):
 def call(path: str, module: str, function: str, params: Any, timeout: float) -> Any:
     """The function's result. Raises NotRunningError, CallError.
 
-    `timeout` is in seconds, for each step of the exchange.
+    `timeout` is in seconds: the daemon answers by then, and each step of the exchange may take a
+    little longer.
     """
     request = {"module": module, "function": function, "params": params, "timeout": timeout}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(timeout)
+        connection.settimeout(timeout + _ANSWER_SECONDS)
         try:
             connection.connect(path)
         except (FileNotFoundError, ConnectionRefusedError) as error:

@@ -116,7 +116,7 @@ class Watch:
         """In the place of the thread that hangs, and without waiting for the client."""
         request = running.request
         message = (
-            f"{request.module}.{request.function} did not return within {running.limit:g} s; "
+            f"{request.module}.{request.function} did not return within {round(running.limit, 2):g} s; "
             "it may still run"
         )
         reply = protocol.encode_failure(message, "RequestTimeout", request.request_id)

@@ -92,7 +92,7 @@ def test_the_clients_own_time_is_kept(daemon: Daemon) -> None:
     began = time.monotonic()
     reply = json.loads(send_one_shot(daemon.path, body))
     assert reply["error_type"] == "RequestTimeout"
-    assert "within 0.5 s" in reply["error"] or "within 0.4" in reply["error"]
+    assert "did not return within 0.5 s" in reply["error"]
     assert 0.5 <= time.monotonic() - began < 6
 
 

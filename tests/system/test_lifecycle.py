@@ -630,8 +630,8 @@ def test_call_tells_in_its_exit_status_how_it_went(daemon: Daemon) -> None:
     assert "FunctionNotAllowed" in failed(daemon.command("call", "probe", "f"))
     assert "InvalidParams" in failed(daemon.command("call", "probe", "two", "[]"))
     assert "closed without a reply" in failed(daemon.command("call", "probe", "die"))
-    assert "no reply within 0.2 s" in failed(
-        daemon.command("call", "probe", "nap", "[1]", "--timeout", "0.2")
+    assert "RequestTimeout: probe.nap did not return within 0.2 s; it may still run" in failed(
+        daemon.command("call", "probe", "nap", "[2]", "--timeout", "0.2")
     )
     assert "JSON" in failed(daemon.command("call", "probe", "echo", "{oops"), 2)
 
