@@ -114,11 +114,9 @@ class Watch:
 
     def _answer(self, running: Running) -> None:
         """In the place of the thread that hangs, and without waiting for the client."""
-        request = running.request
-        message = (
-            f"{request.module}.{request.function} did not return within {round(running.limit, 2):g} s; "
-            "it may still run"
-        )
+        request, limit = running.request, round(running.limit, 2)
+        what = f"{request.module}.{request.function} did not return within {limit:g} s"
+        message = f"{what}; it may still run"
         reply = protocol.encode_failure(message, "RequestTimeout", request.request_id)
         if running.peer.framed:
             reply = protocol.to_frame(reply) + NO_MORE_REQUESTS
