@@ -15,6 +15,8 @@ from cpanbridge.supervisor.verdict import CLOSING, Kind, Level, Reading
 PASS, WARN, FAIL = "pass", "warn", "fail"
 MOST_FUNCTIONS = 10
 # Of the last five minutes' requests; below it is the modules' daily bread.
+DEATHS_SECONDS = 300.0
+DEATHS_WARNING = 3  # one may be an accident
 ERROR_RATE_WARNING = 0.1
 FEWEST_FOR_A_RATE = 20
 SAMPLES_MISSED = 5  # so many in a row, and the master is held up by something
@@ -131,9 +133,18 @@ def _of_gate(shared: Shared) -> Check:
 def _of_workers(shared: Shared, settings: Settings) -> Check:
     there = sum(slot.pid != 0 for slot in shared.used_slots)
     wanted = settings.worker_count
-    details = {"workers": there, "wanted": wanted, "deaths": shared.header.deaths}
+    recent = shared.deaths_within(DEATHS_SECONDS)
+    details = {
+        "workers": there,
+        "wanted": wanted,
+        "deaths": shared.header.deaths,
+        "deaths_last_5_minutes": recent,
+    }
     if there < wanted:
         return Check("workers", WARN, f"Only {there} of {wanted} workers are there", details)
+    if recent >= DEATHS_WARNING:
+        text = f"{recent} workers died in the last five minutes; the log says of what"
+        return Check("workers", WARN, text, details)
     return Check("workers", PASS, "workers: all there", details)
 
 

@@ -35,7 +35,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 5
+LAYOUT = 6
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -57,6 +57,8 @@ ORDER_STOP = 2  # the daemon ends
 PLEA_NONE = 0
 PLEA_HANGS = 1  # a call has not ended in its time
 PLEA_WORN = 2  # it has run max_requests
+
+DEATHS_KEPT = 32  # of the times at which workers died; more in a few minutes are many in any case
 
 _CACHE_LINE = 64
 
@@ -85,6 +87,7 @@ class Header(ctypes.Structure):
         ("closings", ctypes.c_int64),  # times that the verdict has closed
         ("changed_at", ctypes.c_int64),  # when it last opened or closed, CLOCK_MONOTONIC, ns
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
+        ("death_times", ctypes.c_int64 * DEATHS_KEPT),  # the last ones, CLOCK_MONOTONIC, ns
         ("generation", ctypes.c_int64),  # the one in service
         ("slots_used", ctypes.c_int64),  # only grows, and before a worker is forked into a slot
         ("retired", ctypes.c_int64),  # workers that were told to leave, to give memory back
@@ -249,6 +252,18 @@ class Shared:
         if header.layout != LAYOUT:
             raise LayoutError(f"its layout is {header.layout}, and this version's is {LAYOUT}")
         return cls(fd, header.capacity)
+
+    def note_death(self) -> None:
+        """A worker has ended without being told to. Called in the master."""
+        header = self.header
+        header.death_times[header.deaths % DEATHS_KEPT] = time.monotonic_ns()
+        header.deaths += 1
+
+    def deaths_within(self, seconds: float) -> int:
+        """Workers that died in the last so many seconds; at most `DEATHS_KEPT`."""
+        since = time.monotonic_ns() - int(seconds * 1e9)
+        kept = min(self.header.deaths, DEATHS_KEPT)
+        return sum(at > since for at in self.header.death_times[:kept])
 
     def use_slot(self, number: int) -> None:
         """From now on a worker may be in this slot. Called in the master."""

@@ -318,7 +318,7 @@ class Workforce:
             reason = f"worker {seat.number} died at boot: {how}"
             self._owner.generation_failed(generation, reason)
             return
-        self._shared.header.deaths += 1
+        self._shared.note_death()
         LOGGER.error("Worker %d (pid %d) died: %s; replacing it", seat.number, pid, how)
         if ready_at is None:
             self._refill_later(seat)

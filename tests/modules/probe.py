@@ -82,6 +82,28 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def exit_at_once(status: int) -> None:
+    os._exit(status)
+
+
+def fail_in_a_thread() -> None:
+    def run() -> None:
+        raise ValueError("in a thread")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def log_line(number: int) -> None:
+    """Writes a line to the log, as a module does that writes to standard error."""
+    os.write(2, f"line {number}\n".encode())
+
+
 def type_error_inside(value: int) -> Any:
     return value + "text"  # type: ignore[operator]
 

@@ -114,7 +114,7 @@ def test_missing_workers_are_a_warning(shared: Shared) -> None:
     shared.header.deaths = 1
     check = look(shared)["checks"]["workers"]
     assert (check["status"], check["message"]) == ("warn", "Only 1 of 2 workers are there")
-    assert check["details"] == {"workers": 1, "wanted": 2, "deaths": 1}
+    assert check["details"] == {"workers": 1, "wanted": 2, "deaths": 1, "deaths_last_5_minutes": 0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""What a host can do to a daemon: it goes on, and says what happened."""
+
+import os
+import resource
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from conftest import Daemon, NewDaemon
+from plain_client import Framed, connect, one_shot, read_to_end, until
+
+PROBE = Path(__file__).parents[1] / "modules" / "probe.py"
+
+
+def test_a_segfault_is_traced_in_the_log_and_costs_its_own_worker_only(daemon: Daemon) -> None:
+    before = set(daemon.workers())
+    with Framed(daemon.path) as client:
+        client.send("probe", "segfault")
+        assert read_to_end(client.socket) == b""
+    until(lambda: "died: killed by signal 11 (SIGSEGV); replacing it" in daemon.log())
+    assert "Fatal Python error: Segmentation fault" in daemon.log()
+    assert f'File "{PROBE}"' in daemon.log()
+    assert "in segfault" in daemon.log()
+    until(lambda: len(daemon.workers()) == 2)
+    assert len(before & set(daemon.workers())) == 1
+    assert daemon.call("test", "ping")["message"] == "pong"
+
+
+def test_a_module_that_ends_the_process_is_replaced(daemon: Daemon) -> None:
+    with Framed(daemon.path) as client:
+        client.send("probe", "exit_at_once", [7])
+        assert read_to_end(client.socket) == b""
+    until(lambda: "died: exit status 7; replacing it" in daemon.log())
+    assert daemon.call("test", "ping")["message"] == "pong"
+
+
+def test_an_exception_in_a_modules_thread_is_logged_and_ends_nothing(daemon: Daemon) -> None:
+    before = sorted(daemon.workers())
+    assert daemon.call("probe", "fail_in_a_thread") is None
+    assert "ValueError: in a thread" in daemon.log()
+    assert sorted(daemon.workers()) == before
+
+
+def test_health_tells_when_workers_die_often(daemon: Daemon) -> None:
+    def check() -> dict[str, object]:
+        found: dict[str, object] = daemon.call("system", "health")["checks"]["workers"]
+        return found
+
+    for count in range(3):
+        assert check()["status"] == "pass" or count
+        with Framed(daemon.path) as client:
+            client.send("probe", "exit_at_once", [1])
+            assert read_to_end(client.socket) == b""
+        until(lambda count=count: daemon.log().count("died: exit status 1") == count + 1)
+    until(lambda: len(daemon.workers()) == 2)
+    until(lambda: check()["status"] == "warn")
+    assert check()["message"] == "3 workers died in the last five minutes; the log says of what"
+
+
+def test_a_full_disk_under_the_log_costs_lines_and_nothing_else(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    daemon.config.write_text(
+        daemon.config.read_text().replace(f'"{daemon.log_file}"', '"/dev/full"')
+    )
+    assert daemon.command("start").returncode == 0
+    for number in range(10):
+        assert daemon.call("test", "echo", [number]) == [number]
+    assert not one_shot(daemon.path, "probe", "say", "lost")["success"]  # print() itself fails
+    for pid in daemon.workers():
+        os.kill(pid, signal.SIGKILL)
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert daemon.command("reload").returncode == 0
+    assert daemon.command("upgrade").returncode == 0
+    assert daemon.call("test", "ping")["message"] == "pong"
+    assert daemon.command("stop").returncode == 0
+
+
+def open_descriptors(pid: int) -> int:
+    return 1 + max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_without_descriptors_workers_let_clients_wait_and_say_so(daemon: Daemon) -> None:
+    limits = {}
+    for pid in daemon.workers():
+        limits[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_descriptors(pid), limits[pid][1]))
+    with connect(daemon.path) as client, Framed(daemon.path) as another:
+        client.sendall(b'{"module": "test", "function": "ping"}')
+        another.send("test", "ping")
+        until(lambda: "Cannot accept clients, they wait: Too many open files" in daemon.log())
+        for pid, limit in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        assert b"pong" in client.recv(65536)
+        assert another.receive() is not None
+
+
+def test_without_descriptors_the_master_waits_to_fork_and_is_asked_later(daemon: Daemon) -> None:
+    limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_descriptors(daemon.pid), limit[1]))
+    victim = daemon.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: "cannot fork: Too many open files" in daemon.log())
+    assert daemon.call("test", "ping")["message"] == "pong"
+    with connect(f"{daemon.path}.ctl") as visitor:
+        visitor.sendall(b'{"command": "status"}\n')
+        until(lambda: "The control socket cannot accept: Too many open files" in daemon.log())
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limit)
+        assert b'"state":"running"' in visitor.recv(65536)
+    until(lambda: len(daemon.workers()) == 2, 30)
+    assert daemon.command("reload").returncode == 0
+
+
+def test_a_reload_and_an_upgrade_without_descriptors_change_nothing(daemon: Daemon) -> None:
+    before = sorted(daemon.workers())
+    limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_descriptors(daemon.pid), limit[1]))
+    os.kill(daemon.pid, signal.SIGHUP)
+    until(lambda: "Not reloaded, nothing has changed: " in daemon.log())
+    os.kill(daemon.pid, signal.SIGUSR2)
+    until(lambda: "Not upgraded, nothing has changed: " in daemon.log())
+    assert sorted(daemon.workers()) == before
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limit)
+    assert daemon.command("upgrade").returncode == 0
+    assert daemon.call("test", "ping")["message"] == "pong"
+
+
+def test_rotation_by_rename_loses_no_line(daemon: Daemon) -> None:
+    lines = 1000
+    over = False
+
+    def rotate() -> int:
+        count = 0
+        while not over:
+            count += 1
+            os.rename(daemon.log_file, f"{daemon.log_file}.{count}")
+            os.kill(daemon.pid, signal.SIGUSR1)
+            until(daemon.log_file.exists)
+        return count
+
+    with ThreadPoolExecutor(5) as pool:
+        rotations = pool.submit(rotate)
+        list(pool.map(lambda number: daemon.call("probe", "log_line", [number]), range(lines)))
+        over = True
+        assert rotations.result() > 1
+    files = [daemon.log_file, *daemon.folder.glob("d.log.*")]
+    found = [
+        int(line.removeprefix("line "))
+        for file in files
+        for line in file.read_text().splitlines()
+        if line.startswith("line ")
+    ]
+    assert sorted(found) == list(range(lines))
