@@ -46,6 +46,10 @@ class Told:
         self._next = now + interval
         return True
 
+    def was_told(self, now: float, interval: float) -> None:
+        """It stood in a line that something else was the reason for."""
+        self._next = now + interval
+
 
 class Alarms:
     """The log's voice. Called in the master after each sample."""
@@ -58,19 +62,24 @@ class Alarms:
 
     def tell(self, readings: Sequence[Reading], now: float, interval: float) -> None:
         """Log what is new, or has gone on for another `interval`."""
-        due = [
-            reading
+        levels = {
+            reading.level
             for reading in readings
             if self._told[reading.kind].is_due(reading.level, now, interval)
-        ]
-        levels = {reading.level for reading in due}
-        if Level.VIOLATION in levels:
-            violations = [str(each) for each in readings if each.level is Level.VIOLATION]
-            LOGGER.critical("RESOURCE VIOLATION: %s", violations)
-            LOGGER.warning("Resource violations detected, throttling connections: %s", violations)
-        if Level.WARNING in levels:
-            warnings = [str(each) for each in readings if each.level is Level.WARNING]
-            LOGGER.warning("Resource warning: %s", warnings)
+        }
+        for level in (Level.VIOLATION, Level.WARNING):
+            if level not in levels:
+                continue
+            texts = []
+            for reading in readings:
+                if reading.level is level:
+                    texts.append(str(reading))
+                    self._told[reading.kind].was_told(now, interval)
+            if level is Level.VIOLATION:
+                LOGGER.critical("RESOURCE VIOLATION: %s", texts)
+                LOGGER.warning("Resource violations detected, throttling connections: %s", texts)
+            else:
+                LOGGER.warning("Resource warning: %s", texts)
         self._tell_opening()
 
     def _tell_opening(self) -> None:

@@ -221,6 +221,13 @@ def load(
         _set(tables, key.strip(), text, "--set")
     settings = _convert(tables, source)
     notes.extend(_beyond_the_machine(tables, settings.limits))
+    together = settings.worker_count * settings.thread_count
+    if together < settings.limits.max_connections:
+        notes.append(
+            f"threads = {settings.threads}: the {settings.worker_count} workers together serve "
+            f"{together} of the {settings.limits.max_connections} connections that "
+            "limits.max_connections allows; others wait"
+        )
     return Loaded(settings, source, notes)
 
 

@@ -4,15 +4,17 @@ import contextlib
 import logging
 import resource
 
+from cpanbridge.supervisor.gate import MOST_TURNED_AWAY, Bells
+
 LOGGER = logging.getLogger("cpanbridge.master")
 
-_BELLS = 2  # of each slot
+_BELLS = len(Bells._fields)  # of each slot
 _SPARE = 128
 
 
 def raise_limit(max_connections: int, slots: int) -> None:
     """Allow as many as a worker may need, as far as the system lets us. Workers inherit it."""
-    needed = max_connections + _BELLS * slots + _SPARE
+    needed = max_connections + MOST_TURNED_AWAY + _BELLS * slots + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
         return

@@ -45,6 +45,9 @@ from cpanbridge.supervisor.shared import (
     Shared,
 )
 
+# Clients that a worker is telling so, at a time, where those that find no room are turned away.
+MOST_TURNED_AWAY = 64
+
 LOST_RING_MS = 100
 VERDICT_MS = 1000
 

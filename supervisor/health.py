@@ -159,10 +159,11 @@ def _of_errors(shared: Shared) -> Check:
 
 
 def _of_monitor(shared: Shared, settings: Settings) -> Check:
-    sampled_at = shared.header.sampled_at or shared.header.started_monotonic
-    age = (time.monotonic_ns() - sampled_at) / 1e9
-    details = {"seconds_since_sample": age}
-    if age > SAMPLES_MISSED * max(1.0, settings.limits.sample_interval):
+    now = time.monotonic_ns()
+    age = (now - (shared.header.sampled_at or shared.header.started_monotonic)) / 1e9
+    late = (now - (shared.header.sample_due or shared.header.started_monotonic)) / 1e9
+    details = {"seconds_since_sample": age, "seconds_late": max(0.0, late)}
+    if late > SAMPLES_MISSED * max(1.0, settings.limits.sample_interval):
         text = f"Memory and CPU were last looked at {age:.0f} s ago"
         return Check("monitor", FAIL, text, details)
     return Check("monitor", PASS, "monitor: looks regularly", details)

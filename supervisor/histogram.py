@@ -34,7 +34,7 @@ class Histogram:
     def add(self, duration_ns: int, succeeded: bool, now: int) -> None:
         """Count a request that took so long and ended now (CLOCK_MONOTONIC, nanoseconds)."""
         memory = self._memory
-        current = now // SLICE_NS
+        current = 1 + now // SLICE_NS  # 0 stands for an empty slice
         start = current % SLICES * _SLICE_SIZE
         if memory[start] != current:
             memory[start + 1 : start + _SLICE_SIZE] = _EMPTY
@@ -48,7 +48,7 @@ class Histogram:
 
     def recent(self) -> Iterator[memoryview]:
         """Each slice of the last five minutes: its failures, and then the buckets."""
-        oldest = time.monotonic_ns() // SLICE_NS - SLICES + 1
+        oldest = 1 + time.monotonic_ns() // SLICE_NS - SLICES + 1
         for start in range(0, SLICES * _SLICE_SIZE, _SLICE_SIZE):
             if self._memory[start] >= max(1, oldest):
                 yield self._memory[start + 1 : start + _SLICE_SIZE]

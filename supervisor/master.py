@@ -80,7 +80,7 @@ class Master:
             bells,
             settings.limits,
             [each.socket for each in sockets.listeners],
-            lambda slot, reason: self._workforce.retire(slot, reason, replace_first=False),
+            self._workforce.retire_for_memory,
         )
         self._shared = shared
         self._control = ControlServer(

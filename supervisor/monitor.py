@@ -7,7 +7,8 @@ recovery. Running requests go on.
 
 Memory does not fall by waiting, because an interpreter hardly ever gives it back. So when it has
 been over its limit for `memory_grace`, the worker that holds most is retired; and the next one only
-when that one has gone and it was not enough.
+when that one has gone and it was not enough. What a worker has started counts with it; what it
+leaves behind when it ends is ended if that holds most.
 
 Times are CLOCK_MONOTONIC, which stands still while the machine is suspended and does not know what
 the wall clock is set to. Called in the master's loop.
@@ -17,9 +18,10 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cpanbridge.supervisor import totals, tree
 from cpanbridge.supervisor.alarms import Alarms
@@ -34,6 +36,7 @@ from cpanbridge.supervisor.shared import (
     WAITS_FOR_RATE,
     WAITS_FOR_REQUEST,
     Shared,
+    Slot,
 )
 from cpanbridge.supervisor.tree import Tree, Usage
 from cpanbridge.supervisor.verdict import CLOSING, MEGABYTE, SCALE, Kind, Level, Reading
@@ -41,8 +44,11 @@ from cpanbridge.supervisor.verdict import CLOSING, MEGABYTE, SCALE, Kind, Level,
 LOGGER = logging.getLogger("cpanbridge.master")
 
 CLOSER_LOOKS = 4  # samples in an interval while the verdict is closed
+MOST_SECONDS_CLOSED = 0.5  # between two of them, so that recovery is seen within a second
 LEAST_SECONDS = 0.05  # between two samples
-MOST_SHARE = 0.02  # of the time may go into samples
+MOST_SHARE = 0.02  # of a core may go into samples, while the verdict is open
+STEP_SECONDS = 0.02  # for which the master's loop does nothing but look
+ORPHAN_SECONDS = 5.0  # for a process to end by itself, once it was told to
 HEALTH_SECONDS = 60.0
 SUMMARY_SECONDS = 300.0
 # A sample that comes so many intervals late: the process, or the machine, was stopped.
@@ -55,8 +61,9 @@ Retire = Callable[[int, str], bool]
 class Monitor:
     """One daemon's monitor.
 
-    `retire` tells the worker in a slot to leave, with the reason, and returns whether it was there
-    to be told. `limits` and `listeners` may be replaced when a reload changes them.
+    `retire` tells the worker in a slot to leave, or to hurry if it is leaving already, with the
+    reason, and returns whether it was there to be told. `limits` and `listeners` may be replaced
+    when a reload changes them.
     """
 
     def __init__(
@@ -78,7 +85,12 @@ class Monitor:
         self._backlog: Backlog | None = None
         self._alarms = Alarms()
         self._over_since = math.inf  # memory
-        self._retired = 0  # the pid of the last worker retired for memory, until it has gone
+        self._retired = 0  # the pid of the last one told to leave for memory, until it has gone
+        self._kill_at = math.inf  # when that is an orphan that does not leave
+        self._began = 0.0  # the present sample
+        self._cpu_used = 0.0  # for it so far
+        self._steps: Iterator[None] = iter(())
+        self._backlog_before = 0
         self._late_after = math.inf  # a sample after this time is late (see GAP)
         self._full = 0
         self._overloaded: dict[str, int] = {}
@@ -99,24 +111,45 @@ class Monitor:
         self._sample()
 
     def _sample(self) -> None:
-        began = time.monotonic()
-        usage = None
+        """Begin a sample."""
+        self._began = time.monotonic()
+        self._cpu_used = 0.0
+        pids = [slot.pid for slot in self._shared.used_slots if slot.pid]
+        self._steps = self._tree.steps(pids)
+        self._step()
+
+    def _step(self) -> None:
+        """Go on with it for a short time; the loop has other things to do."""
+        until, used = time.monotonic() + STEP_SECONDS, time.thread_time()
+        failed = False
         try:
-            usage = self._tree.sample([slot.pid for slot in self._shared.used_slots if slot.pid])
+            for _ in self._steps:
+                if time.monotonic() > until:
+                    self._cpu_used += time.thread_time() - used
+                    self._loop.after(0.0, self._step)
+                    return
         except OSError as error:  # no descriptor left, or no memory
-            if began >= self._next_complaint:
-                self._next_complaint = began + self.limits.resource_check_interval
+            failed = True
+            if self._began >= self._next_complaint:
+                self._next_complaint = self._began + self.limits.resource_check_interval
                 LOGGER.error("Cannot look at the processes: %s", error.strerror)
         else:
-            self._judge(usage)
-        took = time.monotonic() - began
-        self._keep_schedule(began)
-        closed = self._shared.header.verdict != VERDICT_OPEN
-        interval = self.limits.sample_interval / (CLOSER_LOOKS if closed else 1)
-        pause = max(interval, took / MOST_SHARE, LEAST_SECONDS)
-        if usage is not None:
-            self._late_after = began + pause + GAP * self.limits.sample_interval
-        self._loop.after(began + pause - time.monotonic(), self._sample)
+            self._judge(self._tree.usage)
+        self._cpu_used += time.thread_time() - used
+        self._keep_schedule(self._began)
+        self._plan_next(failed)
+
+    def _plan_next(self, failed: bool) -> None:
+        """Look again after the interval, or later when looking takes long."""
+        pause = max(self.limits.sample_interval, self._cpu_used / MOST_SHARE)
+        if self._shared.header.verdict != VERDICT_OPEN:
+            pause = min(self.limits.sample_interval / CLOSER_LOOKS, MOST_SECONDS_CLOSED)
+        now = time.monotonic()
+        due = max(self._began + pause, now + LEAST_SECONDS)
+        if not failed:
+            self._late_after = due + GAP * self.limits.sample_interval
+        self._shared.header.sample_due = round(due * 1e9)
+        self._loop.after(due - now, self._sample)
 
     # -- what is measured --
 
@@ -134,7 +167,7 @@ class Monitor:
         elif stopped or self._over_since == math.inf:
             self._over_since = now
         if now - self._over_since >= self.limits.memory_grace:
-            self._retire_the_largest(usage, now)
+            self._give_memory_back(usage, now)
 
     def _write_down(self, usage: Usage) -> None:
         """Leave what was measured in the shared memory."""
@@ -143,24 +176,34 @@ class Monitor:
         cpu = min(most, 100.0 * usage.cpu_seconds / usage.seconds) if usage.seconds else 0.0
         counts = totals.count(shared)
         header.backlog = backlog = self._waiting_clients()
-        waiting = self._waiting(backlog)
-        overloaded = {
-            reason: count - self._overloaded.get(reason, count)
+        # One that is there for a moment only is on its way in.
+        lasting, self._backlog_before = min(backlog, self._backlog_before), backlog
+        held, doors = self._waiting()
+        rejected = {
+            reason: count > self._overloaded.get(reason, count)
             for reason, count in counts.overloaded.items()
         }
         self._overloaded = counts.overloaded
+
+        def demand(inside: int, limit: int, waits_for: int, reason: str) -> int:
+            wanted = inside + held[waits_for]
+            if waits_for in doors and inside >= limit:
+                wanted += lasting
+            return max(wanted, limit + 1 if rejected[reason] else 0)
+
+        limits = {reading.kind: int(reading.limit) for reading in totals.readings(shared)}
         values = {
             Kind.MEMORY: usage.memory / MEGABYTE,
             Kind.CPU: cpu,
-            Kind.REQUESTS: shared.admitted_in_window()
-            + waiting[WAITS_FOR_RATE]
-            + overloaded["rate"],
-            Kind.CONCURRENT: counts.running
-            + waiting[WAITS_FOR_REQUEST]
-            + overloaded["concurrency"],
-            Kind.CONNECTIONS: counts.connections
-            + waiting[WAITS_FOR_CONNECTION]
-            + overloaded["connections"],
+            Kind.REQUESTS: demand(
+                shared.admitted_in_window(), limits[Kind.REQUESTS], WAITS_FOR_RATE, "rate"
+            ),
+            Kind.CONCURRENT: demand(
+                counts.running, limits[Kind.CONCURRENT], WAITS_FOR_REQUEST, "concurrency"
+            ),
+            Kind.CONNECTIONS: demand(
+                counts.connections, limits[Kind.CONNECTIONS], WAITS_FOR_CONNECTION, "connections"
+            ),
         }
         for kind, value in values.items():
             header.values[kind] = round(value * SCALE)
@@ -180,20 +223,15 @@ class Monitor:
         except OSError:
             return 0  # closed for a stop
 
-    def _waiting(self, backlog: int) -> dict[int, int]:
-        """How many clients and requests wait for what.
-
-        Those outside wait for whatever keeps the workers' doors shut.
-        """
-        waiting = dict.fromkeys((WAITS_FOR_CONNECTION, WAITS_FOR_REQUEST, WAITS_FOR_RATE), 0)
+    def _waiting(self) -> tuple[dict[int, int], set[int]]:
+        """How many requests wait for what, and what the workers' doors wait for."""
+        held = dict.fromkeys((WAITS_FOR_CONNECTION, WAITS_FOR_REQUEST, WAITS_FOR_RATE), 0)
         doors = set()
         for slot in self._shared.used_slots:
-            doors.add(slot.door_waits_for)
-            if slot.request_waits_for in waiting:
-                waiting[slot.request_waits_for] += slot.queued
-        for reason in doors & waiting.keys():
-            waiting[reason] += backlog
-        return waiting
+            doors.add(int(slot.door_waits_for))
+            if slot.request_waits_for in held:
+                held[slot.request_waits_for] += slot.queued
+        return held, doors
 
     # -- what follows --
 
@@ -222,27 +260,38 @@ class Monitor:
             self.limits.resource_check_interval,
         )
 
-    def _retire_the_largest(self, usage: Usage, now: float) -> None:
-        """Give memory back by the only way that there is, one worker at a time.
+    def _give_memory_back(self, usage: Usage, now: float) -> None:
+        """Have whoever holds most leave, one at a time: there is no other way.
 
-        A worker that has not run anything has nothing to give back.
+        That is a worker, with all that it has started, or a process that a worker has started and
+        left behind. A worker that has not run anything has nothing to give back.
         """
         if self._retired in usage.by_root:
             return  # the last one has not gone yet
+        if self._retired in usage.orphans:
+            if now >= self._kill_at:
+                self._kill_at = math.inf
+                self._tree.end(self._retired, signal.SIGKILL)
+            return
         workers = [
-            (number, slot)
+            (int(slot.memory), number, slot)
             for number, slot in enumerate(self._shared.used_slots)
             if slot.pid and slot.admitted > slot.admitted_before
         ]
-        if not workers:
-            if now >= self._next_advice:
-                self._next_advice = now + self.limits.resource_check_interval
-                LOGGER.warning(
-                    "Memory stays over its limit, but no worker has run anything since it was "
-                    "started: raise limits.max_memory_mb, or end what else holds memory"
-                )
-            return
-        number, slot = max(workers, key=lambda each: int(each[1].memory))
+        largest, number, slot = max(workers, default=(0, 0, None), key=lambda each: each[0])
+        orphan = max(usage.orphans, default=0, key=usage.orphans.__getitem__)
+        if orphan and usage.orphans[orphan] > largest:
+            self._end_orphan(orphan, usage.orphans[orphan], now)
+        elif slot is not None:
+            self._retire_worker(number, slot)
+        elif now >= self._next_advice:
+            self._next_advice = now + self.limits.resource_check_interval
+            LOGGER.warning(
+                "Memory stays over its limit, but no worker has run anything since it was "
+                "started: raise limits.max_memory_mb, or end what else holds memory"
+            )
+
+    def _retire_worker(self, number: int, slot: Slot) -> None:
         share = f"it holds {slot.memory / MEGABYTE:.1f}MB"
         if slot.memory > self.limits.max_memory_mb * MEGABYTE:
             names = self._shared.names.all()
@@ -253,6 +302,19 @@ class Monitor:
         if self._retire(number, reason):
             self._retired = slot.pid
             self._shared.header.retired += 1
+
+    def _end_orphan(self, pid: int, memory: int, now: float) -> None:
+        name = self._tree.end(pid, signal.SIGTERM)
+        if name is not None:
+            self._retired, self._kill_at = pid, now + ORPHAN_SECONDS
+            LOGGER.warning(
+                "Process %d (%s), left by a worker that has ended, is ended: memory has been over "
+                "its limit for %g s, and it holds %.1fMB",
+                pid,
+                name,
+                self.limits.memory_grace,
+                memory / MEGABYTE,
+            )
 
     # -- what is told in any case --
 

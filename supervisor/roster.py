@@ -5,7 +5,6 @@ exact; the table lists a worker's first thousand.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple
 
 LISTED = 1024
@@ -108,14 +107,6 @@ class RosterWriter:
         """Its request has ended, and the reply is on its way."""
         self._memory[entry + _LAST_ACTIVITY] = now
         self._memory[entry + _STATUS] = REPLYING
-
-    def stale(self, entries: Iterable[int], now: int, stale_timeout: float) -> list[int]:
-        """Those of these entries whose clients have been silent for `stale_timeout` seconds."""
-        return [
-            entry
-            for entry in entries
-            if Connection(*self._memory[entry : entry + _FIELDS]).is_stale(now, stale_timeout)
-        ]
 
     def leave(self, entry: int) -> None:
         """Take a connection off the list."""

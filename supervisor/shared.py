@@ -35,7 +35,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 6
+LAYOUT = 7
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -93,6 +93,7 @@ class Header(ctypes.Structure):
         ("retired", ctypes.c_int64),  # workers that were told to leave, to give memory back
         # What the monitor saw last.
         ("sampled_at", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: not yet
+        ("sample_due", ctypes.c_int64),  # when it means to look again, the same
         ("checked_at", ctypes.c_int64),  # the last check after resource_check_interval, the same
         ("values", ctypes.c_int64 * KINDS),  # in thousandths of each kind's unit
         ("alerts", ctypes.c_int64 * KINDS),  # violations that have begun
@@ -127,12 +128,12 @@ class Slot(ctypes.Structure):
         ("generation", ctypes.c_int64),
         ("order", ctypes.c_int64),  # ORDER_..., before the worker is sent a TERM
         ("leave_by", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: when all has finished
-        # Written by the worker's main thread.
-        ("shut", ctypes.c_int64),  # 1: it lets nobody in any more
-        ("plea", ctypes.c_int64),  # PLEA_...: why it asks to be retired
         ("since", ctypes.c_int64),  # when the process was forked, CLOCK_MONOTONIC, nanoseconds
         ("admitted_before", ctypes.c_int64),  # what `admitted` was then
         ("memory", ctypes.c_int64),  # bytes, with all that the worker has started
+        # Written by the worker's main thread.
+        ("shut", ctypes.c_int64),  # 1: it lets nobody in any more
+        ("plea", ctypes.c_int64),  # PLEA_...: why it asks to be retired
         # Written by the worker under the gate's lock.
         ("admitted", ctypes.c_int64),  # requests let through to run
         # 1: there is room for a client that the thread at the door may be accepting. Taken under

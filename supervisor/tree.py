@@ -16,12 +16,14 @@ The tree is found through the kernel's lists of children. The master is a subrea
 found is looked up until it has ended, because the lists may miss one while its neighbours end.
 
 A process that ends while it is looked at counts as ended. One that may not be looked at at all
-(/proc mounted with hidepid) is not there. Called in the master.
+(/proc mounted with hidepid) is not there. A large tree is looked at in many short steps, so that
+the master can do other things between them. Called in the master.
 """
 
 import contextlib
 import ctypes
 import os
+import signal
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +44,7 @@ class Usage(NamedTuple):
     cpu_seconds: float  # used meanwhile by all
     memory: int  # bytes
     by_root: dict[int, int]  # for each of the pids asked for: bytes, with all below it
+    orphans: dict[int, int]  # processes that were below one of them, which has gone: bytes
     processes: int
     by_rss: int  # of these, those whose PSS cannot be read
 
@@ -58,6 +61,7 @@ class _Process:
     pss: int | None = None  # None: not read yet, or not to be read
     rss_then: int = 0  # when PSS was read
     ended: bool = False  # its parent has yet to be told
+    had_root: bool = False  # it was below one of the roots
     read_at: float = NEVER  # CLOCK_MONOTONIC seconds
     readable: bool = True
 
@@ -92,38 +96,63 @@ class Tree:
         self._known: dict[int, _Process] = {}
         self._untold = 0.0  # CPU seconds that parents were found not to have been told of yet
         self._sampled_at = time.monotonic()
+        self.usage: Usage  # what the last sample has found
 
     def sample(self, roots: Collection[int]) -> Usage:
-        """Look at every process. `roots` are the pids whose memory is wanted by itself.
+        """Look at every process, in one go. See `steps`."""
+        for _ in self.steps(roots):
+            pass
+        return self.usage
 
-        They belong to the tree even when they are nobody's children in it: after an upgrade the
-        workers of the old master are not the new one's.
+    def steps(self, roots: Collection[int]) -> Iterator[None]:
+        """Look at one process after another; what is found is `usage` then.
 
-        Raises OSError when the system has no descriptor or no memory for it.
+        `roots` are the pids whose memory is wanted by itself. They belong to the tree even when
+        they are nobody's children in it: after an upgrade the workers of the old master are not
+        the new one's. Raises OSError when the system has no descriptor or no memory for it.
         """
         now = time.monotonic()
-        before = self._known
-        self._known = dict(self._look(before, roots))
+        before, found = self._known, dict[int, _Process]()
+        for process in self._look(before, roots):
+            found[process.handle.pid] = process
+            yield
+        self._known = found
         seconds, self._sampled_at = now - self._sampled_at, now
         used = self._cpu_used(before)
-        self._read_pss(seconds)
+        yield from self._read_pss(seconds)
+        self.usage = self._added_up(seconds, used, roots)
+
+    def end(self, pid: int, number: signal.Signals) -> str | None:
+        """Send a signal to a process of the tree; its name, or None when it has ended."""
+        try:
+            handle = self._known[pid].handle
+            name = str(handle.name())
+            handle.send_signal(number)
+        except (KeyError, psutil.Error):
+            return None
+        return name
+
+    def _added_up(self, seconds: float, used: float, roots: Collection[int]) -> Usage:
         by_root = dict.fromkeys(roots, 0)
-        for process in self._known.values():
+        orphans = {}
+        for pid, process in self._known.items():
             root = self._root_of(process, roots)
             if root is not None:
+                process.had_root = True
                 by_root[root] += process.memory
+            elif process.had_root and not process.ended:
+                orphans[pid] = process.memory
         return Usage(
             seconds=seconds,
             cpu_seconds=used,
             memory=sum(process.memory for process in self._known.values()),
             by_root=by_root,
+            orphans=orphans,
             processes=sum(not process.ended for process in self._known.values()),
             by_rss=sum(not process.readable for process in self._known.values()),
         )
 
-    def _look(
-        self, before: dict[int, _Process], roots: Collection[int]
-    ) -> Iterator[tuple[int, _Process]]:
+    def _look(self, before: dict[int, _Process], roots: Collection[int]) -> Iterator[_Process]:
         """All processes of the tree, each with its present numbers; parents first."""
         pending, seen = [self._root, *roots, *before], set[int]()
         while pending:
@@ -133,7 +162,7 @@ class Tree:
             seen.add(pid)
             process = _measured(pid, before.get(pid))
             if process is not None:
-                yield pid, process
+                yield process
                 pending.extend(_children(pid))
 
     def _cpu_used(self, before: dict[int, _Process]) -> float:
@@ -157,7 +186,7 @@ class Tree:
         late, self._untold = self._untold, max(0.0, -told)
         return max(0.0, used) + max(0.0, told - late)
 
-    def _read_pss(self, seconds: float) -> None:
+    def _read_pss(self, seconds: float) -> Iterator[None]:
         """Read all that must be read, and of the others as many as the time allows."""
         for process in self._known.values():
             if process.read_at == NEVER and process.parent in self._known:
@@ -171,6 +200,7 @@ class Tree:
             process.read_at = time.monotonic()
             if process.readable:
                 process.read_pss()
+                yield
 
     def _root_of(self, process: _Process, roots: Collection[int]) -> int | None:
         """The nearest of `roots` above a process, or itself."""
@@ -208,7 +238,8 @@ def _measured(pid: int, old: _Process | None) -> _Process | None:
 
 def _children(pid: int) -> Iterator[int]:
     """The children of all threads of a process."""
-    with contextlib.suppress(OSError, ValueError):  # it has ended
+    # It has ended, or may not be looked at.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as stream:
                 yield from map(int, stream.read().split())

@@ -130,14 +130,13 @@ class Workforce:
     def retire_generation(self, generation: Generation) -> None:
         """Another one has taken over: its workers finish what they run, within `drain_timeout`."""
         generation.stage = Stage.OVER
-        seconds = generation.settings.limits.drain_timeout or None
         for seat in self._of(generation):
             seat.refill_after = False
             if not seat.ready:
                 self._give_up(seat, "its generation is retired")
             elif not seat.told:
-                seat.leaving = "its generation is retired"
-                seat.tell_to_leave(ORDER_RETIRE, seconds)
+                seat.leaving, seat.hurry = "its generation is retired", False
+                self._tell_to_retire(seat)
         self._close_if_empty(generation)
 
     def lets_in(self, generation: Generation) -> bool:
@@ -196,6 +195,29 @@ class Workforce:
         else:
             successor.replaces = seat
             self._fork(successor, generation)
+        return True
+
+    def retire_for_memory(self, slot: int, reason: str) -> bool:
+        """As `retire`, with no replacement before it has gone, for there is no room for two.
+
+        One that leaves in its own time, after a reload, is given `graceful_timeout` from now.
+        """
+        seat = self.seats[slot]
+        if not seat.leaving:
+            return self.retire(slot, reason, replace_first=False)
+        if seat.hurry or self._stopping or seat.generation is None:
+            return False
+        seat.hurry = True
+        if seat.told:
+            seconds = seat.generation.settings.limits.graceful_timeout
+            LOGGER.warning(
+                "Worker %d (pid %d) has %g s left to leave: %s",
+                slot,
+                seat.pid,
+                seconds,
+                reason,
+            )
+            self._tell_to_retire(seat)
         return True
 
     def add(self, generation: Generation) -> bool:

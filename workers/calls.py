@@ -35,6 +35,8 @@ class Draining(Exception):
     """The worker is about to leave and takes up no further request of this connection."""
 
 
+TRY_AGAIN_SECONDS = 1.0
+
 _LACKS = {
     "verdict": "the daemon uses more memory or CPU than it may",
     "connections": "all connections are taken (limits.max_connections)",
@@ -226,11 +228,17 @@ class Calls:
             overloaded.message, overloaded.kind, request_id, retry_after=overloaded.retry_after
         )
 
-    def shutting_down(self) -> bytes:
-        """The reply to a request that is not run because the daemon stops."""
+    def not_run(self, *, daemon_ends: bool) -> bytes:
+        """The reply to a request that is not run because the daemon stops.
+
+        Or, without `daemon_ends`, because its worker leaves and there was no room for it in time.
+        """
         self._books.refused()
-        message = "The daemon is shutting down; the call was not run"
-        return protocol.encode_failure(message, "ShuttingDown", None)
+        if daemon_ends:
+            message = "The daemon is shutting down; the call was not run"
+            return protocol.encode_failure(message, "ShuttingDown", None)
+        message = "No room: the call has waited for as long as its worker had; it was not run"
+        return protocol.encode_failure(message, "Overloaded", None, retry_after=TRY_AGAIN_SECONDS)
 
     def _note_if_event(self, refusal: Refusal, peer: Peer) -> None:
         event = self._security.event(refusal, peer)

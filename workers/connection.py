@@ -52,6 +52,7 @@ class Connections:
         self._roster = calls.roster
         self._leaving = False
         self._stopping = False
+        self._daemon_ends = False
         self._framed: set[Peer] = set()  # those whose thread may wait for the client
         self._one_shot: set[Peer] = set()
         self._reading_lock = threading.Lock()
@@ -67,23 +68,27 @@ class Connections:
             for peer in self._framed:
                 peer.dismiss()
 
-    def stop(self) -> None:
+    def stop(self, *, daemon_ends: bool) -> None:
         """No connection takes up a further request.
 
-        For a daemon that ends. Called in the main thread, before `stops.all` is written.
+        For a daemon that ends, or a worker whose time to leave is over. Called in the main thread,
+        before `stops.all` is written.
         """
         self.leave()
         with self._reading_lock:
             self._stopping = True
+            self._daemon_ends = daemon_ends
             for peer in self._one_shot:
                 peer.dismiss()
 
     def dismiss_stale(self) -> None:
         """Close the connections whose clients have been silent for `stale_timeout`, now."""
         with self._reading_lock:
-            peers = {peer.entry: peer for peer in self._framed | self._one_shot}
-        for entry in self._roster.stale(peers, time.monotonic_ns(), self._limits.stale_timeout):
-            peers[entry].dismiss(stale=True)
+            peers = self._framed | self._one_shot
+        now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
+        for peer in peers:
+            if peer.quiet_since and now - peer.quiet_since > limit:
+                peer.dismiss(stale=True)
 
     @staticmethod
     def is_quick(arrival: Arrival[Call]) -> bool:
@@ -128,7 +133,7 @@ class Connections:
         if first and protocol.is_framed(first):
             self._send(peer, NO_MORE_REQUESTS)
         elif first:
-            self._send(peer, protocol.to_ascii(self._calls.shutting_down()))
+            self._send(peer, protocol.to_ascii(self._not_run()))
         peer.linger(LEFTOVER_SECONDS)
 
     def _serve_slowly(self, peer: Peer, data: bytes | None) -> None:
@@ -155,7 +160,7 @@ class Connections:
         try:
             call = self._read_one_shot(peer, data, deadline)
         except Draining:
-            reply = self._calls.shutting_down()
+            reply = self._not_run()
         except Refusal as refusal:
             reply = self._calls.refuse(refusal, peer)
         else:
@@ -169,7 +174,7 @@ class Connections:
             self._calls.admit(call, peer, self._stops.all)
             reply = self._calls.run(call, peer)
         except Draining:
-            reply = self._calls.shutting_down()
+            reply = self._not_run()
         except Refusal as refusal:
             reply = self._calls.refuse(refusal, peer)
         self._send(peer, protocol.to_ascii(reply))
@@ -247,7 +252,7 @@ class Connections:
         """The first bytes of a kept connection's next request. Raises Draining."""
         self._roster.is_doing(peer.entry, IDLE)
         try:
-            data = peer.receive(self._limits.idle_timeout)
+            data = self._wait_for(peer, self._limits.idle_timeout)
         except TimeoutError:
             raise Draining from None  # it rested for idle_timeout
         if not data and peer.dismissed:
@@ -259,7 +264,7 @@ class Connections:
         """More bytes of a request that has begun. Raises Refusal when none come, Draining."""
         self._roster.is_doing(peer.entry, READING)
         try:
-            data = peer.receive(self._patience(deadline))
+            data = self._wait_for(peer, self._patience(deadline))
         except TimeoutError:
             raise self._too_slow(deadline) from None
         if not data and peer.stale:
@@ -269,9 +274,21 @@ class Connections:
         self._roster.heard(peer.entry, time.monotonic_ns())
         return data
 
+    @staticmethod
+    def _wait_for(peer: Peer, seconds: float) -> bytes:
+        """Receive, while it is the client's turn to be heard."""
+        peer.quiet_since = time.monotonic_ns()
+        try:
+            return peer.receive(seconds)
+        finally:
+            peer.quiet_since = 0
+
     def _patience(self, deadline: float) -> float:
         """How long a client may be silent now."""
         return min(deadline - time.monotonic(), self._limits.stale_timeout)
+
+    def _not_run(self) -> bytes:
+        return self._calls.not_run(daemon_ends=self._daemon_ends)
 
     def _too_large(self, size: str) -> Refusal:
         limit = self._limits.max_request_size

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
+from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
 from cpanbridge.workers.turnstile import Turnstile
 
 LOGGER = logging.getLogger("cpanbridge.worker")
@@ -23,6 +24,7 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 FIRST_READ = 65536
 A_LITTLE_MS = 100
 A_MOMENT = 0.001
+LOOKS = 50  # before the first client is turned away
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
 
@@ -43,7 +45,7 @@ class _Nobody(Enum):
 
     OUTSIDE = "nobody waits there"
     FOR_NOW = "somebody waits, but is not to be had for want of a descriptor, memory, or a place"
-    BUT_LOOK_AGAIN = "somebody was turned away, or it is not clear yet"
+    BUT_LOOK_AGAIN = "somebody was turned away"
 
 
 class Door(Generic[C]):
@@ -68,6 +70,7 @@ class Door(Generic[C]):
         self._prepare = prepare
         self._stop = stop
         self._turnstile = turnstile
+        self._turns_away = False  # since it last let somebody in
         self._complained = -_COMPLAIN_EVERY
         # Not EPOLLEXCLUSIVE: the one worker that the kernel wakes may be one whose module keeps the
         # interpreter lock, and the client would wait for that while other workers are idle.
@@ -92,12 +95,9 @@ class Door(Generic[C]):
     def _let_in(self) -> Arrival[C] | _Nobody:
         gate = self._gate
         if self._turnstile is not None:
-            outcome = gate.attempt(gate.reserve, connection=True)
-            if isinstance(outcome, Obstacle):
-                if outcome.reason == "reservations":
-                    time.sleep(A_MOMENT)  # then it is taken or free
-                    return _Nobody.BUT_LOOK_AGAIN
-                return self._turn_away(outcome, self._turnstile)
+            obstacle = self._obstacle()
+            if obstacle is not None:
+                return self._turn_away(obstacle, self._turnstile)
         elif not gate.enter(gate.reserve, self._stop, connection=True):
             return _Nobody.OUTSIDE  # told to stop, as a look at the descriptors will say
         client = self._accept()
@@ -112,6 +112,25 @@ class Door(Generic[C]):
         except OSError:
             return Arrival(client, number, b"", None)  # it has left already
         return Arrival(client, number, data, self._prepare(data))
+
+    def _obstacle(self) -> Obstacle | None:
+        """What keeps a client out for more than a moment; None: room is reserved for it.
+
+        Another worker may have reserved the last room only to find that nobody came, or have a
+        connection whose client has left but which is not counted as closed yet.
+        """
+        gate = self._gate
+        for _ in range(LOOKS):
+            outcome = gate.attempt(gate.reserve, connection=True)
+            if not isinstance(outcome, Obstacle):
+                self._turns_away = False
+                return None
+            obstacle = outcome
+            if self._turns_away or obstacle.waits_for != WAITS_FOR_CONNECTION:
+                break
+            time.sleep(A_MOMENT)
+        self._turns_away = True
+        return obstacle
 
     def _turn_away(self, obstacle: Obstacle, turnstile: Turnstile) -> _Nobody:
         if not turnstile.has_place:

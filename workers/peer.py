@@ -31,13 +31,14 @@ _poll = ctypes.PyDLL(None).poll
 class Peer:
     """The other end of a connection. Every method raises OSError when the client has left."""
 
-    __slots__ = ("_receive_limit", "dismissed", "entry", "framed", "socket", "stale")
+    __slots__ = ("_receive_limit", "dismissed", "entry", "framed", "quiet_since", "socket", "stale")
 
     def __init__(self, client: socket.socket, entry: int) -> None:
         self.socket = client
         self.entry = entry  # in the worker's roster
         self.dismissed = False  # no further request of it is taken up
         self.stale = False  # because it was silent for too long
+        self.quiet_since = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
         self.framed = False  # it sends frames; known once it has sent something
         self._receive_limit = 0.0
 

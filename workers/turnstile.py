@@ -2,12 +2,14 @@
 
 A client that finds no room is accepted all the same, only to be told `Overloaded` in the form that
 it speaks, and closed. It is no connection in the gate's sense: it never has a request, its time is
-short, and there are few of them at a time. Those that come beyond wait in the listen queue.
+short, and there are few of them at a time. Those that come beyond wait in the listen queue; while
+there are any, who is silent has to go sooner.
 
 One thread serves all of them, without ever waiting for one.
 """
 
 import contextlib
+import logging
 import os
 import queue
 import selectors
@@ -16,13 +18,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from cpanbridge.supervisor.gate import Obstacle
+from cpanbridge.supervisor.gate import MOST_TURNED_AWAY, Obstacle
 from cpanbridge.workers import protocol
 
-PLACES = 64
 FIRST_BYTES_SECONDS = 5.0  # for a client to send something, and so to say which form it speaks
+CROWDED_SECONDS = 0.5  # the same when all places are taken
 LINGER_SECONDS = 2.0  # for it to read the answer, and to end what it was sending
 READ_SIZE = 65536
+
+LOGGER = logging.getLogger("cpanbridge.worker")
 
 Answer = Callable[[Obstacle, str | None], bytes]
 
@@ -33,9 +37,15 @@ class _Guest:
     def __init__(self, client: socket.socket, obstacle: Obstacle) -> None:
         client.setblocking(False)
         self.socket = client
-        self.until = time.monotonic() + FIRST_BYTES_SECONDS
+        self._since = time.monotonic()
         self._obstacle = obstacle
         self._answered = False
+
+    def until(self, crowded: bool) -> float:
+        """When it is to be gone at last."""
+        if self._answered:
+            return self._since + LINGER_SECONDS
+        return self._since + (CROWDED_SECONDS if crowded else FIRST_BYTES_SECONDS)
 
     def has_gone(self, answer: Answer) -> bool:
         """It has sent something, or its end: answer it, and tell whether that was all."""
@@ -48,10 +58,13 @@ class _Guest:
                 # A socket's buffer takes so short an answer at once.
                 self.socket.send(self._reply(data, answer))
                 self.socket.shutdown(socket.SHUT_WR)
-                self.until = time.monotonic() + LINGER_SECONDS
+                self._since = time.monotonic()
         except BlockingIOError:
             return False
         except OSError:
+            return True
+        except Exception:
+            LOGGER.exception("A client could not be turned away by a fault of the daemon's own")
             return True
         return False
 
@@ -77,7 +90,7 @@ class Turnstile:
     @property
     def has_place(self) -> bool:
         """Whether one more can be taken."""
-        return self._guests < PLACES
+        return self._guests < MOST_TURNED_AWAY
 
     def take(self, client: socket.socket, obstacle: Obstacle) -> None:
         """Answer a client and see it out. Called by the thread at the door."""
@@ -99,8 +112,8 @@ class Turnstile:
             selector.register(self._wake, selectors.EVENT_READ)
             while True:
                 inside = [key.data for key in selector.get_map().values() if key.data]
-                now = time.monotonic()
-                timeout = min((guest.until - now for guest in inside), default=None)
+                now, crowded = time.monotonic(), not self.has_place
+                timeout = min((guest.until(crowded) - now for guest in inside), default=None)
                 for key, _ in selector.select(timeout):
                     if key.data is None:
                         os.eventfd_read(self._wake)
@@ -108,9 +121,9 @@ class Turnstile:
                     elif key.data.has_gone(self._answer):
                         self._see_out(selector, key.data)
                         inside.remove(key.data)
-                now = time.monotonic()
+                now, crowded = time.monotonic(), not self.has_place
                 for guest in inside:
-                    if guest.until <= now:
+                    if guest.until(crowded) <= now:
                         self._see_out(selector, guest)
 
     def _let_arrive(self, selector: selectors.BaseSelector) -> None:

@@ -143,8 +143,11 @@ class Worker:
         self._bell = place.bells[place.slot].watch
         self._cleanups = place.shared.header.cleanups  # that were asked for before
         self._threads = place.settings.thread_count
+        # Where threads are bounded only by the connections that there may be, one more is at the
+        # door when all are taken: to see who is to wait, or to be turned away.
+        most = self._threads + (place.settings.threads == 0)
         self._crew: Crew[Arrival[Call]] = Crew(
-            self._threads, self._door.next, self._connections.is_quick, self._connections.serve
+            most, self._door.next, self._connections.is_quick, self._connections.serve
         )
         self._most_requests = _with_jitter(place.settings.max_requests)
         self._retiring = False
@@ -244,7 +247,8 @@ class Worker:
             return True
         if time.monotonic() < self._leave_by:
             return False
-        self._connections.stop()  # what still waits for room is told that it is not run
+        # What still waits for room is told that it is not run.
+        self._connections.stop(daemon_ends=False)
         os.eventfd_write(self._stops.all, 1)
         if not self._crew.wait_until_idle(LAST_WORDS_SECONDS):
             self._say_what_is_cut()
@@ -262,7 +266,7 @@ class Worker:
         """The daemon ends: finish what runs, and tell everybody else so."""
         self._leave_by = leave_by
         self._close_door()
-        self._connections.stop()
+        self._connections.stop(daemon_ends=True)
         os.eventfd_write(self._stops.door, 1)
         os.eventfd_write(self._stops.all, 1)
         if self._crew.wait_until_door_is_left(leave_by - time.monotonic()) and not self._place.lent:

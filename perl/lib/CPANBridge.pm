@@ -445,11 +445,13 @@ The call is wrong, or not allowed. The bridge itself uses the first two for what
 
 =item PermissionDenied
 
-The user may not make this call. Reserved: not in this version of the daemon.
+The user may not make this call: C<system.cleanup> and C<system.shutdown> are for the daemon's own user and
+root. Not run.
 
 =item Overloaded
 
-Turned away; C<retry_after> has the seconds to wait. Not run. Reserved: not in this version of the daemon.
+Turned away, because there was no room; C<retry_after> has the seconds to wait. Not run. A daemon says so only
+if it is set to C<overload = "reject">; else calls wait.
 
 =item ShuttingDown
 

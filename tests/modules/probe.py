@@ -254,6 +254,12 @@ def hoard(megabytes: int) -> int:
     return os.getpid()
 
 
+def start_hoarder(megabytes: int) -> int:
+    """Starts a program that keeps so much memory, whatever becomes of this worker; its pid."""
+    text = f"import os, time; kept = bytearray(os.urandom(1 << 20)) * {megabytes}; time.sleep(600)"
+    return start(sys.executable, "-c", text)
+
+
 def burn(seconds: float) -> int:
     """Keeps a processor busy; returns the worker's pid."""
     end = time.monotonic() + seconds

@@ -133,14 +133,16 @@ def test_many_failures_are_a_warning_when_there_were_enough_requests(
 
 def test_a_monitor_that_does_not_look_is_a_failure(shared: Shared) -> None:
     for late, expected in ((1, "pass"), (4, "pass"), (60, "fail")):
-        shared.header.sampled_at = time.monotonic_ns() - late * 10**9
+        shared.header.sampled_at = time.monotonic_ns() - (late + 30) * 10**9
+        shared.header.sample_due = time.monotonic_ns() - late * 10**9
         check = look(shared)["checks"]["monitor"]
         assert check["status"] == expected
-        assert check["details"]["seconds_since_sample"] >= late
+        assert check["details"]["seconds_since_sample"] >= late + 30
+        assert check["details"]["seconds_late"] >= late
 
 
 def test_a_monitor_that_has_not_looked_yet_has_some_time(shared: Shared) -> None:
-    shared.header.sampled_at = 0
+    shared.header.sampled_at = shared.header.sample_due = 0
     assert status(shared, "monitor") == "pass"
     shared.header.started_monotonic -= 60 * 10**9
     assert status(shared, "monitor") == "fail"
@@ -185,7 +187,7 @@ def test_every_concern_comes_with_what_to_do_about_it(shared: Shared) -> None:
     for kind in Kind:
         measured(shared, kind, 10**6)
     shared.header.verdict = VERDICT_CLOSED
-    shared.header.sampled_at -= 600 * 10**9
+    shared.header.sample_due = time.monotonic_ns() - 600 * 10**9
     shared.clear(shared.slots[0])
     ran(shared, "m.f", 5, times=30, failures=30)
     indicators = health.performance(shared, SETTINGS)["health_indicators"]

@@ -4,8 +4,9 @@ import heapq
 import itertools
 import logging
 import os
+import signal
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ class Tower:
             monotonic_ns=lambda: self.now_ns,
             time=lambda: self.wall_ns / 1e9,
             time_ns=lambda: self.wall_ns,
+            thread_time=lambda: self.now_ns / 1e9,
         )
         for module in (monitor_module, gate_module, shared_module, window_module):
             monkeypatch.setattr(module, "time", clock)
@@ -61,6 +63,8 @@ class Tower:
         # What the next samples find: megabytes, for each worker and for the rest; percent.
         self.memory = [50.0] * WORKERS
         self.others = 50.0
+        self.orphans: dict[int, float] = {}
+        self.signals: list[tuple[int, signal.Signals]] = []
         self.cpu = 10.0
         self.sample_takes = 0.0  # seconds
         self.error: OSError | None = None
@@ -84,23 +88,30 @@ class Tower:
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self.now + seconds, next(self._numbers), action))
 
-    def sample(self, roots: Sequence[int]) -> Usage:
+    def steps(self, roots: Sequence[int]) -> Iterator[None]:
         before = self.looks[-1] if self.looks else self.now
         self.looks.append(self.now)
         seconds = self.now - before
         self.pass_time(self.sample_takes)
         if self.error is not None:
             raise self.error
+        yield
         memory = [round(each * MEGABYTE) for each in self.memory]
         pids = [slot.pid for slot in self.shared.slots]
-        return Usage(
+        orphans = {pid: round(each * MEGABYTE) for pid, each in self.orphans.items()}
+        self.usage = Usage(
             seconds=seconds,
             cpu_seconds=self.cpu / 100 * seconds,
-            memory=sum(memory) + round(self.others * MEGABYTE),
+            memory=sum(memory) + sum(orphans.values()) + round(self.others * MEGABYTE),
+            orphans=orphans,
             by_root={pid: each for pid, each in zip(pids, memory, strict=True) if pid in roots},
             processes=1 + len(roots),
             by_rss=0,
         )
+
+    def end(self, pid: int, number: signal.Signals) -> str | None:
+        self.signals.append((pid, number))
+        return "leaky"
 
     def waiting(self, listeners: object) -> int:
         if self.queue < 0:
@@ -144,7 +155,7 @@ class Tower:
     def slot(self, number: int) -> Slot:
         return self.shared.slots[number]
 
-    def end(self, number: int) -> None:
+    def replace(self, number: int) -> None:
         """A worker has gone, and a fresh one has its place."""
         slot = self.slot(number)
         self.shared.clear(slot)
@@ -279,11 +290,11 @@ def test_one_is_retired_at_a_time_until_the_tree_fits(new_tower: NewTower) -> No
     over(tower, 900, 800, 700)
     tower.look_for(60)
     assert [number for number, _ in tower.retired] == [0]  # it is still there
-    tower.end(0)
+    tower.replace(0)
     tower.look_for(30)
     assert [number for number, _ in tower.retired] == [0, 1]
     assert tower.closed
-    tower.end(1)
+    tower.replace(1)
     tower.look_for(30)
     assert [number for number, _ in tower.retired] == [0, 1]  # it was enough
     assert not tower.closed
@@ -359,6 +370,49 @@ def test_a_hoarder_that_has_not_finished_anything_is_named_all_the_same(
     over(tower, 10, 20, 1500)
     tower.look()
     assert tower.retired[0][1].endswith("1500.0MB alone, its last functions were none")
+
+
+def test_what_a_worker_has_left_behind_is_ended_before_any_other_worker_is(
+    new_tower: NewTower, caplog: pytest.LogCaptureFixture
+) -> None:
+    tower = new_tower(memory_grace=1)
+    over(tower, 50, 50, 50)
+    tower.orphans = {77: 900.0, 78: 20.0}
+    tower.look_for(3)
+    assert tower.signals == [(77, signal.SIGTERM)]  # and again only if it does not help
+    assert tower.retired == []
+    (line,) = lines(caplog, "Process 77 (leaky), left by a worker that has ended, is ended")
+    assert line.endswith("memory has been over its limit for 1 s, and it holds 900.0MB")
+    tower.look_for(5)
+    assert tower.signals == [(77, signal.SIGTERM), (77, signal.SIGKILL)]
+    tower.orphans = {78: 20.0}
+    tower.look_for(3)
+    assert not tower.closed
+    assert len(tower.signals) == 2
+
+
+def test_a_worker_that_holds_more_than_what_was_left_behind_is_retired_first(
+    new_tower: NewTower,
+) -> None:
+    tower = new_tower(memory_grace=1)
+    over(tower, 50, 900, 50)
+    tower.orphans = {77: 800.0}
+    tower.look_for(3)
+    assert [number for number, _ in tower.retired] == [1]
+    assert tower.signals == []
+
+
+def test_while_the_gate_is_closed_it_looks_often_however_long_that_takes(
+    new_tower: NewTower,
+) -> None:
+    tower = new_tower(max_cpu_percent=50)
+    tower.sample_takes = 0.2
+    tower.cpu = 90
+    tower.look_for(60)
+    assert tower.closed
+    seen = len(tower.looks)
+    tower.look_for(10)
+    assert len(tower.looks) - seen >= 19
 
 
 def test_too_much_cpu_retires_nobody(new_tower: NewTower) -> None:
@@ -466,19 +520,30 @@ def test_the_demand_includes_those_who_wait(new_tower: NewTower) -> None:
     third.request_waits_for, third.queued = WAITS_FOR_RATE, 4
     assert demand() == [64, 11, 8]
     # Clients outside, who wait for what keeps the doors shut.
+    first.opened = 100
+    for _ in range(40):
+        tower.shared.window.record(tower.now_ns)
     tower.queue = 20
-    assert demand() == [64, 11, 8]  # nothing does
+    assert demand() == demand() == [104, 11, 100]  # nothing does
     first.door_waits_for = WAITS_FOR_CONNECTION
-    assert demand() == [64, 11, 28]
+    assert demand() == [104, 11, 120]
     second.door_waits_for = WAITS_FOR_CONNECTION
-    assert demand() == [64, 11, 28]  # nobody is counted twice
+    assert demand() == [104, 11, 120]  # nobody is counted twice
     first.door_waits_for = second.door_waits_for = WAITS_FOR_RATE
-    assert demand() == [84, 11, 8]
+    assert demand() == [124, 11, 100]
     tower.queue = -1  # the listeners are closed
-    assert demand() == [64, 11, 8]
+    assert demand() == [104, 11, 100]
+    # One that is there for a moment only is on its way in.
+    tower.queue = 20
+    assert demand() == [104, 11, 100]
+    assert demand() == [124, 11, 100]
+    # And who waits though there is room waits for something else, for a moment.
+    first.opened = 99
+    first.door_waits_for = WAITS_FOR_CONNECTION
+    assert demand()[2] == 99
 
 
-def test_the_demand_includes_those_who_were_told_overloaded_since_the_last_look(
+def test_the_demand_is_over_the_limit_when_somebody_was_told_overloaded_since_the_last_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tower = Tower(monkeypatch, max_requests_per_minute=100)
@@ -494,7 +559,7 @@ def test_the_demand_includes_those_who_were_told_overloaded_since_the_last_look(
     slot.overloaded_rate += 5
     slot.overloaded_concurrency += 3
     slot.overloaded_connections += 2
-    assert demand() == [5, 3, 2]
+    assert demand() == [101, 101, 101]
     assert demand() == [0, 0, 0]
 
 
@@ -632,7 +697,7 @@ def test_setting_the_wall_clock_back_changes_nothing(
             if step == 5:
                 over(tower, 300, 600, 200)
             if step == 25:
-                tower.end(1)
+                tower.replace(1)
             tower.cpu = 150 + 5 * (step % 20)
             tower.look_for(20 if step % 7 == 0 else 1)
         header = tower.shared.header

@@ -116,12 +116,3 @@ def test_a_client_is_stale_only_when_it_is_silent_at_its_own_turn(
     for now, silent in ((10 * SECOND, False), (310 * SECOND, False), (310 * SECOND + 1, True)):
         stale = silent and may_be_stale
         assert connection.is_stale(now, 300) is stale
-        assert writer.stale([entry], now, 300) == ([entry] if stale else [])
-
-
-def test_of_the_entries_asked_for_the_stale_ones_are_told() -> None:
-    _, writer = new_roster()
-    silent, talking, not_asked = (writer.enter(number, 0) for number in (1, 2, 3))
-    writer.heard(talking, 99 * SECOND)
-    assert writer.stale([silent, talking], 100 * SECOND, 60) == [silent]
-    assert writer.stale([talking, not_asked], 100 * SECOND, 60) == [not_asked]

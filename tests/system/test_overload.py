@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
+import pytest
 from conftest import Daemon, NewDaemon
 from plain_client import Framed, connect, one_shot, until
 
@@ -173,13 +174,73 @@ def test_what_a_worker_starts_counts_and_what_cannot_be_read_counts_by_rss(
     until(lambda: daemon.metrics()["system_stats"]["processes"] == 3)
 
 
+def test_a_program_that_outlives_its_retired_worker_is_ended_and_no_other_worker_is(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(SMALL).run()
+    for _ in range(12):  # so that each worker has run something
+        daemon.call("test", "ping")
+    before = set(daemon.workers())
+    pid = daemon.call("probe", "start_hoarder", [LIMIT_MB + 20])
+    until(lambda: not psutil.pid_exists(pid), 40, "the end of the program")
+    assert daemon.call("test", "ping")
+    until(lambda: daemon.metrics()["gate"]["verdict"] == "open")
+    assert len(lines(daemon, "is retired")) == 1
+    (line,) = lines(daemon, "left by a worker that has ended, is ended")
+    assert line.startswith(f"[WARNING] Process {pid} (python")
+    assert len(before & set(daemon.workers())) == 2
+
+
+def test_an_old_worker_that_holds_most_has_to_hurry(new_daemon: NewDaemon) -> None:
+    """After a reload it may take as long as it likes, but not while the gate is shut for it."""
+    daemon = new_daemon(SMALL + "graceful_timeout = 1").run()
+    with Framed(daemon.path, timeout=60) as hoarder:
+        reply = hoarder.call("probe", "hoard", [LIMIT_MB - 40])
+        assert reply is not None
+        note = daemon.folder / "runs"
+        hoarder.send("probe", "span", [60, str(note)])
+        until(note.exists)
+        assert daemon.command("reload").returncode == 0
+        assert daemon.call("test", "ping")
+        daemon.call("probe", "hoard", [60])
+        until(lambda: lines(daemon, rf"\(pid {reply['result']}\) has 1 s left to leave: memory"))
+        with pytest.raises((EOFError, OSError)):
+            hoarder.receive()
+    until(lambda: daemon.metrics()["gate"]["verdict"] == "open")
+    assert not lines(daemon, "is retired: memory")
+
+
+def test_who_waits_for_the_rate_in_a_retired_worker_is_not_told_that_the_daemon_stops(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(
+        "workers = 1\nlimits = {max_requests_per_minute = 3, max_memory_mb = 100, "
+        "memory_grace = 1, sample_interval = 0.2, graceful_timeout = 1}"
+    ).run()
+    with connect(daemon.path, timeout=60) as late:
+        until(lambda: state(daemon)["gate"]["connections"] == 1)  # it is let in
+        daemon.call("test", "ping")
+        daemon.call("test", "ping")
+        daemon.call("probe", "hoard", [150])
+        late.sendall(b'{"module": "test", "function": "ping"}')
+        reply = reply_of(late)
+    assert (reply["error_type"], reply["retry_after"]) == ("Overloaded", 1.0)
+    assert "shutting down" not in reply["error"]
+
+
+def state(daemon: Daemon) -> dict[str, Any]:
+    """What the master says, whatever the gate is."""
+    found: dict[str, Any] = json.loads(daemon.command("status", "--json").stdout)
+    return found
+
+
 # -- CPU --
 
 
 def test_burning_workers_close_the_gate_and_it_opens_by_itself(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(
         "workers = 3\n"
-        "limits = {max_cpu_percent = 40, sample_interval = 0.5, max_requests_per_minute = 0}"
+        "limits = {max_cpu_percent = 10, sample_interval = 0.5, max_requests_per_minute = 0}"
     ).run()
     with contextlib.ExitStack() as stack:
         burning = [stack.enter_context(one_shot_call(daemon, "burn", [4.0])) for _ in range(3)]
@@ -193,20 +254,20 @@ def test_burning_workers_close_the_gate_and_it_opens_by_itself(new_daemon: NewDa
         assert time.monotonic() - recovered < 10  # a second on a quiet machine
     until(lambda: lines(daemon, "Resource violations are over"))
     assert re.fullmatch(
-        r"\[CRITICAL\] RESOURCE VIOLATION: \['CPU usage \d+\.\d% exceeds limit 40%'\]",
+        r"\[CRITICAL\] RESOURCE VIOLATION: \['CPU usage \d+\.\d% exceeds limit 10%'\]",
         lines(daemon, "RESOURCE VIOLATION")[0],
     )
     metrics = daemon.metrics()
     assert metrics["gate"]["verdict_closings"] >= 1
     assert metrics["gate"]["workers_retired_for_memory"] == 0
-    assert metrics["resource_status"]["peak_cpu"] > 40
+    assert metrics["resource_status"]["peak_cpu"] > 10
     assert metrics["performance_metrics"]["failed_requests"] == 0
 
 
 def test_a_violation_is_told_once_and_then_once_in_each_interval(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(
         "workers = 2\nlimits = "
-        "{max_cpu_percent = 20, sample_interval = 0.1, resource_check_interval = 2}"
+        "{max_cpu_percent = 10, sample_interval = 0.4, resource_check_interval = 2}"
     ).run()
     with one_shot_call(daemon, "burn", [5.0]) as burning:
         assert reply_of(burning)["success"]
@@ -345,6 +406,25 @@ def test_more_clients_than_connections_are_turned_away_and_counted(new_daemon: N
     until(lambda: one_shot(daemon.path, "test", "ping")["success"])
 
 
+def test_one_worker_whose_connections_are_all_taken_turns_away_too(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon('workers = 1\noverload = "reject"\nlimits.max_connections = 2').run()
+    with Framed(daemon.path) as first, Framed(daemon.path) as second:
+        assert succeeds(first)
+        assert succeeds(second)
+        for _ in range(5):
+            assert one_shot(daemon.path, "test", "ping")["error_type"] == "Overloaded"
+
+
+def test_a_client_that_never_has_more_connections_than_allowed_is_never_turned_away(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(
+        REJECTING + "limits.max_connections = 1\nlimits.max_requests_per_minute = 0"
+    ).run()
+    for _ in range(500):
+        assert one_shot(daemon.path, "test", "ping")["success"]
+
+
 def test_a_client_that_is_slow_to_speak_does_not_keep_others_from_being_turned_away(
     new_daemon: NewDaemon,
 ) -> None:
@@ -400,14 +480,16 @@ def test_cleanup_closes_stale_connections_of_all_workers_at_once(new_daemon: New
 
         until(all_stale)
         report = daemon.call("system", "connections")
-        assert report["active_connections"] == 9
+        assert report["active_connections"] in (
+            9,
+            10,
+        )  # one that asked before may be on its way out
         assert report["connection_limits"] == {"max_concurrent": 100, "stale_timeout": 1}
         stale = [each for each in report["connections"] if each["status"] == "stale"]
         assert len(stale) == 8
         assert all(each["requests_count"] == 1 and each["idle_time"] > 1 for each in stale)
         assert abs(stale[0]["start_time"] - time.time()) < 60
-        (asking,) = (each for each in report["connections"] if each["status"] != "stale")
-        assert asking["status"] == "running"
+        assert "running" in {each["status"] for each in report["connections"]}  # who asks
         cleaned = daemon.call("system", "cleanup")
         assert cleaned["cleaned_connections"] == 8
         assert {each["connection_id"] for each in cleaned["connections_details"]} == {
@@ -477,17 +559,17 @@ def test_a_daemon_that_was_stopped_for_a_while_draws_no_wrong_conclusions(
 
 
 def test_status_says_that_the_gate_is_closed_and_why(new_daemon: NewDaemon) -> None:
-    daemon = new_daemon("workers = 2\nlimits = {max_cpu_percent = 20, sample_interval = 0.2}").run()
+    daemon = new_daemon("workers = 2\nlimits.max_cpu_percent = 10").run()
     status = daemon.command("status").stdout
     assert "  gate open for " in status
     assert "of 100 connections, 0 of 100 requests running, 0 of 2000 in the last minute" in status
-    with one_shot_call(daemon, "burn", [4.0]) as burning, contextlib.ExitStack() as stack:
+    with one_shot_call(daemon, "burn", [10.0]) as burning, contextlib.ExitStack() as stack:
         until(lambda: "  gate closed for " in daemon.command("status").stdout)
         for _ in range(3):
             stack.enter_context(one_shot_call(daemon, "worker_pid", []))
         until(lambda: "  3 clients wait for room\n" in daemon.command("status").stdout)
-        found = json.loads(daemon.command("status", "--json").stdout)
+        found = until(lambda: (s := state(daemon))["resource_status"]["violations"] and s)
         assert found["gate"]["waiting_clients"] == 3
         (violation,) = found["resource_status"]["violations"]
-        assert re.fullmatch(r"CPU usage \d+\.\d% exceeds limit 20%", violation)
+        assert re.fullmatch(r"CPU usage \d+\.\d% exceeds limit 10%", violation)
         assert reply_of(burning)["success"]

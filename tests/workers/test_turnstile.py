@@ -1,6 +1,7 @@
 """Clients that find no room are told so in the form that they speak, and none is waited for."""
 
 import json
+import select
 import socket
 import struct
 import threading
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from plain_client import read_to_end, request, until
 
+from cpanbridge.supervisor.gate import MOST_TURNED_AWAY as PLACES
 from cpanbridge.supervisor.gate import Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION, WAITS_FOR_RATE
 from cpanbridge.workers import turnstile as turnstile_module
-from cpanbridge.workers.turnstile import PLACES, Turnstile
+from cpanbridge.workers.turnstile import Turnstile
 
 FULL = Obstacle("connections", WAITS_FOR_CONNECTION)
 NO_MORE_REQUESTS = struct.pack(">I", 0)
@@ -133,13 +135,22 @@ def test_who_leaves_without_a_word_is_seen_out(way_out: Exit) -> None:
 def test_who_is_silent_is_closed_after_a_while(
     way_out: Exit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patient = way_out.client()
     monkeypatch.setattr(turnstile_module, "FIRST_BYTES_SECONDS", 0.05)
     silent = [way_out.client() for _ in range(3)]
     assert [read_to_end(client) for client in silent] == [b"", b"", b""]
-    until(lambda: way_out.inside == 1)
-    patient.sendall(one_shot("r-5"))
-    assert decoded(read_to_end(patient))["request_id"] == "r-5"
+    until(lambda: way_out.inside == 0)
+
+
+def test_who_is_silent_has_to_go_sooner_when_all_places_are_taken(
+    way_out: Exit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turnstile_module, "FIRST_BYTES_SECONDS", 600)
+    monkeypatch.setattr(turnstile_module, "CROWDED_SECONDS", 0.05)
+    patient = [way_out.client() for _ in range(PLACES - 1)]
+    assert not select.select(patient, [], [], 0.2)[0]
+    last = way_out.client()
+    assert read_to_end(patient[0]) == b""
+    assert last.fileno() >= 0  # it came later, and may have some time yet
 
 
 def test_who_has_been_told_may_end_what_it_was_sending(way_out: Exit) -> None:

@@ -107,8 +107,7 @@ Python's traceback, if the daemon runs with C<debug> on.
 
 =item retry_after
 
-With C<Overloaded>: the seconds after which another attempt makes sense. Reserved: not in this version
-of the daemon.
+With C<Overloaded>: the seconds after which another attempt makes sense.
 
 =item file, line
 
