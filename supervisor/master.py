@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable
 from functools import partial
 
@@ -25,17 +24,16 @@ from cpanbridge.supervisor.monitor import Monitor
 from cpanbridge.supervisor.notify import Notifier
 from cpanbridge.supervisor.place import WorkerMain
 from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import KILL_MARGIN, Generation, Stage
+from cpanbridge.supervisor.seats import KILL_MARGIN, Generation
 from cpanbridge.supervisor.shared import Shared, slot_capacity
+from cpanbridge.supervisor.signals import Signals
 from cpanbridge.supervisor.sockets import Sockets
-from cpanbridge.supervisor.text import describe_exit
-from cpanbridge.supervisor.upgrade import Estate, Inherited, Predecessor, Successor
+from cpanbridge.supervisor.succession import Succession
+from cpanbridge.supervisor.upgrade import Inherited
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.workforce import Workforce
 
 LOGGER = logging.getLogger("cpanbridge.master")
-
-_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "CHLD", "USR1", "USR2", "TTIN", "TTOU")
 
 
 class Master:
@@ -71,9 +69,6 @@ class Master:
             load, loaded, self._loop, shared, sockets, self._workforce, number
         )
         self._reloader.changed = self._configuration_changed
-        self._successor: Successor | None = None
-        self._predecessor: Predecessor | None = None
-        self._bells = bells
         self._monitor = Monitor(
             self._loop,
             shared,
@@ -93,53 +88,46 @@ class Master:
             },
             self._progress,
         )
-        self._signals, self._wakeup = socket.socketpair()
-        self._put_off: list[int] = []  # signals that came while another master was taking over
-        self._started = False
+        self._succession = Succession(
+            self._loop,
+            shared,
+            bells,
+            sockets,
+            self._workforce,
+            self._reloader,
+            self._control,
+            self._notifier,
+        )
+        self._signals = Signals(self._loop, self._handle)
+        self._started = inherited is not None
         self._reload_when_started = False
         self._stopping = False
-        self._left = False  # to another master
         self._exit_status = 0
         if inherited is not None:
-            self._expect(inherited)
+            self._succession.expect(inherited, self._monitor.start)
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
         self._show_title()
-        self._catch_signals()
+        self._signals.catch()
         self._notifier.watch_dog()
         gc.freeze()  # what exists now is shared with the workers; keep the collector off it
-        if self._predecessor is None:
-            self._watch_control()
-            self._workforce.hire(self._reloader.generation)
+        if self._succession.expected:
+            self._reloader.begin(self._taken_over)
         else:
-            self._reloader.begin(self._tell_predecessor)
-        while not (self._left or (self._stopping and self._workforce.is_gone())):
+            self._succession.watch_control()
+            self._workforce.hire(self._reloader.generation)
+        while not (self._succession.left or (self._stopping and self._workforce.is_gone())):
             self._loop.turn()
-        for name in _SIGNALS:  # Python would put the defaults back while it ends
-            if name != "CHLD":
-                signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
-        if not self._left:
+        self._signals.ignore()
+        if not self._succession.left:
             LOGGER.info("Stopped")
         return self._exit_status
 
     # -- signals --
 
-    def _catch_signals(self) -> None:
-        for end in (self._signals, self._wakeup):
-            end.setblocking(False)
-        self._loop.watch(self._signals.fileno(), self._handle_signals)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for name in _SIGNALS:
-            signal.signal(signal.Signals[f"SIG{name}"], lambda *_: None)
-
-    def _handle_signals(self) -> None:
-        numbers = dict.fromkeys(self._signals.recv(4096))
-        numbers[signal.SIGCHLD] = None  # of many at once, some may not have been written
-        for number in numbers:
-            if self._workforce.standing_still and number != signal.SIGCHLD:
-                self._put_off.append(number)
-                continue
+    def _handle(self, number: int) -> None:
+        if not self._succession.puts_off(number):
             name = signal.Signals(number).name.removeprefix("SIG").lower()
             getattr(self, f"handle_{name}")()
 
@@ -165,17 +153,13 @@ class Master:
         Not only workers: as process 1 of a container the master inherits what they leave behind.
         """
         while True:
-            # While another master takes over, the workers are not this one's to wait for.
-            waited_for = self._successor.pid if self._successor is not None else -1
-            whom = waited_for if self._workforce.standing_still else -1
             try:
-                pid, status = os.waitpid(whom, os.WNOHANG)
+                pid, status = os.waitpid(self._succession.whom_to_wait_for, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            if self._successor is not None and pid == self._successor.pid:
-                self._successor.ended(describe_exit(status))
+            self._succession.ended(pid, status)
             self._workforce.ended(pid, status)
 
     def handle_hup(self) -> None:
@@ -216,8 +200,8 @@ class Master:
         """All workers have booted: the daemon is ready, or a reload can be completed."""
         if self._stopping:
             return
-        if self._predecessor is not None:
-            self._predecessor.ready()
+        if self._succession.expected:
+            self._succession.ready()
             return
         if self._started:
             self._reloader.ready(generation)
@@ -255,7 +239,7 @@ class Master:
         """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
         if self._stopping:
             tell("the daemon is stopping")
-        elif self._successor is not None:
+        elif self._succession.successor or self._succession.expected:
             tell("an upgrade is under way")
         elif not self._started:
             self._reload_when_started = True
@@ -286,51 +270,23 @@ class Master:
             self._stopping = True
             self._notifier.stopping((seconds or 0.0) + KILL_MARGIN)
             self._reloader.give_up("the daemon is stopping")
-            if self._successor is not None:
-                self._successor.give_up("the daemon is stopping")
+            self._succession.give_up("the daemon is stopping")
             self._sockets.close()
         self._workforce.stop(seconds)
-
-    # -- handing over to another master --
 
     def upgrade(self, tell: Callable[[str | None], None]) -> None:
         """Hand over to a new master; `tell` is called once: with None when it has taken over."""
         reason = self._cannot_upgrade()
-        if reason is not None:
+        if reason is None:
+            self._succession.begin(tell)
+        else:
             LOGGER.error("Not upgraded, nothing has changed: %s", reason)
             tell(reason)
-            return
-        self._workforce.confined = True
-        estate = Estate(
-            self._shared.fd,
-            [list(each) for each in self._bells],
-            self._workforce.life,
-            self._sockets.held(),
-            self._reloader.generation.number,
-            self._workforce.occupied,
-        )
-
-        def failed(reason: str) -> None:
-            self._stay()
-            LOGGER.error("Not upgraded, nothing has changed: %s", reason)
-            tell(reason)
-
-        def taken(pid: int) -> None:
-            LOGGER.info("Handed over to pid %d", pid)
-            tell(None)
-            self._leave_to(pid)
-
-        try:
-            self._successor = Successor(self._loop, estate, self._stand_still, taken, failed)
-        except OSError as error:
-            failed(f"the new master cannot be started: {error.strerror}")
-            return
-        LOGGER.info("Upgrading: the new master is pid %d", self._successor.pid)
 
     def _cannot_upgrade(self) -> str | None:
         if self._stopping:
             return "the daemon is stopping"
-        if self._successor is not None:
+        if self._succession.successor:
             return "an upgrade is under way"
         if not self._started or self._reloader.coming is not None:
             return f"the daemon is {self._state()}"
@@ -338,77 +294,23 @@ class Master:
             return "process 1 of a container cannot be replaced; restart the container"
         return None
 
-    def _stand_still(self) -> None:
-        """The new master is ready: do nothing more that it would not know of."""
-        self._workforce.standing_still = True
-        self._control.stop_listening()
-        assert self._successor is not None
-        self._successor.hand_over()
-
-    def _stay(self) -> None:
-        """There is no new master after all."""
-        self._successor = None
-        self._workforce.confined = False
-        if self._workforce.standing_still:
-            self._workforce.standing_still = False
-            self._sockets.take_over()
-            self._watch_control()
-            put_off, self._put_off = self._put_off, []
-            for number in (signal.SIGCHLD, *put_off):
-                os.kill(os.getpid(), number)
-
-    def _leave_to(self, pid: int) -> None:
-        self._notifier.handed_over(pid)
-        self._sockets.give_away()
-        for number in self._put_off:
-            os.kill(pid, number)
-        self._left = True
-
-    # -- taking over from another master --
-
-    def _expect(self, inherited: Inherited) -> None:
-        """Called in a new master, which serves nothing yet."""
-        estate, generation = inherited.estate, self._reloader.generation
-        generation.stage = Stage.SERVES
-        self._workforce.expect(generation, estate.occupied, estate.life)
-        self._predecessor = Predecessor(self._loop, inherited.end, self._take_over)
-        self._started = True
-
-    def _take_over(self) -> None:
-        """The old master does nothing any more: the daemon is this one's."""
-        predecessor, self._predecessor = self._predecessor, None
-        coming = self._reloader.coming
-        assert predecessor is not None
-        assert coming is not None
-        self._sockets.take_over()
-        predecessor.taken()
-        self._workforce.adopt(self._reloader.generation)
-        self._watch_control()
-        self._monitor.start()
-        LOGGER.info("cpanbridged %s takes over: pid %d", __version__, os.getpid())
-        self._reloader.ready(coming)
-
-    def _tell_predecessor(self, reason: str | None) -> None:
+    def _taken_over(self, reason: str | None) -> None:
+        """The reload by which a new master takes over is over."""
         if reason is None:
             self._notifier.ready(self._summary())
-        elif self._predecessor is not None:
-            self._predecessor.refuse(reason)
+        else:
+            self._succession.refuse(reason)
             self._exit_status = 1
             self._stop(None)
 
     # -- the control socket --
-
-    def _watch_control(self) -> None:
-        if self._sockets.control is not None:
-            self._control.listen(self._sockets.control)
-        self._sockets.control_moved = self._control.listen
 
     def _state(self) -> str:
         if self._stopping:
             return "stopping"
         if not self._started:
             return "starting"
-        if self._successor is not None:
+        if self._succession.successor:
             return "upgrading"
         return "reloading" if self._reloader.coming is not None else "running"
 
@@ -416,8 +318,8 @@ class Master:
         seats = self._workforce.seats
         if self._stopping:
             return status.stop_progress(seats, self._shared)
-        if self._successor is not None:
-            return f"the new master (pid {self._successor.pid}) boots"
+        if self._succession.successor:
+            return f"the new master (pid {self._succession.successor}) boots"
         coming = self._reloader.coming if self._started else self._reloader.generation
         return status.boot_progress(coming, seats) if coming is not None else None
 
@@ -439,8 +341,8 @@ class Master:
         def tell(reason: str | None) -> None:
             if reason is not None:
                 visitor.fail(reason)
-            elif self._successor is not None:
-                visitor.finish({"pid": self._successor.pid})
+            else:
+                visitor.finish({"pid": self._succession.successor})
 
         self.upgrade(tell)
 

@@ -222,7 +222,7 @@ class Workforce:
 
     def add(self, generation: Generation) -> bool:
         """One worker more; False when there is no room for it beside another generation."""
-        if self._stopping or generation.wanted >= len(self.seats) // 2:
+        if self._stopping or self.confined or generation.wanted >= len(self.seats) // 2:
             return False
         generation.wanted += 1
         self.hire(generation)
@@ -231,7 +231,7 @@ class Workforce:
     def remove(self, generation: Generation) -> bool:
         """One worker fewer: it finishes what it runs. False for the last one."""
         staff = [seat for seat in self._of(generation) if not seat.leaving]
-        if self._stopping or generation.wanted == 1 or not staff:
+        if self._stopping or self.confined or generation.wanted == 1 or not staff:
             return False
         generation.wanted -= 1
         seat = staff[-1]

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import random
+import select
 import selectors
 import signal
 import socket
@@ -42,6 +43,7 @@ from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.forks import let_go_in_children
 from cpanbridge.workers.modules import ModuleLoadError, Registry
+from cpanbridge.workers.orphans import end_with_master
 from cpanbridge.workers.turnstile import Turnstile
 from cpanbridge.workers.watch import Watch
 
@@ -57,6 +59,9 @@ def run(place: Place) -> NoReturn:
     status = 1
     try:
         _reset_signals(place)
+        end_with_master(True)
+        if select.select([place.lifeline], [], [], 0)[0]:
+            os._exit(1)  # it has ended before that
         setproctitle.setproctitle(f"cpanbridged: worker {place.slot} gen {place.generation} boots")
         faulthandler.enable()
         # What each thread is at, written to the log without the interpreter's help: the master asks
@@ -72,6 +77,7 @@ def run(place: Place) -> NoReturn:
             send_report(place.report, str(error))
         else:
             worker = Worker(place, registry)
+            end_with_master(False)  # from now on it finishes what it runs
             send_report(place.report, None)
             os.close(place.report)
             worker.watch()

@@ -194,6 +194,17 @@ def runs(pid: int) -> bool:
         return False
 
 
+def test_workers_that_boot_for_ever_end_with_a_killed_master(daemon: Daemon) -> None:
+    note = daemon.folder / "hangs"
+    text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n"
+    daemon.write_config(f"workers = 2\n{helpers(daemon, slow=text)}")
+    os.kill(daemon.pid, signal.SIGHUP)
+    workers = until(lambda: len(pids := daemon.workers()) == 4 and pids)
+    until(note.exists)
+    os.kill(daemon.pid, signal.SIGKILL)
+    until(lambda: not any(map(runs, workers)), what="the end of all workers")
+
+
 def test_a_running_call_is_finished_by_the_old_worker_however_long_it_takes(
     new_daemon: NewDaemon,
 ) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,23 +23,23 @@ class Manager:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.messages: list[dict[str, str]] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(path)
-        self._socket.setblocking(False)
-        self.messages: list[dict[str, str]] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while message := self._socket.recv(4096):
+            lines = message.decode().splitlines()
+            self.messages.append(dict(line.split("=", 1) for line in lines))
 
     def told(self, name: str, value: str | None = None) -> list[dict[str, str]]:
         """The messages so far that have a field."""
-        try:
-            while True:
-                lines = self._socket.recv(4096).decode().splitlines()
-                self.messages.append(dict(line.split("=", 1) for line in lines))
-        except BlockingIOError:
-            pass
         return [m for m in self.messages if name in m and value in (None, m[name])]
 
     def close(self) -> None:
-        self._socket.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", self.path)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_it_says_when_it_is_ready_reloads_and_stops(managed: tuple[Daemon, Manag
     until(lambda: len(manager.told("READY")) == 3)
     assert manager.told("READY")[2]["STATUS"].startswith("Not reloaded: workers = 200")
     assert daemon.stop() == 0
-    (stopping,) = manager.told("STOPPING")
+    (stopping,) = until(lambda: manager.told("STOPPING"))
     assert int(stopping["EXTEND_TIMEOUT_USEC"]) == 33_000_000
 
 

@@ -145,15 +145,23 @@ def test_an_upgrade_that_cannot_be_changes_nothing_and_says_why(
 
 
 def hanging_upgrade(daemon: Daemon) -> int:
-    """Begin an upgrade whose workers boot for long; the new master's pid."""
+    """Begin an upgrade whose workers boot until `let_boot`; the new master's pid."""
     folder = daemon.folder / "helpers"
     folder.mkdir()
-    note = daemon.folder / "hangs"
-    (folder / "slow.py").write_text(f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(2)\n")
+    note, go = daemon.folder / "hangs", daemon.folder / "go"
+    (folder / "slow.py").write_text(
+        f"import os, time\nopen({str(note)!r}, 'w')\n"
+        f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
+    )
     daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
     os.kill(daemon.pid, signal.SIGUSR2)
     until(note.exists)
     return int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
+
+
+def let_boot(daemon: Daemon) -> None:
+    """Let the workers of a hanging upgrade boot."""
+    (daemon.folder / "go").touch()
 
 
 def test_a_new_master_that_is_killed_leaves_the_old_one(daemon: Daemon) -> None:
@@ -173,6 +181,7 @@ def test_an_old_master_that_is_killed_is_followed_by_the_new_one(daemon: Daemon)
     assert daemon.process is not None
     daemon.process.wait()
     assert daemon.call("test", "echo", [1]) == [1]
+    let_boot(daemon)
     until(lambda: daemon.pid == new)
     until(lambda: state(daemon)["state"] == "running")
     assert daemon.call("test", "echo", [2]) == [2]
@@ -193,6 +202,7 @@ def test_neither_a_reload_nor_another_upgrade_gets_in_between(daemon: Daemon) ->
         done = daemon.command(command)
         assert done.returncode == 1
         assert "an upgrade is under way" in done.stderr
+    let_boot(daemon)
     until(lambda: "takes over" in daemon.log())
     until(lambda: state(daemon)["state"] == "running")
 

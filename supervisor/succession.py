@@ -1,0 +1,194 @@
+"""Handing a daemon over to another master, and taking it over: both sides of an upgrade.
+
+What the two masters say to each other is in `upgrade.py`. Here is what each does with its own parts
+meanwhile: the old one keeps to its slots, and stands still from when the new one is ready; the new
+one serves nothing until the old one does. Called in the master.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+
+from cpanbridge.supervisor.controlserver import ControlServer
+from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.loop import Loop
+from cpanbridge.supervisor.notify import Notifier
+from cpanbridge.supervisor.reload import Reloader
+from cpanbridge.supervisor.seats import Stage
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.sockets import Sockets
+from cpanbridge.supervisor.text import describe_exit
+from cpanbridge.supervisor.upgrade import Estate, Inherited, Predecessor, Successor
+from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.workforce import Workforce
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+Tell = Callable[[str | None], None]
+
+
+class Succession:
+    """One master's place in the row of masters.
+
+    `left` is whether another one has taken over, and this one is to leave everything to it.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        shared: Shared,
+        bells: Sequence[Bells],
+        sockets: Sockets,
+        workforce: Workforce,
+        reloader: Reloader,
+        control: ControlServer,
+        notifier: Notifier,
+    ) -> None:
+        self._loop = loop
+        self._shared = shared
+        self._bells = bells
+        self._sockets = sockets
+        self._workforce = workforce
+        self._reloader = reloader
+        self._control = control
+        self._notifier = notifier
+        self._successor: Successor | None = None
+        self._predecessor: Predecessor | None = None
+        self._on_taken: Callable[[], None] = lambda: None
+        self._put_off: list[int] = []
+        self.left = False
+
+    @property
+    def successor(self) -> int:
+        """The pid of the master that is to take over; 0: there is none."""
+        return self._successor.pid if self._successor is not None else 0
+
+    @property
+    def expected(self) -> bool:
+        """Whether this is a new master, which has not taken over yet."""
+        return self._predecessor is not None
+
+    # -- in the old master --
+
+    def begin(self, tell: Tell) -> None:
+        """Hand over to a new master; `tell` is called once: with None when it has taken over."""
+        self._workforce.confined = True
+        estate = Estate(
+            self._shared.fd,
+            [list(each) for each in self._bells],
+            self._workforce.life,
+            self._sockets.held(),
+            self._reloader.generation.number,
+            self._workforce.occupied,
+        )
+
+        def failed(reason: str) -> None:
+            self._stay()
+            LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+            tell(reason)
+
+        def taken(pid: int) -> None:
+            LOGGER.info("Handed over to pid %d", pid)
+            tell(None)
+            self._leave_to(pid)
+
+        try:
+            self._successor = Successor(self._loop, estate, self._stand_still, taken, failed)
+        except OSError as error:
+            failed(f"the new master cannot be started: {error.strerror}")
+            return
+        LOGGER.info("Upgrading: the new master is pid %d", self._successor.pid)
+
+    def give_up(self, reason: str) -> None:
+        """End the new master, if there is one."""
+        if self._successor is not None:
+            self._successor.give_up(reason)
+
+    def puts_off(self, number: int) -> bool:
+        """Whether a signal has come at the one moment when nobody can act on it.
+
+        The new master gets it, or this one once more.
+        """
+        if not self._workforce.standing_still or number == signal.SIGCHLD:
+            return False
+        self._put_off.append(number)
+        return True
+
+    @property
+    def whom_to_wait_for(self) -> int:
+        """For waitpid(2): while another master takes over, the workers are its business."""
+        return self.successor if self._workforce.standing_still else -1
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child has ended; ignored when it was not the new master."""
+        if self._successor is not None and pid == self._successor.pid:
+            self._successor.ended(describe_exit(status))
+
+    def _stand_still(self) -> None:
+        """The new master is ready: do nothing more that it would not know of."""
+        self._workforce.standing_still = True
+        self._control.stop_listening()
+        assert self._successor is not None
+        self._successor.hand_over()
+
+    def _stay(self) -> None:
+        """There is no new master after all."""
+        self._successor = None
+        self._workforce.confined = False
+        if self._workforce.standing_still:
+            self._workforce.standing_still = False
+            self._sockets.take_over()
+            self.watch_control()
+            put_off, self._put_off = self._put_off, []
+            for number in (signal.SIGCHLD, *put_off):
+                os.kill(os.getpid(), number)
+
+    def _leave_to(self, pid: int) -> None:
+        self._notifier.handed_over(pid)
+        self._sockets.give_away()
+        for number in self._put_off:
+            os.kill(pid, number)
+        self.left = True
+
+    # -- in the new master --
+
+    def expect(self, inherited: Inherited, on_taken: Callable[[], None]) -> None:
+        """This master is to take over, and calls `on_taken` when it has."""
+        estate, generation = inherited.estate, self._reloader.generation
+        generation.stage = Stage.SERVES
+        self._workforce.expect(generation, estate.occupied, estate.life)
+        self._on_taken = on_taken
+        self._predecessor = Predecessor(self._loop, inherited.end, self._take_over)
+
+    def ready(self) -> None:
+        """The new generation has booted."""
+        assert self._predecessor is not None
+        self._predecessor.ready()
+
+    def refuse(self, reason: str) -> None:
+        """This master cannot take over."""
+        if self._predecessor is not None:
+            self._predecessor.refuse(reason)
+
+    def _take_over(self) -> None:
+        """The old master does nothing any more: the daemon is this one's."""
+        coming = self._reloader.coming
+        if self._predecessor is None or coming is None:
+            return  # it has been refused meanwhile
+        predecessor, self._predecessor = self._predecessor, None
+        self._sockets.take_over()
+        predecessor.taken()
+        self._workforce.adopt(self._reloader.generation)
+        self.watch_control()
+        LOGGER.info("cpanbridged %s takes over: pid %d", __version__, os.getpid())
+        self._on_taken()
+        self._reloader.ready(coming)
+
+    # -- in both --
+
+    def watch_control(self) -> None:
+        """Answer at the control socket from now on, wherever a reload moves it."""
+        if self._sockets.control is not None:
+            self._control.listen(self._sockets.control)
+        self._sockets.control_moved = self._control.listen
