@@ -14,99 +14,26 @@ import contextlib
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
+import calls
+from load import Run, build_load, drive, load_command
 from servers import (
     BENCH,
     BenchError,
-    cpu_seconds,
+    call,
+    call_framed,
     daemon_config,
     extract_revision,
     find_cpanbridged,
-    request_bytes,
     running,
 )
 
 WARM_UP_SECONDS = 1.0
 OTHERS_CPU_SHARE_LIMIT = 0.1  # of one core: above it, the figures are called disturbed
-
-
-@dataclass
-class Run:
-    """What one server did in one round."""
-
-    calls_per_second: float
-    p50_us: float
-    p99_us: float
-    p999_us: float
-    errors: int
-    server_cpu_per_1000: float  # seconds of CPU, of the server's whole tree
-    load_cpu_per_1000: float  # seconds of CPU, of the load generator
-    load_cpu_share: float  # of one core: near 1.0, the load generator is the bottleneck
-    others_cpu_share: float  # of one core: what the rest of the machine took away meanwhile
-
-
-def build_load(folder: Path) -> Path:
-    """Compile the load generator into `folder`."""
-    program = folder / "load"
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise BenchError("no C compiler (cc) on PATH to build load.c with")
-    subprocess.run([compiler, "-O2", "-o", str(program), str(BENCH / "load.c")], check=True)
-    return program
-
-
-def machine_busy_seconds() -> float:
-    """CPU time that all cores have spent on anything so far, or lost to other virtual machines."""
-    times = psutil.cpu_times()
-    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
-
-
-def drive(
-    program: Path,
-    path: Path,
-    server: psutil.Process,
-    options: argparse.Namespace,
-    seconds: float,
-) -> Run:
-    """Run the load generator against the server at `path`, and account both sides' CPU."""
-    before = cpu_seconds(server)
-    busy_before = machine_busy_seconds()
-    command = [
-        str(program),
-        f"--socket={path}",
-        f"--clients={options.clients}",
-        f"--seconds={seconds}",
-        f"--form={options.form}",
-        f"--pipeline={options.pipeline}",
-        "--request=-",
-    ]
-    done = subprocess.run(
-        command, input=request_bytes(), stdout=subprocess.PIPE, check=False, timeout=seconds + 30
-    )
-    if not done.stdout:
-        raise BenchError(f"{' '.join(command)}: exit status {done.returncode}")
-    report = json.loads(done.stdout)
-    busy = machine_busy_seconds() - busy_before
-    server_cpu = cpu_seconds(server) - before
-    elapsed = max(report["seconds"], 1e-9)
-    thousands = max(report["calls"], 1) / 1000
-    return Run(
-        calls_per_second=report["calls_per_second"],
-        p50_us=report["p50_us"],
-        p99_us=report["p99_us"],
-        p999_us=report["p999_us"],
-        errors=report["errors"] + report["unanswered"],
-        server_cpu_per_1000=server_cpu / thousands,
-        load_cpu_per_1000=report["load_cpu_seconds"] / thousands,
-        load_cpu_share=report["load_cpu_seconds"] / elapsed,
-        others_cpu_share=max(busy - server_cpu - report["load_cpu_seconds"], 0.0) / elapsed,
-    )
 
 
 def print_table(rounds: dict[str, list[Run]]) -> None:
@@ -195,16 +122,25 @@ def main() -> int:
         program = build_load(folder)
         with contextlib.ExitStack() as stack:
             servers = {}
+            trial = call if options.form == "oneshot" else call_framed
             for name, (command, path, environment) in _servers(folder, options).items():
                 output = path.with_suffix(".out")
-                starting = running(command, path, output, options.form, environment)
+                starting = running(command, path, output, trial, environment)
                 servers[name] = path, stack.enter_context(starting)
-            for path, server in servers.values():
-                drive(program, path, server, options, WARM_UP_SECONDS)
+
+            def run(name: str, seconds: float) -> Run:
+                path, server = servers[name]
+                command = load_command(
+                    program, path, options.form, options.clients, seconds, options.pipeline
+                )
+                return drive(command, calls.request(), seconds, server)
+
+            for name in servers:
+                run(name, WARM_UP_SECONDS)
             rounds: dict[str, list[Run]] = {name: [] for name in servers}
             for _ in range(options.rounds):
-                for name, (path, server) in servers.items():
-                    rounds[name].append(drive(program, path, server, options, options.seconds))
+                for name in servers:
+                    rounds[name].append(run(name, options.seconds))
         if options.json:
             report = {name: [asdict(run) for run in runs] for name, runs in rounds.items()}
             print(json.dumps({"rounds": report, "ratios": ratios(rounds)}))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from servers import BenchError, daemon_config, find_cpanbridged, running, tree
+from servers import BenchError, daemon_config, find_cpanbridged, pss_bytes, running, tree
 
 SETTLE_SECONDS = 2.0
 
@@ -36,15 +36,6 @@ class Idle:
     threads: int
     cpu_ms: float
     context_switches: int
-
-
-def pss_mb(process: psutil.Process) -> float:
-    """The process's proportional share of memory, in MB."""
-    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
-    if found is None:
-        raise BenchError(f"/proc/{process.pid}/smaps_rollup has no Pss line")
-    return int(found[1]) / 1024
 
 
 def cpu_nanoseconds(process: psutil.Process) -> int:
@@ -107,7 +98,7 @@ def main() -> int:
                 Idle(
                     name=name,
                     title=" ".join(process.cmdline()).strip(),
-                    pss_mb=pss_mb(process),
+                    pss_mb=pss_bytes(process) / 2**20,
                     threads=process.num_threads(),
                     cpu_ms=(cpu_nanoseconds(process) - cpu_before) / 1e6,
                     context_switches=context_switches(process) - switches_before,

@@ -2,13 +2,15 @@
  * load: keeps N clients calling a server over a Unix socket, and measures what they see.
  *
  *     cc -O2 -o load load.c
- *     load --socket PATH --clients N --seconds S [--calls M] --form oneshot|framed
+ *     load --socket PATH --clients N --seconds S [--calls M] --form oneshot|framed|http
  *          [--pipeline K] [--shutdown] --request FILE|-
  *
  * Each client is always in a call (a closed loop): it starts the next as soon as the last is
  * answered. `oneshot` opens a connection per call, sends the JSON and reads to end of file;
  * `framed` keeps one connection and puts a 4-byte big-endian length before each message, with K
- * requests under way. A run ends after S seconds or M calls; calls under way then are still
+ * requests under way; `http` keeps one too, sends its bytes as they are, and takes replies by their
+ * Content-Length. The bytes of `oneshot` may be of any protocol in which the server closes after
+ * its reply. A run ends after S seconds or M calls; calls under way then are still
  * waited for, up to DRAIN_SECONDS.
  *
  * One thread drives all clients through epoll. The generator shares the cores with the server
@@ -31,6 +33,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -65,7 +68,7 @@ static struct {
     unsigned clients, pipeline;
     double seconds;
     uint64_t calls;
-    bool framed, shutdown;
+    bool framed, http, shutdown;
 } option = {.clients = 16, .pipeline = 1};
 
 static struct sockaddr_un address;
@@ -257,7 +260,7 @@ static bool send_pending(struct client *c)
     }
     if (c->watching_output)
         watch(c, true, false);
-    if (option.shutdown && !option.framed)
+    if (option.shutdown && !option.framed && !option.http)
         shutdown(c->fd, SHUT_WR);
     return true;
 }
@@ -348,27 +351,47 @@ static void reconnect(struct client *c)
     advance(c);
 }
 
-/* Takes all complete frames. False: the connection was given up. */
-static bool take_frames(struct client *c)
+/* Finds the next reply in the bytes received: false if not even its length is there. */
+static bool find_reply(const char *in, size_t have, size_t *head, size_t *length)
 {
-    size_t at = 0;
+    if (option.http) {
+        static const char name[] = "\r\nContent-Length:", end[] = "\r\n\r\n";
+        const char *body = memmem(in, have, end, sizeof end - 1);
+        if (!body)
+            return false;
+        *head = (size_t)(body - in) + sizeof end - 1;
+        *length = 0;
+        for (const char *at = in; at + sizeof name - 1 <= body; at++)
+            if (!strncasecmp(at, name, sizeof name - 1))
+                *length = strtoul(at + sizeof name - 1, NULL, 10);
+        return true;
+    }
+    if (have < 4)
+        return false;
+    const unsigned char *bytes = (const unsigned char *)in;
+    *head = 4;
+    *length = (size_t)bytes[0] << 24 | (size_t)bytes[1] << 16 | (size_t)bytes[2] << 8 | bytes[3];
+    return true;
+}
+
+/* Takes all complete replies of a kept connection. False: the connection was given up. */
+static bool take_replies(struct client *c)
+{
+    size_t at = 0, head, length;
     uint64_t now = now_ns();
-    while (c->in_length - at >= 4) {
-        const unsigned char *head = (const unsigned char *)c->in + at;
-        size_t length =
-            (size_t)head[0] << 24 | (size_t)head[1] << 16 | (size_t)head[2] << 8 | head[3];
-        if (length == 0) {
+    while (find_reply(c->in + at, c->in_length - at, &head, &length)) {
+        if (length == 0 && option.framed) {
             reconnect(c);
             return false;
         }
-        if (c->in_length - at - 4 < length)
+        if (c->in_length - at - head < length)
             break;
         if (!c->under_way) {
             fail(c, "a reply without a request", 0);
             return false;
         }
-        finish_call(c, is_success(c->in + at + 4, length), now);
-        at += 4 + length;
+        finish_call(c, is_success(c->in + at + head, length), now);
+        at += head + length;
     }
     c->in_length -= at;
     if (at && c->in_length)
@@ -401,7 +424,7 @@ static void receive(struct client *c, bool peer_has_closed)
         }
         c->in_length += (size_t)got;
         bool emptied = (size_t)got < room;
-        if (option.framed) {
+        if (option.framed || option.http) {
             if (got == 0 && !c->under_way) {
                 disconnect(c);
                 return;
@@ -410,7 +433,7 @@ static void receive(struct client *c, bool peer_has_closed)
                 fail(c, "closed by the server before a reply", 0);
                 return;
             }
-            if (!take_frames(c))
+            if (!take_replies(c))
                 return;
             if (emptied) {
                 advance(c);
@@ -554,8 +577,9 @@ int main(int argc, char **argv)
         }
     }
     option.framed = !strcmp(form, "framed");
-    if (!option.framed && strcmp(form, "oneshot"))
-        die("--form oneshot or --form framed is wanted");
+    option.http = !strcmp(form, "http");
+    if (!option.framed && !option.http && strcmp(form, "oneshot"))
+        die("--form oneshot, framed or http is wanted");
     if (!option.socket_path || !request || optind != argc)
         die("--socket PATH and --request FILE are wanted, and nothing besides options");
     if (!(option.seconds > 0) && !option.calls)

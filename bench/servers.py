@@ -1,42 +1,32 @@
 """Starting, measuring and stopping the servers that the benchmarks run.
 
-Shared by `compare.py` and `idle.py`. Everything is a child of the benchmark, in a temporary
+Shared by all scripts here. Everything is a child of the benchmark, in a temporary
 folder, and stopped by its own pid.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import calls
 import psutil
 
 BENCH = Path(__file__).resolve().parent
 READY_SECONDS = 30.0
 STOP_SECONDS = 15.0
 
-REQUEST = {
-    "module": "bench",
-    "function": "echo",
-    "params": {"id": 42, "name": "report", "fields": ["title", "price"], "ratio": 0.25},
-    "request_id": "bench-1",
-}
-
 
 class BenchError(Exception):
     """A server that can't be found, started or called; the message says what to do."""
-
-
-def request_bytes() -> bytes:
-    """The call that every benchmark makes, as JSON without needless spaces."""
-    return json.dumps(REQUEST, separators=(",", ":")).encode()
 
 
 def find_cpanbridged() -> str:
@@ -66,8 +56,11 @@ def extract_revision(revision: str, folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def daemon_config(folder: Path, workers: int, *, unlimited: bool) -> Path:
-    """Write a configuration that listens in `folder`; `unlimited`: no limit is ever reached."""
+def daemon_config(folder: Path, workers: int, *, unlimited: bool, more: Sequence[str] = ()) -> Path:
+    """Write a configuration that listens in `folder`; `unlimited`: no limit is ever reached.
+
+    `more` is further lines, such as another module's.
+    """
     lines = [
         f'listen = ["{folder}/daemon.sock"]',
         f"workers = {workers}",
@@ -75,7 +68,8 @@ def daemon_config(folder: Path, workers: int, *, unlimited: bool) -> Path:
         f'python_path = ["{BENCH}/modules"]',
         "[modules.bench]",
         'import = "bench_echo"',
-        'functions = ["echo"]',
+        'functions = ["echo", "nap", "count"]',
+        *more,
     ]
     if unlimited:
         lines += [
@@ -92,29 +86,50 @@ def daemon_config(folder: Path, workers: int, *, unlimited: bool) -> Path:
 
 
 def call(path: Path) -> dict[str, Any]:
-    """One one-shot call; raises OSError while nobody listens."""
+    """The benchmarks' call, one-shot; raises OSError while nobody listens."""
+    return send_call(path, json.loads(calls.request()))
+
+
+def send_call(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Any one-shot call."""
+    reply: dict[str, Any] = json.loads(exchange(path, json.dumps(request).encode()))
+    return reply
+
+
+def exchange(path: Path, request: bytes) -> bytes:
+    """What a server answers on a connection that it closes after its reply."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(5)
         connection.connect(str(path))
-        connection.sendall(request_bytes())
+        connection.sendall(request)
         received = b""
         while more := connection.recv(65536):
             received += more
-    reply: dict[str, Any] = json.loads(received)
+    return received
+
+
+def call_web(path: Path, request: bytes) -> dict[str, Any]:
+    """One call of a WSGI server; ValueError when it answers something else."""
+    reply: dict[str, Any] = json.loads(exchange(path, request).partition(b"\r\n\r\n")[2])
     return reply
 
 
 def call_framed(path: Path) -> dict[str, Any]:
     """One framed call on a connection of its own; raises OSError while nobody listens."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(5)
-        connection.connect(str(path))
-        message = request_bytes()
-        connection.sendall(len(message).to_bytes(4, "big") + message)
-        with connection.makefile("rb") as stream:
-            length = int.from_bytes(stream.read(4), "big")
-            reply: dict[str, Any] = json.loads(stream.read(length))
+    with connect_framed(path) as connection, connection.makefile("rb") as stream:
+        length = int.from_bytes(stream.read(4), "big")
+        reply: dict[str, Any] = json.loads(stream.read(length))
     return reply
+
+
+def connect_framed(path: Path) -> socket.socket:
+    """A kept connection on which one call was sent, and not yet answered."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(5)
+    connection.connect(str(path))
+    message = calls.request()
+    connection.sendall(len(message).to_bytes(4, "big") + message)
+    return connection
 
 
 @contextlib.contextmanager
@@ -122,13 +137,14 @@ def running(
     command: list[str],
     path: Path,
     output: Path,
-    form: str = "oneshot",
+    trial: Callable[[Path], dict[str, Any]] = call,
     environment: dict[str, str] | None = None,
 ) -> Iterator[psutil.Process]:
     """Run a server until the block ends; enters it once a call to `path` has succeeded.
 
-    The server's stdout and stderr go to the file `output`, which an error quotes. `environment` is
-    in the place of this process's.
+    `trial` makes that call, and raises OSError or ValueError while there is no answer. The server's
+    stdout and stderr go to the file `output`, which an error quotes. `environment` is in the place
+    of this process's.
     """
     with output.open("wb") as sink:
         child = subprocess.Popen(
@@ -139,7 +155,7 @@ def running(
             env=environment,
         )
     try:
-        _wait_until_ready(child, path, output, form)
+        _wait_until_ready(child, path, output, trial)
         yield psutil.Process(child.pid)
     finally:
         child.terminate()
@@ -155,9 +171,13 @@ def running(
             )
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], path: Path, output: Path, form: str) -> None:
+def _wait_until_ready(
+    child: subprocess.Popen[bytes],
+    path: Path,
+    output: Path,
+    trial: Callable[[Path], dict[str, Any]],
+) -> None:
     deadline = time.monotonic() + READY_SECONDS
-    trial = call if form == "oneshot" else call_framed
     last = "no answer"
     while time.monotonic() < deadline:
         if child.poll() is not None:
@@ -195,4 +215,22 @@ def cpu_seconds(master: psutil.Process) -> float:
     for process in tree(master):
         times = process.cpu_times()
         total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def pss_bytes(process: psutil.Process) -> int:
+    """The process's proportional share of memory: a page of k processes counts 1/k in each."""
+    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
+    if found is None:
+        raise BenchError(f"/proc/{process.pid}/smaps_rollup has no Pss line")
+    return int(found[1]) * 1024
+
+
+def tree_pss_bytes(processes: Sequence[psutil.Process]) -> int:
+    """Memory of them all; one that has just ended counts as nothing."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, BenchError):
+            total += pss_bytes(process)
     return total
