@@ -39,8 +39,7 @@ soak: $(VENV)/.installed-test
 
 # Not part of the tests: figures of this machine (see bench/README.md).
 bench: $(VENV)/.installed
-	$(BIN)/python bench/compare.py
-	$(BIN)/python bench/idle.py
+	$(BIN)/python bench/peers.py
 
 # The daemon alone, and with what the tests need. Renewed when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
