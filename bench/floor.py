@@ -59,6 +59,8 @@ def serve_oneshot(listener: socket.socket, worker: int) -> None:
         while True:
             # Clients need not shut down their side, so the end is where decoding succeeds.
             try:
+                if not received.endswith(b"}"):
+                    raise msgspec.DecodeError
                 request = decode(received)
                 break
             except msgspec.DecodeError:

@@ -42,7 +42,7 @@
 #include <unistd.h>
 
 enum {
-    DRAIN_SECONDS = 5,      /* how long unanswered calls are waited for after the end */
+    DRAIN_SECONDS = 30,     /* how long unanswered calls are waited for after the end */
     RETRY_MS = 1,           /* longest pause before waiting clients try to connect again */
     EVENTS = 256,           /* epoll events taken at once */
     RECEIVE_BYTES = 65536,  /* first size of a client's receive buffer */

@@ -76,7 +76,7 @@ def drive(
     report = json.loads(done.stdout)
     busy = machine_busy_seconds() - busy_before
     server_cpu = cpu_seconds(server) - before if server else report["helper_cpu_seconds"]
-    elapsed = max(report["seconds"], 1e-9)
+    elapsed = max(report["seconds"], seconds)
     thousands = max(report["calls"], 1) / 1000
     return Run(
         calls_per_second=report["calls_per_second"],

@@ -53,8 +53,10 @@ class Bench:
             started = running(command, path, path.with_suffix(".out"), server.trial)
             self._running[server] = stack.enter_context(started)
 
-    def missing(self, row: Row) -> str:
-        """Why a row can't be measured; nothing if it can."""
+    def missing(self, row: Row, cell: Cell) -> str:
+        """Why a row isn't measured; nothing if it is."""
+        if cell.clients * PAYLOADS[cell.payload] > row.most_bytes:
+            return "not measured: too much under way for one run"
         return self._missing.get(row.server, "") if row.server else ""
 
     def warm_up(self, row: Row, cell: Cell) -> int:
@@ -81,7 +83,7 @@ def measure(bench: Bench, rows: Sequence[Row], options: argparse.Namespace) -> l
     for cell in cells:
         where = f"{cell.clients} clients, {cell.payload}"
         for row in rows:
-            cell.rows[row.name] = Measured(missing=bench.missing(row))
+            cell.rows[row.name] = Measured(missing=bench.missing(row, cell))
         present = [row for row in rows if not cell.rows[row.name].missing]
         for row in present:
             progress.step(f"{where}: {row.name}, warming up")

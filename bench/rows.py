@@ -1,5 +1,6 @@
 """What is measured side by side. To add a row: add a `Row` to `ROWS`, and its `Server`."""
 
+import math
 import os
 import shutil
 import sys
@@ -14,6 +15,11 @@ import peerenv
 from load import load_command
 from servers import BENCH, call, call_framed, call_web, daemon_config, find_cpanbridged
 
+# Clients times bytes of payload. Pure Perl takes about a second to encode and decode 1 MB, and each
+# client makes at least one call: beyond this a run would take minutes, and measure Perl alone.
+PERL_MOST_BYTES = 20_000_000
+# The same for eight requests under way on each connection.
+PIPELINED_MOST_BYTES = 20_000_000
 PERL_BATCH_BYTES = 1_000_000  # of requests, in one `call_many`
 PERL_BATCH_CALLS = 100
 PEER_THREADS = 8
@@ -53,6 +59,7 @@ class Row:
     server: Server | None
     command: Callable[[Target], list[str]]
     request: Callable[[int], bytes]  # of so many bytes of payload
+    most_bytes: float = math.inf  # clients times bytes of payload that it is measured with
 
 
 def _floor(form: str, folder: Path, workers: int) -> list[str]:
@@ -135,18 +142,30 @@ _HTTP = partial(_compiled, "http", 1)
 ROWS = [  # the yardstick first
     Row("floor, one-shot", FLOOR, _ONESHOT, calls.request),
     Row("floor, framed", FRAMED_FLOOR, _FRAMED, calls.request),
-    Row("floor, framed, pipelined", FRAMED_FLOOR, _PIPELINED, calls.request),
+    Row("floor, framed, pipelined", FRAMED_FLOOR, _PIPELINED, calls.request, PIPELINED_MOST_BYTES),
     Row("cpanbridged, one-shot", DAEMON, _ONESHOT, calls.request),
     Row("cpanbridged, framed", DAEMON, _FRAMED, calls.request),
-    Row("cpanbridged, framed, pipelined", DAEMON, _PIPELINED, calls.request),
-    Row("Perl call_python", DAEMON, partial(_perl, "call_python"), calls.request),
-    Row("Perl call_many", DAEMON, partial(_perl, "call_many"), calls.request),
-    Row("Perl, a connection per call", DAEMON, partial(_perl, "reconnect"), calls.request),
+    Row("cpanbridged, framed, pipelined", DAEMON, _PIPELINED, calls.request, PIPELINED_MOST_BYTES),
+    Row("Perl call_python", DAEMON, partial(_perl, "call_python"), calls.request, PERL_MOST_BYTES),
+    Row("Perl call_many", DAEMON, partial(_perl, "call_many"), calls.request, PERL_MOST_BYTES),
+    Row(
+        "Perl, a connection per call",
+        DAEMON,
+        partial(_perl, "reconnect"),
+        calls.request,
+        PERL_MOST_BYTES,
+    ),
     Row("uWSGI, uwsgi protocol", UWSGI, _ONESHOT, calls.uwsgi_request),
     Row("gunicorn sync, HTTP", SYNC, _ONESHOT, _CLOSING),
     Row("gunicorn gthread, HTTP", GTHREAD, _ONESHOT, _CLOSING),
     Row("gunicorn gthread, HTTP kept", GTHREAD, _HTTP, _KEEPING),
-    Row("Perl, a Python process per call", None, partial(_perl, "process"), calls.request),
+    Row(
+        "Perl, a Python process per call",
+        None,
+        partial(_perl, "process"),
+        calls.request,
+        PERL_MOST_BYTES,
+    ),
 ]
 
 
