@@ -9,6 +9,7 @@ tree. What the kernel holds for a socket isn't in it.
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -114,7 +115,7 @@ def main() -> int:
         if options.json:
             print(json.dumps({"versions": versions(), **asdict(found)}))
             return 0
-        text = pages.heading(" ".join(["bench/memory.py", *sys.argv[1:]]))
+        text = pages.heading(shlex.join(["bench/memory.py", *sys.argv[1:]]))
         text += "\n" + markdown(found, options.connections)
         print(text)
         if options.write:

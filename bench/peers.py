@@ -11,6 +11,7 @@ each row one ratio to the yardstick, the one-shot floor. `rows.py` has the rows.
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -144,7 +145,7 @@ def main() -> int:
             bench = Bench(folder, options)
             bench.start(rows, stack)
             cells = measure(bench, rows, options)
-        heading = pages.heading(" ".join(["bench/peers.py", *sys.argv[1:]]))
+        heading = pages.heading(shlex.join(["bench/peers.py", *sys.argv[1:]]))
         text = "\n".join(
             [heading, results.disturbance(cells), *(cell.markdown() for cell in cells)]
         )

@@ -12,6 +12,7 @@ All daemons stand ready, and the rounds go over all settings in turns; medians a
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -203,7 +204,9 @@ def main() -> int:
             found = {title: [asdict(line) for line in table] for title, table in tables.items()}
             print(json.dumps({"versions": versions(), "tables": found}))
             return 0
-        text = pages.heading(" ".join(["bench/scale.py", *sys.argv[1:]])) + "\n" + markdown(tables)
+        text = (
+            pages.heading(shlex.join(["bench/scale.py", *sys.argv[1:]])) + "\n" + markdown(tables)
+        )
         print(text)
         if options.write:
             pages.write("scale", text)
