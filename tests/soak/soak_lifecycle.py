@@ -152,5 +152,10 @@ def test_a_long_torment_ends_with_the_right_counts_and_nothing_left(
 
 def is_a_lost_connection(error: str) -> bool:
     """Whether that is what a client sees whose worker was killed."""
-    kinds = ("EOFError: closed after 0 of 4", "ConnectionResetError", "JSONDecodeError: Expecting")
+    kinds = (
+        "EOFError: closed after 0 of 4",
+        "ConnectionResetError",
+        "BrokenPipeError",
+        "JSONDecodeError: Expecting",
+    )
     return any(kind in error for kind in kinds)
