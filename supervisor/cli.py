@@ -22,7 +22,7 @@ from cpanbridge.supervisor.daemon import serve, take_over
 from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
-from cpanbridge.supervisor.privileges import PrivilegeError
+from cpanbridge.supervisor.privileges import PrivilegeError, identity
 from cpanbridge.supervisor.reports import format_duration
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.status import load_lines, when
@@ -325,9 +325,11 @@ def check(options: argparse.Namespace) -> int:
     """`cpanbridged check`."""
     loaded = _load(options)
     settings = loaded.settings
+    whom = identity(settings)
     for path in settings.sockets:
         if settings.listen is not None:
-            listener.prepare_folder(path, create=False)
+            owner = whom.uid if whom is not None else None
+            listener.prepare_folder(path, create=False, owner=owner)
     listener.group_id(settings.socket_group)
     with _output_to_standard_error():
         registry = _load_modules(settings)

@@ -111,6 +111,9 @@ class Reloader:
         except (ConfigError, InstanceError, ListenError, LogError, ReloadError) as error:
             self._finish(str(error))
             return
+        except OSError as error:  # no descriptor is left
+            self._finish(error.strerror or str(error))
+            return
         generation = self._attempt.generation
         LOGGER.info("Reloading from %s: generation %d boots", self.loaded.source, generation.number)
         self._workforce.hire(generation)

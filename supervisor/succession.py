@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cpanbridge.supervisor.controlserver import ControlServer
 from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.notify import Notifier
 from cpanbridge.supervisor.reload import Reloader
@@ -138,8 +139,11 @@ class Succession:
         self._workforce.confined = False
         if self._workforce.standing_still:
             self._workforce.standing_still = False
-            self._sockets.take_over()
             self.watch_control()
+            try:
+                self._sockets.take_over()  # the new master may have written its pid already
+            except InstanceError as error:
+                LOGGER.error("%s", error)
             put_off, self._put_off = self._put_off, []
             for number in (signal.SIGCHLD, *put_off):
                 os.kill(os.getpid(), number)
@@ -176,8 +180,13 @@ class Succession:
         coming = self._reloader.coming
         if self._predecessor is None or coming is None:
             return  # it has been refused meanwhile
+        try:
+            self._sockets.take_over()
+        except InstanceError as error:  # no disk space: whoever looks for the pid must find it
+            self._sockets.give_away()
+            self._reloader.give_up(str(error))
+            return
         predecessor, self._predecessor = self._predecessor, None
-        self._sockets.take_over()
         predecessor.taken()
         self._workforce.adopt(self._reloader.generation)
         self.watch_control()

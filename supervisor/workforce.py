@@ -69,6 +69,7 @@ class Workforce:
         self._loop = loop
         self.seats = [Seat(company, number) for number in range(len(shared.slots))]
         self._stopping = False
+        self._adopted: Generation | None = None  # of another master
         loop.watch(company.plea, self._hear_pleas)
         self.standing_still = False  # another master is about to take over: nobody is forked
         self.confined = False  # to the seats it has: another master uses the others
@@ -99,6 +100,7 @@ class Workforce:
 
     def expect(self, generation: Generation, slots: Sequence[int], life: Sequence[int]) -> None:
         """Another master's workers are in these slots: leave them to it, until `adopt`."""
+        self._adopted = generation
         self._company.inherited_life = list(life)
         for slot in slots:
             self.seats[slot].generation = generation
@@ -152,8 +154,13 @@ class Workforce:
             seat.free()
 
     def _close_if_empty(self, generation: Generation) -> None:
-        if not any(self._of(generation)):
-            generation.close()
+        if any(self._of(generation)):
+            return
+        generation.close()
+        if generation is self._adopted:  # nobody is left whom the lifeline of another master tells
+            self._adopted = None
+            while self._company.inherited_life:
+                os.close(self._company.inherited_life.pop())
 
     def stop(self, seconds: float | None) -> None:
         """End all workers: in so many seconds, or None: at once. Nobody is replaced any more."""
@@ -235,6 +242,9 @@ class Workforce:
             return False
         generation.wanted -= 1
         seat = staff[-1]
+        replaced, seat.replaces = seat.replaces, None
+        if replaced is not None and not replaced.told:
+            self._tell_to_retire(replaced)  # whose replacement is not needed any more
         if seat.ready:
             seat.leaving = "one worker fewer"
             seat.tell_to_leave(ORDER_RETIRE, generation.settings.limits.drain_timeout or None)
