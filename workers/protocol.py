@@ -133,13 +133,38 @@ _Place: TypeAlias = "tuple[_Place, str | int] | None"
 
 
 def _check_limits(request: Request, data: bytes | bytearray | memoryview, limits: Limits) -> None:
-    # Nothing can be nested deeper than there are opening brackets; counting them is a scan in C.
     if not (limits.max_string_length or limits.max_array_length or limits.max_param_count):
         text = bytes(data) if isinstance(data, memoryview) else data
-        if text.count(b"{") + text.count(b"[") <= limits.max_object_depth:
+        if _is_shallow(text, limits.max_object_depth):
             return
     if isinstance(request.params, dict | list | str):
         _check_value(request.params, request, limits)
+
+
+_TO_BRACES = bytes.maketrans(b"[]", b"{}")
+_NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'{}[]"')
+
+
+def _is_shallow(text: bytes | bytearray, depth: int) -> bool:
+    """Whether `params` in a valid request is nested no deeper than `depth` levels.
+
+    Made of scans in C, since a walk over a large request takes ten times as long as decoding it.
+    Of the valid text only the brackets are kept, all of one kind. Taking the innermost pairs away
+    takes one level off everything, so nothing is left after as many times as there are levels.
+    """
+    if text.count(b"{") + text.count(b"[") <= depth:
+        return True
+    if b"\\" in text:  # from the left, as backslashes pair up
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    structure = text.translate(_TO_BRACES, _NOT_STRUCTURE).replace(b'""', b"")
+    if b'"' in structure:  # some string has brackets in it: leave out what stands in quotes
+        outside = b"".join(text.split(b'"')[::2])
+        structure = outside.translate(_TO_BRACES, _NOT_STRUCTURE)
+    for _ in range(1 + depth):  # the request itself is one level
+        structure = structure.replace(b"{}", b"")
+        if not structure:
+            return True
+    return False
 
 
 def _check_value(params: Any, request: Request, limits: Limits) -> None:

@@ -229,6 +229,37 @@ def test_brackets_in_strings_are_not_levels() -> None:
     assert decode_params("[{" * 500) == "[{" * 500
 
 
+def depth_of(value: Any) -> int:
+    """How many objects and arrays are in each other."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return 1 + max(map(depth_of, inside), default=0)
+    return 0
+
+
+BRACKETS = st.text(st.sampled_from('{}[]"\\a\n\u2603'), max_size=8)
+
+
+@given(
+    st.recursive(
+        BRACKETS | st.integers() | st.none(),
+        lambda inside: st.lists(inside, max_size=4) | st.dictionaries(BRACKETS, inside, max_size=4),
+        max_leaves=30,
+    ),
+    st.integers(1, 6),
+    st.booleans(),
+)
+def test_depth_is_told_exactly_whatever_strings_hold(value: Any, limit: int, ascii_: bool) -> None:
+    request = {"module": "m", "function": "f", "params": value, "request_id": 'r"{[\\'}
+    data = json.dumps(request, ensure_ascii=ascii_).encode()
+    limits = Limits(max_object_depth=limit)
+    if depth_of(value) <= limit:
+        assert protocol.decode(data, limits).params == value
+    else:
+        with pytest.raises(Refusal, match="nested deeper than"):
+            protocol.decode(data, limits)
+
+
 @pytest.mark.parametrize("depth", [66, 900, 1100, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"k":', b"}")])
 def test_any_depth_is_refused_in_words(depth: int, opening: bytes, closing: bytes) -> None:
