@@ -41,7 +41,7 @@ ModuleName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_MODULE_NAM
 FunctionName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_FUNCTION_NAME)]
 Path_ = Annotated[str, Meta(min_length=1)]
 Functions = list[FunctionName] | Literal["*"]
-Affinity = Literal["none"]
+Affinity = Literal["none", "client", "module"]
 
 S = TypeVar("S")
 
@@ -58,6 +58,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_requests_per_minute: Annotated[int, Meta(ge=0, le=10_000_000)] = 2000
     max_concurrent_requests: Positive = 100
     max_connections: Positive = 100
+    max_sessions: Positive = 4096
     stale_timeout: Seconds = 300
     resource_check_interval: Seconds = 60
     max_request_size: Annotated[int, Meta(ge=1, le=MAX_REQUEST_SIZE)] = 10_485_760
@@ -90,7 +91,7 @@ class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     path: Path_
     functions: Functions = "*"
-    affinity: Affinity = "none"
+    affinity: Affinity = "module"
     request_timeout: SecondsOrNever | None = None
 
 
@@ -144,9 +145,9 @@ _RULES = {
     "socket_mode": 'must be an octal mode such as "0600" or "0660"',
     "log_format": 'must be "text" or "json"',
     "overload": 'must be "wait" or "reject"',
-    "affinity": 'must be "none", the only one in this version',
     "user": "must be a user's name",
     "group": "must be a group's name",
+    "affinity": 'must be "none", "client" or "module"',
     "functions": 'must be "*" or a list of function names',
     "debug": "must be true or false",
 }

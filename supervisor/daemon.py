@@ -37,9 +37,7 @@ def serve(load: Load, worker_main: WorkerMain, on_ready: Callable[[str | None], 
         logs.configure(logs.LogSettings.of(loaded))
         for note in loaded.notes:
             logs.LOGGER.warning("%s", note)
-        descriptors.raise_limit(
-            settings.limits.max_connections, slot_capacity(settings.worker_count)
-        )
+        descriptors.raise_limit(settings.limits, slot_capacity(settings.worker_count))
         return Master(load, loaded, sockets, worker_main, on_ready).run()
     finally:
         sockets.close()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import resource
 
+from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import MOST_TURNED_AWAY, Bells
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -12,9 +13,13 @@ _BELLS = len(Bells._fields)  # of each slot
 _SPARE = 128
 
 
-def raise_limit(max_connections: int, slots: int) -> None:
-    """Allow as many as a worker may need, as far as the system lets us. Workers inherit it."""
-    needed = max_connections + MOST_TURNED_AWAY + _BELLS * slots + _SPARE
+def raise_limit(limits: Limits, slots: int) -> None:
+    """Allow as many as a worker may need, as far as the system lets us. Workers inherit it.
+
+    A worker has one for each connection, and one for each client process that has state in it.
+    """
+    clients = limits.max_connections + MOST_TURNED_AWAY + limits.max_sessions
+    needed = clients + _BELLS * slots + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
         return
@@ -22,9 +27,10 @@ def raise_limit(max_connections: int, slots: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
     if hard < needed:
         LOGGER.warning(
-            "limits.max_connections = %d needs %d file descriptors, but only %d are allowed: "
-            "raise the limit (ulimit -n, LimitNOFILE=)",
-            max_connections,
+            "limits.max_connections = %d and limits.max_sessions = %d need %d file descriptors, "
+            "but only %d are allowed: raise the limit (ulimit -n, LimitNOFILE=)",
+            limits.max_connections,
+            limits.max_sessions,
             needed,
             hard,
         )

@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
+from cpanbridge.supervisor import postbox
 from cpanbridge.supervisor.shared import (
     VERDICT_OPEN,
     WAITS_FOR_CONNECTION,
@@ -55,17 +56,23 @@ T = TypeVar("T")
 
 
 class Bells(NamedTuple):
-    """One worker's eventfds, which whoever gives room back rings. Made by the master."""
+    """What others reach one worker by: eventfds that they ring, and its postbox.
+
+    Made by the master, before it forks.
+    """
 
     door: int  # for its thread at the door
     request: int  # for the one of its threads that looks for a request's room
     watch: int  # for its main thread, when there is something for it to do
+    put: int  # its postbox, for clients that others hand over to it: see postbox.py
+    take: int  # where it takes them out
 
     @classmethod
     def hang(cls) -> "Bells":
         """Create them. Raises OSError when the process is out of descriptors."""
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        return cls(*(os.eventfd(0, flags) for _ in cls._fields))
+        door, request, watch = (os.eventfd(0, flags) for _ in range(3))
+        return cls(door, request, watch, *postbox.hang())
 
 
 class Obstacle(NamedTuple):
@@ -117,7 +124,9 @@ class Gate:
             connections += slot.opened - slot.closed
             running += slot.admitted - slot.succeeded - slot.failed
         if connections > header.peak_connections:
-            header.peak_connections = connections
+            # While a client changes hands it may be counted twice, see `took_over`.
+            most = min(connections, header.max_connections)
+            header.peak_connections = max(header.peak_connections, most)
         if header.verdict != VERDICT_OPEN and not self._leaving:
             return Obstacle("verdict", WAITS_FOR_VERDICT)
         if connection and connections + reserved >= header.max_connections:
@@ -166,6 +175,17 @@ class Gate:
         number: int = self._slot.opened + 1
         self._slot.opened = number
         self._slot.reserved = 0
+        return number
+
+    def took_over(self) -> int:
+        """A client is taken over from another worker; returns its number in this slot.
+
+        It is counted here before the other worker gives it up: twice for a moment, and never not
+        at all, whoever is killed when. Called by the thread at the door.
+        """
+        number: int = self._slot.opened + 1
+        self._slot.opened = number
+        self._slot.taken_over += 1
         return number
 
     def nobody_came(self) -> None:

@@ -149,7 +149,7 @@ class Reloader:
         change = self._sockets.change(settings)
         for note in loaded.notes:
             LOGGER.warning("%s", note)
-        descriptors.raise_limit(settings.limits.max_connections, len(self._shared.slots))
+        descriptors.raise_limit(settings.limits, len(self._shared.slots))
         self._last_number += 1
         generation = Generation(self._last_number, settings, change.listeners + change.removed, log)
         return _Attempt(loaded, change, generation)

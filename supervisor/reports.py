@@ -133,6 +133,8 @@ def _worker(shared: Shared, number: int, slot: Slot) -> dict[str, Any]:
         "uptime_seconds": _age(slot.since) if slot.pid else 0.0,
         "memory_mb": slot.memory / MEGABYTE,
         "connections": slot.connections,
+        "taken_over": slot.taken_over,
+        "sessions": slot.sessions,
         "running": slot.running,
         "requests": slot.finished,
         "failed": slot.failed,

@@ -89,6 +89,15 @@ class RosterWriter:
         memory[entry] = number
         return entry
 
+    def history(self, entry: int) -> tuple[int, int]:
+        """When a connection was opened, and how many requests it has had."""
+        return self._memory[entry + _OPENED_AT], self._memory[entry + _REQUESTS]
+
+    def resume(self, entry: int, opened_at: int, requests: int) -> None:
+        """A connection that has just entered was another worker's before."""
+        self._memory[entry + _OPENED_AT] = opened_at
+        self._memory[entry + _REQUESTS] = requests
+
     def heard(self, entry: int, now: int) -> None:
         """Some bytes of a request have come in."""
         self._memory[entry + _LAST_ACTIVITY] = now

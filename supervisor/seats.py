@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NoReturn
 
-from cpanbridge.supervisor import logs, notify
+from cpanbridge.supervisor import logs, notify, postbox
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Bells
 from cpanbridge.supervisor.listener import Listener
@@ -279,6 +279,7 @@ class Seat:
     def vacate(self) -> None:
         """The worker has ended: give back what it held."""
         self._company.shared.clear(self._slot)
+        postbox.throw_away(self._company.bells[self.number].take)
         self.pid, self.ready_at, self.told, self.leaving = 0, None, False, ""
         self._overdue = False
         self._cancel_timer()

@@ -1,9 +1,9 @@
 """The memory that the master and its workers share.
 
 One memfd, laid out by the master before it forks, mapped by every process: a header, the names of
-the functions, a row of slots with each worker's books, and the ring of admission times. It has no
-name in any file system, so a killed master leaves nothing behind, and a descriptor can be passed on
-to a master that takes over.
+the functions, a row of slots with each worker's books, the tables that tell which worker has what
+state, and the ring of admission times. It has no name in any file system, so a killed master leaves
+nothing behind, and a descriptor can be passed on to a master that takes over.
 
 There are more slots than workers: while one generation of workers drains, the next one has taken
 free slots. `slots_used` says how far the row has ever been used, so that nobody looks further.
@@ -24,10 +24,11 @@ import os
 import time
 from typing import NamedTuple
 
-from cpanbridge.supervisor import histogram, notes, roster, tally
+from cpanbridge.supervisor import histogram, notes, owners, roster, tally
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.histogram import Histogram
 from cpanbridge.supervisor.notes import NoteRing
+from cpanbridge.supervisor.owners import Owner, OwnerTable
 from cpanbridge.supervisor.recordlock import SharedLock
 from cpanbridge.supervisor.roster import Roster
 from cpanbridge.supervisor.tally import Names, Tally
@@ -35,7 +36,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 7
+LAYOUT = 8
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -59,6 +60,7 @@ PLEA_HANGS = 1  # a call has not ended in its time
 PLEA_WORN = 2  # it has run max_requests
 
 DEATHS_KEPT = 32  # of the times at which workers died; more in a few minutes are many in any case
+MODULE_OWNERS = 1024  # modules whose state all clients share
 
 _CACHE_LINE = 64
 
@@ -80,6 +82,7 @@ class Header(ctypes.Structure):
         # Written once.
         ("layout", ctypes.c_int64),  # LAYOUT
         ("capacity", ctypes.c_int64),  # slots
+        ("max_sessions", ctypes.c_int64),  # rows of the table of sessions
         ("started_at", ctypes.c_int64),  # CLOCK_REALTIME, nanoseconds
         ("started_monotonic", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds
         # Written by the master.
@@ -131,6 +134,10 @@ class Slot(ctypes.Structure):
         ("since", ctypes.c_int64),  # when the process was forked, CLOCK_MONOTONIC, nanoseconds
         ("admitted_before", ctypes.c_int64),  # what `admitted` was then
         ("memory", ctypes.c_int64),  # bytes, with all that the worker has started
+        # Changes when a worker has ended: what its state was is lost. See owners.py.
+        ("incarnation", ctypes.c_int64),
+        # Written by the worker's main thread, and by the master once it is dead.
+        ("serves", ctypes.c_int64),  # 1: it may become the owner of new state
         # Written by the worker's main thread.
         ("shut", ctypes.c_int64),  # 1: it lets nobody in any more
         ("plea", ctypes.c_int64),  # PLEA_...: why it asks to be retired
@@ -143,11 +150,13 @@ class Slot(ctypes.Structure):
         ("opened", ctypes.c_int64),  # connections accepted
         ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...
         ("full", ctypes.c_int64),  # times that it found all connections taken
+        ("taken_over", ctypes.c_int64),  # of those opened, connections that came from other workers
         # Written by the one thread of the worker that looks for a request's room.
         ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...
         # Written by the worker under its own release lock, and by the master once it is dead.
         ("closed", ctypes.c_int64),  # connections closed
         ("queued", ctypes.c_int64),  # threads that have a request and wait for its room
+        ("sessions", ctypes.c_int64),  # client processes that have state here
         ("succeeded", ctypes.c_int64),  # requests that have run and returned a result
         ("failed", ctypes.c_int64),  # requests that have run and did not
         ("refused", ctypes.c_int64),  # requests answered with an error without running
@@ -207,12 +216,12 @@ def slot_capacity(workers: int) -> int:
 class Shared:
     """The mapped memory: made once by `create`, in the master; workers inherit it by fork."""
 
-    def __init__(self, fd: int, capacity: int) -> None:
-        """Map memory that is laid out for so many slots. See `create` and `attach`."""
+    def __init__(self, fd: int, capacity: int, max_sessions: int) -> None:
+        """Map memory that is laid out for so many. See `create` and `attach`."""
         self.fd = fd
         self.lock = SharedLock(fd)  # the gate's
         # From here to the end stands the first ring; later ones are mapped when they are used.
-        self._rings_at = _rings_at(capacity)
+        self._rings_at = _rings_at(capacity, max_sessions)
         self._memory = mmap.mmap(fd, self._rings_at)
         self.header = Header.from_buffer(self._memory)
         self.slots = [Slot.from_buffer(self._memory, _slot_at(n)) for n in range(capacity)]
@@ -221,6 +230,11 @@ class Shared:
         self.books = [
             _books(view, _slot_at(n) + _padded(ctypes.sizeof(Slot))) for n in range(capacity)
         ]
+        at = _owners_at(capacity)
+        end = at + owners.size_for(MODULE_OWNERS)
+        self.module_owners = OwnerTable(view[at:end], MODULE_OWNERS)
+        at, end = end, end + owners.size_for(max_sessions)
+        self.sessions = OwnerTable(view[at:end], max_sessions)
         self._ring_number = -1
         self._window: Window
         # A mapping has a descriptor of its own, and closing any of a file's descriptors makes the
@@ -231,11 +245,12 @@ class Shared:
     def create(cls, capacity: int, limits: Limits, used: int | None = None) -> "Shared":
         """Lay out new memory. `used` is the slots that have a worker from the start: all."""
         fd = os.memfd_create("cpanbridged", os.MFD_CLOEXEC)
-        os.ftruncate(fd, _rings_at(capacity))
-        shared = cls(fd, capacity)
+        os.ftruncate(fd, _rings_at(capacity, limits.max_sessions))
+        shared = cls(fd, capacity, limits.max_sessions)
         header = shared.header
         header.layout = LAYOUT
         header.capacity = capacity
+        header.max_sessions = limits.max_sessions
         header.slots_used = capacity if used is None else used
         header.started_at = time.time_ns()
         header.started_monotonic = time.monotonic_ns()
@@ -252,7 +267,7 @@ class Shared:
             header = Header.from_buffer_copy(memory)
         if header.layout != LAYOUT:
             raise LayoutError(f"its layout is {header.layout}, and this version's is {LAYOUT}")
-        return cls(fd, header.capacity)
+        return cls(fd, header.capacity, header.max_sessions)
 
     def note_death(self) -> None:
         """A worker has ended without being told to. Called in the master."""
@@ -293,6 +308,14 @@ class Shared:
         """Requests admitted in the last 60 seconds."""
         return self.window.count()
 
+    def owner(self, slot: int) -> Owner:
+        """The worker that has the slot now, as an owner of state."""
+        return Owner(slot, self.slots[slot].incarnation)
+
+    def is_there(self, owner: Owner) -> bool:
+        """Whether the worker still lives, as far as the master has seen."""
+        return bool(self.slots[owner.slot].incarnation == owner.incarnation)
+
     def clear(self, slot: Slot) -> None:
         """Give back what a dead worker held. Called in the master, once the process is gone.
 
@@ -300,6 +323,8 @@ class Shared:
         writer; readers under the gate's lock see room appear, as with any other release.
         """
         slot.pid = 0
+        slot.serves = 0
+        slot.incarnation += 1
         slot.order = ORDER_NONE
         slot.leave_by = 0
         slot.shut = 0
@@ -310,6 +335,7 @@ class Shared:
         slot.door_waits_for = WAITS_FOR_NOTHING
         slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
+        slot.sessions = 0
         slot.memory = 0
         self.books[self.slots.index(slot)].roster.clear()
 
@@ -396,5 +422,10 @@ def _books(memory: memoryview, at: int) -> Books:
     )
 
 
-def _rings_at(capacity: int) -> int:
-    return _in_pages(_slot_at(capacity))
+def _owners_at(capacity: int) -> int:
+    return _slot_at(capacity)
+
+
+def _rings_at(capacity: int, max_sessions: int) -> int:
+    tables = owners.size_for(MODULE_OWNERS) + owners.size_for(max_sessions)
+    return _in_pages(_owners_at(capacity) + tables)

@@ -48,7 +48,7 @@ class Totals(NamedTuple):
 def count(shared: Shared) -> Totals:
     """Look once at everything."""
     succeeded = failed = refused = turned_away = busy_ns = 0
-    admitted = queued = opened = closed = 0
+    admitted = queued = opened = taken_over = closed = 0
     events = dict.fromkeys(_EVENTS, 0)
     overloaded = dict.fromkeys(_REASONS, 0)
     for slot in shared.used_slots:
@@ -57,6 +57,7 @@ def count(shared: Shared) -> Totals:
         succeeded += slot.succeeded
         failed += slot.failed
         opened += slot.opened
+        taken_over += slot.taken_over
         admitted += slot.admitted
         refused += slot.refused
         turned_away += slot.turned_away
@@ -74,7 +75,7 @@ def count(shared: Shared) -> Totals:
         busy_ns=busy_ns,
         running=admitted - succeeded - failed,
         queued=queued,
-        opened=opened,
+        opened=opened - taken_over,
         connections=opened - closed,
         invalid_requests=events["invalid_request"],
         security_events=events,

@@ -46,7 +46,7 @@ class Daemon:
             f'listen = ["{self.path}"]\n'
             f'log_file = "{self.log_file}"\n'
             f"{config}\n"
-            f'[[module_dirs]]\npath = "{MODULES}"\n'
+            f'[[module_dirs]]\npath = "{MODULES}"\naffinity = "none"\n'
         )
 
     def command(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -144,8 +144,12 @@ class Daemon:
         pids = []
         for master in masters:
             with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(master).suspend()  # so that it replaces none of them
-                pids += [master, *(child.pid for child in psutil.Process(master).children())]
+                process = psutil.Process(master)
+                # A left-over pid file may name a process of anybody's.
+                if "cpanbridged" not in " ".join(process.cmdline()):
+                    continue
+                process.suspend()  # so that it replaces none of them
+                pids += [master, *(child.pid for child in process.children())]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -50,7 +50,7 @@ class Overloaded(Refusal):
 
     def __init__(self, obstacle: Obstacle, request_id: str | None) -> None:
         self.reason = obstacle.reason
-        self.retry_after = round(obstacle.retry_after, 3)
+        self.retry_after: float = round(obstacle.retry_after, 3)
         message = (
             f"No room: {_LACKS[obstacle.reason]}; the call was not run, "
             f"try again in {self.retry_after:g} s"
@@ -210,12 +210,10 @@ class Calls:
         """Count a request that is not run, and return the reply that says why."""
         self._books.refused()
         self._note_if_event(refusal, peer)
-        retry_after = None
         if isinstance(refusal, Overloaded):
             self._books.overloaded(refusal.reason)
-            retry_after = refusal.retry_after
         return protocol.encode_failure(
-            refusal.message, refusal.kind, refusal.request_id, retry_after=retry_after
+            refusal.message, refusal.kind, refusal.request_id, retry_after=refusal.retry_after
         )
 
     def turn_away(self, obstacle: Obstacle, request_id: str | None) -> bytes:

@@ -15,13 +15,15 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.roster import IDLE, READING
 from cpanbridge.workers import protocol
+from cpanbridge.workers.affinity import Affinity, HandedOver
 from cpanbridge.workers.calls import Call, Calls, Draining
 from cpanbridge.workers.door import Arrival
 from cpanbridge.workers.peer import Peer
@@ -41,13 +43,21 @@ class Stops(NamedTuple):
     all: int  # no request is taken up any more
 
 
+def _unread(frame: bytes, rest: bytearray) -> bytes:
+    """A framed client's bytes from one request on, as they were read."""
+    return protocol.to_frame(frame) + bytes(rest)
+
+
 class Connections:
     """What all connections of a worker need, and the life of each. Called from its threads."""
 
-    def __init__(self, limits: Limits, gate: Gate, calls: Calls, stops: Stops) -> None:
+    def __init__(
+        self, limits: Limits, gate: Gate, calls: Calls, affinity: Affinity, stops: Stops
+    ) -> None:
         self._limits = limits
         self._gate = gate
         self._calls = calls
+        self._affinity = affinity
         self._stops = stops
         self._roster = calls.roster
         self._leaving = False
@@ -60,13 +70,15 @@ class Connections:
     def leave(self) -> None:
         """Kept connections end after what they run; one-shot clients are served to their end.
 
-        For a worker whose place another one takes. Called in the main thread, before `stops.door`
-        is written.
+        For a worker whose place another one takes. A connection stays as long as its client has a
+        session here. Called in the main thread, before `stops.door` is written, and when sessions
+        have ended.
         """
         with self._reading_lock:
             self._leaving = True
             for peer in self._framed:
-                peer.dismiss()
+                if not self._stays(peer):
+                    peer.dismiss()
 
     def stop(self, *, daemon_ends: bool) -> None:
         """No connection takes up a further request.
@@ -74,12 +86,15 @@ class Connections:
         For a daemon that ends, or a worker whose time to leave is over. Called in the main thread,
         before `stops.all` is written.
         """
-        self.leave()
         with self._reading_lock:
-            self._stopping = True
+            self._leaving = self._stopping = True
             self._daemon_ends = daemon_ends
-            for peer in self._one_shot:
+            for peer in self._framed | self._one_shot:
                 peer.dismiss()
+
+    def _stays(self, peer: Peer) -> bool:
+        """Whether a kept connection goes on in a worker that leaves."""
+        return not self._stopping and self._affinity.sessions.is_live(peer.client)
 
     def dismiss_stale(self) -> None:
         """Close the connections whose clients have been silent for `stale_timeout`, now."""
@@ -90,23 +105,53 @@ class Connections:
             if peer.quiet_since and now - peer.quiet_since > limit:
                 peer.dismiss(stale=True)
 
-    @staticmethod
-    def is_quick(arrival: Arrival[Call]) -> bool:
+    def is_quick(self, arrival: Arrival[Call]) -> bool:
         """Whether a client is likely to be served before another thread could be woken."""
-        return arrival.call is not None and arrival.call.target.is_quick
+        if arrival.call is None or arrival.peer is not None:
+            return False
+        target = arrival.call.target
+        if target.is_quick:
+            return True
+        # Putting a client into another worker's postbox is quick, whatever the call takes there.
+        return target.owned_as is not None and not self._affinity.may_be_here(arrival.client)
 
     def serve(self, arrival: Arrival[Call]) -> None:
         """Serve a client that was let in, until it is closed."""
-        peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
+        peer = arrival.peer or self._welcome(arrival)
         try:
-            if arrival.call is not None:
-                self._answer_one_shot(peer, arrival.call)
-            else:
+            if arrival.call is None or arrival.data is None:
                 self._serve_slowly(peer, arrival.data)
+            else:
+                self._answer_one_shot(peer, arrival.call, arrival.data)
+        except HandedOver:
+            return  # it is closed when it was taken, or it comes back
         except OSError:
             pass  # the client has left, or takes too long (TimeoutError): nobody to tell
+        except BaseException:
+            self.close(peer)
+            raise
+        self.close(peer)
+
+    def _welcome(self, arrival: Arrival[Call]) -> Peer:
+        peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
+        if arrival.history is not None:
+            peer.taken_over = peer.lent = True
+            self._roster.resume(peer.entry, *arrival.history)
+        return peer
+
+    def take_back(self, peer: Peer) -> None:
+        """Tell a client that has come back that nothing is taken up any more."""
+        assert peer.journey is not None
+        peer.lent = True
+        try:
+            if protocol.is_framed(peer.journey.passenger.data):
+                self._send(peer, NO_MORE_REQUESTS)
+            else:
+                self._send(peer, protocol.to_ascii(self._not_run()))
+        except OSError:
+            pass  # it has left by itself
         finally:
-            self._close(peer)
+            self.close(peer)
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
         """Tell a client that was waiting outside that nothing is taken up any more."""
@@ -116,12 +161,18 @@ class Connections:
         except OSError:
             pass  # it has left by itself, or has sent nothing yet
         finally:
-            self._close(peer)
+            self.close(peer)
 
-    def _close(self, peer: Peer) -> None:
+    def let_go(self, peer: Peer) -> None:
+        """Another worker has taken the client: end what this one has of it."""
+        peer.lent = False  # the connection goes on
+        self.close(peer)
+
+    def close(self, peer: Peer) -> None:
+        """End a connection."""
         self._roster.leave(peer.entry)
         try:
-            peer.socket.close()
+            peer.close()
         except OSError:
             LOGGER.exception("A module has closed a client's socket")
         finally:
@@ -158,21 +209,33 @@ class Connections:
 
     def _serve_one_shot(self, peer: Peer, data: bytes, deadline: float) -> None:
         try:
-            call = self._read_one_shot(peer, data, deadline)
+            call, data = self._read_one_shot(peer, data, deadline)
         except Draining:
             reply = self._not_run()
         except Refusal as refusal:
             reply = self._calls.refuse(refusal, peer)
         else:
-            self._answer_one_shot(peer, call)
+            self._answer_one_shot(peer, call, data)
             return
         self._send(peer, protocol.to_ascii(reply))
         peer.linger(LINGER_SECONDS)
 
-    def _answer_one_shot(self, peer: Peer, call: Call) -> None:
+    def _run(self, peer: Peer, call: Call, data: Callable[[], bytes], stop: int) -> bytes:
+        """Admit a request and run it, where its state is; the reply.
+
+        `data` is what was read of the client, from this request on. Raises Refusal, Draining,
+        HandedOver.
+        """
+        if call.target.owned_as is None:
+            self._calls.admit(call, peer, stop)
+            return self._calls.run(call, peer)
+        with self._affinity.session(call, peer, data, stop):
+            self._calls.admit(call, peer, stop)
+            return self._calls.run(call, peer)
+
+    def _answer_one_shot(self, peer: Peer, call: Call, data: bytes) -> None:
         try:
-            self._calls.admit(call, peer, self._stops.all)
-            reply = self._calls.run(call, peer)
+            reply = self._run(peer, call, lambda: data, self._stops.all)
         except Draining:
             reply = self._not_run()
         except Refusal as refusal:
@@ -180,8 +243,8 @@ class Connections:
         self._send(peer, protocol.to_ascii(reply))
         peer.drop_what_follows()
 
-    def _read_one_shot(self, peer: Peer, data: bytes, deadline: float) -> Call:
-        """Read until the request is complete. Raises Refusal, Draining."""
+    def _read_one_shot(self, peer: Peer, data: bytes, deadline: float) -> tuple[Call, bytes]:
+        """Read to the end of the request; what it is, and its bytes. Raises Refusal, Draining."""
         scanner = ObjectScanner()
         pieces = [data]
         size = len(data)
@@ -195,7 +258,8 @@ class Connections:
             size += len(data)
         if size > self._limits.max_request_size:
             raise self._too_large(f"over {self._limits.max_request_size}")
-        return self._calls.resolve(b"".join(pieces))
+        data = b"".join(pieces)
+        return self._calls.resolve(data), data
 
     def _serve_framed(self, peer: Peer, buffer: bytearray, deadline: float) -> None:
         """Serve frame after frame, until the client ends, rests too long, or the worker drains."""
@@ -206,13 +270,13 @@ class Connections:
                     return
                 try:
                     call = self._calls.resolve(frame)
-                    self._calls.admit(call, peer, self._stops.door)
+                    stop = self._stops.all if self._stays(peer) else self._stops.door
+                    unread = partial(_unread, frame, buffer)
+                    reply = self._run(peer, call, unread, stop)
                 except Refusal as refusal:
                     reply = self._calls.refuse(refusal, peer)
-                else:
-                    reply = self._calls.run(call, peer)
                 self._send(peer, protocol.to_frame(reply))
-                if self._leaving:
+                if self._leaving and not self._stays(peer):
                     raise Draining
                 deadline = 0.0
         except Draining:
@@ -310,7 +374,9 @@ class Connections:
         """While a thread may wait for this client, it can be dismissed."""
         with self._reading_lock:
             peers.add(peer)
-            if self._stopping or (self._leaving and peers is self._framed):
+            # One that was handed over has its call here; whether it stays is seen after that.
+            leaves = self._leaving and peers is self._framed and not peer.taken_over
+            if self._stopping or leaves:
                 peer.dismiss()
         try:
             yield

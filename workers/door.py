@@ -1,12 +1,17 @@
-"""Where clients come in: accepting under the gate.
+"""Where clients come in: from outside, under the gate, and from other workers.
 
 A client is accepted only while the gate has room for its connection and a request: room is
 reserved under the gate's lock, and the client accepted into it. Most clients have sent their
 request by then, so it is read at once, and the thread knows what it has before anybody is woken.
+
+A client that another worker hands over has its connection's room already. So it is let in while the
+gate has none, and while the worker is about to leave and accepts nobody from outside.
 """
 
+import contextlib
 import errno
 import logging
+import os
 import select
 import socket
 import time
@@ -16,17 +21,21 @@ from typing import Generic, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
+from cpanbridge.workers.handover import Outgoing, take_out
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.turnstile import Turnstile
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 # More than nearly all requests have.
 FIRST_READ = 65536
-A_LITTLE_MS = 100
+A_LITTLE_SECONDS = 0.1
 A_MOMENT = 0.001
 LOOKS = 50  # before the first client is turned away
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
+# While clients come in without a pause, the postbox is looked at after so many.
+LOOK_EVERY = 8
 
 C = TypeVar("C")
 
@@ -38,6 +47,9 @@ class Arrival(NamedTuple, Generic[C]):
     number: int  # counts the clients of this worker's slot
     data: bytes | None  # what was there to read; None: nothing yet; empty: end of file
     call: C | None  # the complete request in `data`; not admitted yet
+    # Of one that another worker had before: when it was accepted, and its requests so far.
+    history: tuple[int, int] | None = None
+    peer: Peer | None = None  # of one that has come back from its way to another worker
 
 
 class _Nobody(Enum):
@@ -51,9 +63,9 @@ class _Nobody(Enum):
 class Door(Generic[C]):
     """Lets clients in, one at a time. Called from the threads of one worker.
 
-    `prepare` turns the first bytes into a call that can run at once, or None. `stop` is a
-    descriptor that becomes readable when the worker is to accept no more. With a `turnstile` nobody
-    is left to wait outside.
+    `prepare` turns the first bytes into a call that can run at once, or None. `postbox` is where
+    other workers put clients, `incarnation` whom they mean them for; `outgoing` has the clients on
+    their way there. With a `turnstile` nobody is left to wait outside.
     """
 
     def __init__(
@@ -61,14 +73,20 @@ class Door(Generic[C]):
         listeners: Sequence[socket.socket],
         gate: Gate,
         prepare: Callable[[bytes], C | None],
-        stop: int,
+        postbox: int,
+        incarnation: int,
+        outgoing: Outgoing,
         turnstile: Turnstile | None = None,
     ) -> None:
         self._listeners = list(listeners)
-        self._shut = False
+        self._shut = self._closed = False
+        self.is_shut = False  # nobody is about to let a client in from outside
         self._gate = gate
         self._prepare = prepare
-        self._stop = stop
+        self._postbox = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=postbox)
+        self._incarnation = incarnation
+        self._outgoing = outgoing
+        self._unlooked = 0  # looks outside since the last one into the postbox
         self._turnstile = turnstile
         self._turns_away = False  # since it last let somebody in
         self._complained = -_COMPLAIN_EVERY
@@ -77,20 +95,49 @@ class Door(Generic[C]):
         self._arrivals = select.epoll()
         for listener in listeners:
             self._arrivals.register(listener, select.EPOLLIN)
-        self._arrivals.register(stop, select.EPOLLIN)
+        # What is looked at while there is no room as well; it is readable when one of these is.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._interrupts = select.epoll()
+        for descriptor in (self._bell, postbox, outgoing.descriptor):
+            self._interrupts.register(descriptor, select.EPOLLIN)
+        self._arrivals.register(self._interrupts, select.EPOLLIN)
+        self._inside = {self._interrupts.fileno(), self._bell, postbox, outgoing.descriptor}
 
     def next(self) -> Arrival[C] | None:
-        """Wait for a client and let it in; None when the worker is to accept no more."""
-        while not self._shut:
-            outcome = self._let_in()
-            if isinstance(outcome, Arrival):
-                return outcome
-            if outcome is _Nobody.BUT_LOOK_AGAIN:
-                continue
-            ready = self._arrivals.poll() if outcome is _Nobody.OUTSIDE else self._wait_a_little()
-            if any(fd == self._stop for fd, _ in ready):
-                return None
+        """Wait for a client and let it in; None when the door is closed."""
+        look_outside = True
+        while not self._closed:
+            self._unlooked += 1
+            if self._unlooked > LOOK_EVERY:
+                arrival = self._let_back_in() or self._take_over()
+                if arrival is not None:
+                    return arrival
+            outcome = _Nobody.OUTSIDE
+            if self._shut:
+                self.is_shut = True
+            elif look_outside:
+                found = self._let_in()
+                if isinstance(found, Arrival):
+                    return found
+                outcome = found
+            look_outside = outcome is _Nobody.BUT_LOOK_AGAIN or self._wait(outcome)
         return None
+
+    def _wait(self, outcome: _Nobody) -> bool:
+        """Wait until it is worth while to look again; returns whether it is outside."""
+        if self._shut:
+            ready = self._interrupts.poll()
+        elif outcome is _Nobody.OUTSIDE:
+            ready = self._arrivals.poll()
+        else:
+            ready = self._interrupts.poll(A_LITTLE_SECONDS)
+        inside = self._inside.intersection(fd for fd, _ in ready)
+        if inside:
+            self._unlooked = LOOK_EVERY
+            if self._shut:  # it rings for nothing else
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+        return len(inside) < len(ready) or outcome is not _Nobody.OUTSIDE
 
     def _let_in(self) -> Arrival[C] | _Nobody:
         gate = self._gate
@@ -98,8 +145,8 @@ class Door(Generic[C]):
             obstacle = self._obstacle()
             if obstacle is not None:
                 return self._turn_away(obstacle, self._turnstile)
-        elif not gate.enter(gate.reserve, self._stop, connection=True):
-            return _Nobody.OUTSIDE  # told to stop, as a look at the descriptors will say
+        elif not gate.enter(gate.reserve, self._interrupts.fileno(), connection=True):
+            return _Nobody.OUTSIDE  # interrupted, as a look at the descriptors will say
         client = self._accept()
         if isinstance(client, _Nobody):
             gate.nobody_came()
@@ -141,9 +188,47 @@ class Door(Generic[C]):
         turnstile.take(client, obstacle)
         return _Nobody.BUT_LOOK_AGAIN
 
+    def _let_back_in(self) -> Arrival[C] | None:
+        """A client that was not taken by the worker that it was to go to."""
+        if not self._outgoing.count:
+            return None
+        peer = self._outgoing.settle()
+        if peer is None:
+            return None
+        assert peer.journey is not None
+        data = peer.journey.passenger.data
+        return Arrival(peer.socket, 0, data, self._prepare(data), peer=peer)
+
+    def _take_over(self) -> Arrival[C] | None:
+        """The next client in the postbox, if there is one and it is still to be had."""
+        try:
+            parcel = take_out(self._postbox)
+        except OSError as error:
+            self._complain(error)
+            return None
+        if parcel is None:
+            self._unlooked = 0
+            return None
+        if parcel.incarnation != self._incarnation:
+            parcel.refuse()  # it was meant for the worker that had this slot before
+            return None
+        client, data, opened_at, requests = parcel.passenger
+        number = self._gate.took_over()
+        if not parcel.accept():
+            client.close()
+            self._gate.closed()
+            return None
+        return Arrival(client, number, data, self._prepare(data), (opened_at, requests))
+
     def shut(self) -> None:
-        """Let nobody in any more: `next` returns None, at once once `stop` is readable."""
+        """Let nobody in from outside any more."""
         self._shut = True
+        os.eventfd_write(self._bell, 1)
+
+    def close(self) -> None:
+        """Let nobody in any more: `next` returns None."""
+        self._closed = True
+        os.eventfd_write(self._bell, 1)
 
     def take_leftover(self, until: float) -> Arrival[C] | None:
         """When nothing is let in any more: a client left waiting, to be told so; None at the end.
@@ -180,11 +265,6 @@ class Door(Generic[C]):
             self._complain(error)
             return _Nobody.FOR_NOW
         return _Nobody.OUTSIDE
-
-    def _wait_a_little(self) -> list[tuple[int, int]]:
-        stop = select.poll()
-        stop.register(self._stop, select.POLLIN)
-        return stop.poll(A_LITTLE_MS)
 
     def _complain(self, error: OSError) -> None:
         now = time.monotonic()

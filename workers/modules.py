@@ -6,6 +6,7 @@ client: no name that it sends ever reaches an import or an attribute.
 """
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from cpanbridge.supervisor.config import MAX_MODULE_NAME, NAME_PATTERN, Functions, Settings
+from cpanbridge.supervisor.config import (
+    MAX_MODULE_NAME,
+    NAME_PATTERN,
+    Affinity,
+    Functions,
+    Settings,
+)
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
 
@@ -42,18 +49,33 @@ class Exposed(NamedTuple):
     python: ModuleType | None  # None: built in
     takes_request: bool = False  # its functions are handed the Request itself, and the Peer
     request_timeout: float = 0.0  # seconds that a call may take; 0: any time
+    affinity: Affinity = "none"
 
 
 class Target:
     """A function that can be called, and whether its calls have been quick of late."""
 
-    __slots__ = ("_slow_share", "function", "number", "request_timeout", "takes_request")
+    __slots__ = (
+        "_slow_share",
+        "function",
+        "number",
+        "owned_as",
+        "request_timeout",
+        "takes_request",
+    )
 
     def __init__(
-        self, function: Callable[..., Any], takes_request: bool, request_timeout: float = 0.0
+        self,
+        function: Callable[..., Any],
+        takes_request: bool,
+        request_timeout: float = 0.0,
+        owned_as: int | None = None,
     ) -> None:
         self.function = function
         self.request_timeout = request_timeout
+        # None: any worker may run it; FOR_CLIENT: the client's own; else the module's own, which
+        # this number stands for.
+        self.owned_as = owned_as
         self.number = -1  # its place in the daemon's table of names; -1: it was not called yet
         self.takes_request = takes_request
         self._slow_share = 0.5  # of the last calls, newer ones counting more
@@ -67,6 +89,24 @@ class Target:
         """Learn from a call. A lost update between two threads does no harm."""
         slow = 1.0 if duration_ns > QUICK_NS else 0.0
         self._slow_share += (slow - self._slow_share) / 16
+
+
+FOR_CLIENT = 0
+
+
+def owned_as(module: str, affinity: Affinity) -> int | None:
+    """What the owner of a module's state is found by; see `Target.owned_as`.
+
+    The number is made of the name alone, so that all workers of all generations have the same one.
+    That two names have the same of 2**63 numbers is not to be expected, and would do no harm but
+    that both reach the same worker.
+    """
+    if affinity == "none":
+        return None
+    if affinity == "client":
+        return FOR_CLIENT
+    digest = hashlib.blake2b(module.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1 or 1
 
 
 class Outcome(NamedTuple):
@@ -83,7 +123,12 @@ class Registry:
         self._exposed = exposed
         self._targets = {
             name: {
-                function: Target(callable_, module.takes_request, module.request_timeout)
+                function: Target(
+                    callable_,
+                    module.takes_request,
+                    module.request_timeout,
+                    owned_as(name, module.affinity),
+                )
                 for function, callable_ in module.functions.items()
             }
             for name, module in exposed.items()
@@ -201,6 +246,7 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
                 _select(module, directory.functions, str(file)),
                 module,
                 request_timeout=settings.timeout_of(directory),
+                affinity=directory.affinity,
             )
     for name, table in settings.modules.items():
         label = f"modules.{name}"
@@ -213,7 +259,12 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
             raise ModuleLoadError(
                 f'{label}: "*" finds no function of {table.import_!r}\'s own; name them'
             )
-        exposed[name] = Exposed(functions, module, request_timeout=settings.timeout_of(table))
+        exposed[name] = Exposed(
+            functions,
+            module,
+            request_timeout=settings.timeout_of(table),
+            affinity=table.affinity,
+        )
     return Registry(built_in | exposed)
 
 

@@ -11,6 +11,10 @@ import select
 import socket
 import struct
 import time
+from typing import NamedTuple
+
+from cpanbridge.supervisor.owners import Client
+from cpanbridge.workers.journey import Journey
 
 READ_SIZE = 65536
 MOST_DROPPED = 16  # reads; a client that still sends has not understood
@@ -28,10 +32,39 @@ class _PollDescriptor(ctypes.Structure):
 _poll = ctypes.PyDLL(None).poll
 
 
+class Credentials(NamedTuple):
+    """Whose a connection was when it was made, as the kernel tells it; -1 each: nobody knows."""
+
+    pid: int  # 0: a process that has no number in this PID namespace
+    uid: int
+    gid: int
+
+
+def credentials(connection: socket.socket) -> Credentials:
+    """The other end's (SO_PEERCRED); -1 each for a socket that is broken already."""
+    try:
+        told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError:
+        return Credentials(-1, -1, -1)
+    return Credentials(*_UCRED.unpack(told))
+
+
 class Peer:
     """The other end of a connection. Every method raises OSError when the client has left."""
 
-    __slots__ = ("_receive_limit", "dismissed", "entry", "framed", "quiet_since", "socket", "stale")
+    __slots__ = (
+        "_receive_limit",
+        "client",
+        "dismissed",
+        "entry",
+        "framed",
+        "journey",
+        "lent",
+        "quiet_since",
+        "socket",
+        "stale",
+        "taken_over",
+    )
 
     def __init__(self, client: socket.socket, entry: int) -> None:
         self.socket = client
@@ -40,6 +73,10 @@ class Peer:
         self.stale = False  # because it was silent for too long
         self.quiet_since = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
         self.framed = False  # it sends frames; known once it has sent something
+        self.client: Client | None = None  # who it is, once somebody needs to know
+        self.taken_over = False  # from another worker
+        self.lent = False  # another process may hold the socket as well
+        self.journey: Journey | None = None  # to another worker, which has not taken it
         self._receive_limit = 0.0
 
     def has_left(self) -> bool:
@@ -62,17 +99,9 @@ class Peer:
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
-    def credentials(self) -> tuple[int, int, int]:
-        """The client's pid, uid and gid when it connected, as the kernel tells them (SO_PEERCRED).
-
-        -1 each for a socket that is broken already.
-        """
-        try:
-            told = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        except OSError:
-            return -1, -1, -1
-        pid, uid, gid = _UCRED.unpack(told)
-        return pid, uid, gid
+    def credentials(self) -> "Credentials":
+        """Who the client is."""
+        return credentials(self.socket)
 
     def receive(self, seconds: float) -> bytes:
         """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""
@@ -129,6 +158,14 @@ class Peer:
         with contextlib.suppress(TimeoutError):
             while (left := until - time.monotonic()) > 0 and self.receive(left):
                 pass
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.lent:
+            # Closing one of several descriptors would leave the client without an end.
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
 
     def dismiss(self, *, stale: bool = False) -> None:
         """Take up no further request: wake a thread that waits in `receive`.

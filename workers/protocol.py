@@ -52,6 +52,8 @@ class Refusal(Exception):
     `kind` becomes the reply's `error_type`, `message` its `error`.
     """
 
+    retry_after: float | None = None  # seconds; of an Overloaded
+
     def __init__(
         self,
         kind: str,

@@ -37,6 +37,7 @@ from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.place import Place, send_report
 from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, PLEA_HANGS, PLEA_NONE, PLEA_WORN
 from cpanbridge.workers import builtin, modules
+from cpanbridge.workers.affinity import Affinity
 from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
@@ -139,12 +140,21 @@ class Worker:
         self._attention = os.eventfd(0, flags)  # the watch has something to look at
         self._watch = Watch(place.slot, self._limits.slow_request, self._attention)
         calls = Calls(place.settings, place.slot, place.shared, self._gate, registry, self._watch)
-        self._connections = Connections(self._limits, self._gate, calls, self._stops)
+        self._slot = place.shared.slots[place.slot]
+        self._affinity = Affinity(
+            *(place.shared, place.slot, place.bells, self._limits, calls.roster),
+            lambda peer: self._connections.let_go(peer),
+        )
+        self._connections = Connections(
+            self._limits, self._gate, calls, self._affinity, self._stops
+        )
         self._turnstile = (
             Turnstile(calls.turn_away) if place.settings.overload == "reject" else None
         )
         self._door: Door[Call] = Door(
-            place.listeners, self._gate, calls.prepare, self._stops.door, self._turnstile
+            *(place.listeners, self._gate, calls.prepare),
+            *(place.bells[place.slot].take, self._slot.incarnation),
+            *(self._affinity.outgoing, self._turnstile),
         )
         self._bell = place.bells[place.slot].watch
         self._cleanups = place.shared.header.cleanups  # that were asked for before
@@ -156,7 +166,7 @@ class Worker:
             most, self._door.next, self._connections.is_quick, self._connections.serve
         )
         self._most_requests = _with_jitter(place.settings.max_requests)
-        self._retiring = False
+        self._retiring = self._door_closed = False
         self._leave_by = math.inf  # CLOCK_MONOTONIC, seconds; once it is to leave
         self._title = ""
         self._next_title = 0.0
@@ -182,6 +192,7 @@ class Worker:
         selector.register(self._place.opening, selectors.EVENT_READ)
         selector.register(self._bell, selectors.EVENT_READ)
         selector.register(self._attention, selectors.EVENT_READ)
+        selector.register(self._affinity.sessions.none_left, selectors.EVENT_READ)
         self._show_title()
         while not self._has_finished():
             ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
@@ -194,21 +205,24 @@ class Worker:
             if self._bell in ready:
                 os.eventfd_read(self._bell)
                 self._look_for_cleanup()
+            if self._affinity.sessions.none_left in ready:
+                os.eventfd_read(self._affinity.sessions.none_left)
             if self._place.opening in ready:
                 selector.unregister(self._place.opening)
                 self._crew.start()
+                self._slot.serves = not self._retiring
             if self._place.lifeline in ready:
                 LOGGER.error("Worker %d: the master is gone, leaving", self._place.slot)
                 self._close_queues()
                 self._stop_serving(self._graceful_end())
                 break
             if signals in ready and signal.SIGTERM in signals.recv(4096):
-                slot = self._place.shared.slots[self._place.slot]
-                leave_by = slot.leave_by / 1e9 or math.inf
-                if slot.order == ORDER_STOP:
+                leave_by = self._slot.leave_by / 1e9 or math.inf
+                if self._slot.order == ORDER_STOP:
                     self._stop_serving(leave_by)
                     break
-                self._retire(leave_by if slot.order == ORDER_RETIRE else self._graceful_end())
+                retired = self._slot.order == ORDER_RETIRE
+                self._retire(leave_by if retired else self._graceful_end())
             self._keep_time()
         if self._turnstile is not None:
             self._turnstile.wait_until_empty(min(1.0, self._leave_by - time.monotonic()))
@@ -230,38 +244,60 @@ class Worker:
         return time.monotonic() + self._limits.graceful_timeout
 
     def _retire(self, leave_by: float) -> None:
-        """Let nobody in any more; the daemon goes on, so who waits outside is left to others."""
+        """Let nobody in any more; the daemon goes on, so who waits outside is left to others.
+
+        Clients that have a session here are served on, until it ends.
+        """
         self._leave_by = leave_by
         if not self._retiring:
             self._retiring = True
-            self._close_door()
+            self._slot.serves = 0
+            self._door.shut()
+            self._affinity.sessions.let_go()
             self._connections.leave()  # before anybody is woken, who would not know why
             self._gate.leave()
             os.eventfd_write(self._stops.door, 1)
 
     def _close_door(self) -> None:
-        self._door.shut()
-        self._crew.close_door()
+        if not self._door_closed:
+            self._door_closed = True
+            self._slot.serves = 0
+            self._door.close()
+            self._crew.close_door()
 
     def _has_finished(self) -> bool:
         """Whether a worker that retires may leave: nothing runs any more, or its time is over."""
         if not self._retiring:
             return False
-        if self._crew.door_is_left:
-            self._place.shared.slots[self._place.slot].shut = 1
-        if self._crew.idle:
+        if not self._affinity.sessions.live and not self._affinity.outgoing.count:
+            self._close_door()
+            self._connections.leave()
+        if self._door.is_shut or self._crew.door_is_left:
+            self._slot.shut = 1
+        if self._door_closed and self._crew.idle:
             return True
         if time.monotonic() < self._leave_by:
             return False
+        self._close_door()
         # What still waits for room is told that it is not run.
         self._connections.stop(daemon_ends=False)
         os.eventfd_write(self._stops.all, 1)
         if not self._crew.wait_until_idle(LAST_WORDS_SECONDS):
             self._say_what_is_cut()
+        self._take_back_clients()
         return True
 
+    def _take_back_clients(self) -> None:
+        """Nobody is at the door any more who could let those in that other workers do not take."""
+        for peer in self._affinity.outgoing.withdraw_all():
+            self._connections.take_back(peer)
+
     def _until_next_look(self) -> float:
-        seconds = min(self._crew.look_after_door(), self._watch.look() or math.inf)
+        seconds = min(
+            self._crew.look_after_door(),
+            self._watch.look() or math.inf,
+            self._affinity.outgoing.look_after(),
+        )
         if self._watch.hangs:
             self._ask_to_be_retired(PLEA_HANGS)
         if self._retiring:
@@ -275,9 +311,11 @@ class Worker:
         self._connections.stop(daemon_ends=True)
         os.eventfd_write(self._stops.door, 1)
         os.eventfd_write(self._stops.all, 1)
-        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()) and not self._place.lent:
-            while (arrival := self._door.take_leftover(leave_by)) is not None:
-                self._connections.turn_away(arrival)
+        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()):
+            self._take_back_clients()
+            if not self._place.lent:
+                while (arrival := self._door.take_leftover(leave_by)) is not None:
+                    self._connections.turn_away(arrival)
         if not self._crew.wait_until_idle(leave_by - time.monotonic()):
             self._say_what_is_cut()
 
@@ -330,6 +368,8 @@ class Worker:
         """A thread, so that a hook that hangs keeps nobody from hearing a signal."""
 
         def run_all() -> None:
+            if name == "shutdown":
+                self._affinity.sessions.close_all()
             for module, hook in self._registry.hooks(name):
                 try:
                     hook()

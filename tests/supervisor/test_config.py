@@ -18,6 +18,7 @@ LIMITS: list[tuple[str, Any, Any]] = [
     ("max_requests_per_minute", 2000, 0),
     ("max_concurrent_requests", 100, 7),
     ("max_connections", 100, 8),
+    ("max_sessions", 4096, 10),
     ("stale_timeout", 300, 60.5),
     ("resource_check_interval", 60, 5),
     ("max_request_size", 10_485_760, 1000),
@@ -403,18 +404,35 @@ def test_a_file_that_is_not_utf_8_is_told(file: File) -> None:
 # -- this version --
 
 
+@pytest.mark.parametrize("affinity", ["none", "client", "module"])
+def test_a_module_has_the_affinity_that_is_set(file: File, affinity: str) -> None:
+    settings = file.load(
+        f"modules.m = {{import='os', functions='*', affinity='{affinity}'}}\n"
+        f"module_dirs = [{{path='/a', affinity='{affinity}'}}]"
+    ).settings
+    assert settings.modules["m"].affinity == affinity
+    assert settings.module_dirs[0].affinity == affinity
+
+
+def test_a_folder_shares_its_state_by_default_and_a_module_has_none(file: File) -> None:
+    settings = file.load("modules.m = {import='os', functions='*'}\nmodule_dirs = [{path='/a'}]")
+    assert settings.settings.modules["m"].affinity == "none"
+    assert settings.settings.module_dirs[0].affinity == "module"
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ("modules.m = {import='os', functions='*', affinity='client'}", "modules.m.affinity = 'c"),
-        ("modules.m = {import='os', functions='*', affinity='module'}", "modules.m.affinity = 'm"),
-        ("module_dirs = [{path='/a', affinity='module'}]", "module_dirs[0].affinity = 'module'"),
+        (
+            "modules.m = {import='os', functions='*', affinity='user'}",
+            "modules.m.affinity = 'user'",
+        ),
+        ("module_dirs = [{path='/a', affinity=1}]", "module_dirs[0].affinity = 1"),
     ],
 )
-def test_what_this_version_does_not_have_is_refused(file: File, text: str, where: str) -> None:
+def test_another_affinity_is_refused(file: File, text: str, where: str) -> None:
     message = file.error(text)
-    assert message.startswith(f"{file.path}: {where}")
-    assert message.endswith("the only one in this version")
+    assert message == f'{file.path}: {where}: must be "none", "client" or "module"'
 
 
 def test_limits_that_the_machine_can_never_reach_are_noted(file: File) -> None:

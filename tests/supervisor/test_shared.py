@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Clock
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpanbridge.supervisor import shared as shared_module
@@ -42,6 +42,7 @@ def fields(structure: ctypes.Structure) -> list[str]:
     return [name for name, kind, *_ in structure._fields_ if kind is ctypes.c_int64]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 50))
 def test_no_two_fields_share_memory(slots: int, window: int) -> None:
     shared = create(slots, window)

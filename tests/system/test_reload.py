@@ -36,7 +36,7 @@ def helpers(daemon: Daemon, **files: str) -> str:
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
-    return f'[[module_dirs]]\npath = "{folder}"'
+    return f'[[module_dirs]]\npath = "{folder}"\naffinity = "none"'
 
 
 def test_a_reload_imports_modules_anew_in_new_workers(new_daemon: NewDaemon) -> None:

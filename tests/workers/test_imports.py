@@ -18,7 +18,9 @@ FOR_WORKERS = {
     "roster",
     "reports",
     "health",
+    "owners",
     "place",
+    "postbox",
     "text",
     "version",
 }

@@ -1,0 +1,88 @@
+"""A helper as they are: it keeps what clients leave in dictionaries of the process."""
+
+import itertools
+import os
+import time
+from typing import Any
+
+from cpanbridge.workers import current_session
+
+_things: dict[str, Any] = {}
+_numbers = itertools.count(1)
+
+
+def put(value: Any) -> str:
+    handle = f"{os.getpid()}-{next(_numbers)}"
+    _things[handle] = value
+    return handle
+
+
+def get(handle: str) -> Any:
+    return _things[handle]
+
+
+def size() -> int:
+    return len(_things)
+
+
+def where() -> int:
+    return os.getpid()
+
+
+def where_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def length(text: str) -> int:
+    return len(text)
+
+
+# -- the same in sessions --
+
+
+class Thing:
+    """What tells the file `note` when it is closed."""
+
+    def __init__(self, note: str, value: Any) -> None:
+        self.note = note
+        self.value = value
+
+    def close(self) -> None:
+        with open(self.note, "a") as stream:
+            stream.write(f"{self.value}\n")
+
+
+def keep(note: str, value: Any, name: str | None = None) -> str:
+    return current_session().keep(Thing(note, value), name)
+
+
+def find(name: str) -> Any:
+    return current_session().find(name).value
+
+
+def drop(name: str) -> None:
+    current_session().drop(name)
+
+
+class BadClose:
+    def close(self) -> None:
+        raise RuntimeError("it cannot be closed")
+
+
+def keep_bad() -> str:
+    return current_session().keep(BadClose())
+
+
+def use(name: str, seconds: float) -> None:
+    """Uses an object for a while; then it writes so to the object's note."""
+    thing = current_session().find(name)
+    time.sleep(seconds)
+    with open(thing.note, "a") as stream:
+        stream.write("used\n")
+
+
+def span(seconds: float) -> list[float]:
+    began = time.monotonic()
+    time.sleep(seconds)
+    return [began, time.monotonic()]

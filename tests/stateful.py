@@ -1,0 +1,89 @@
+"""Client processes for the tests of state: each is a Python of its own, told what to do by line."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+class ClientProcess:
+    """A process that makes calls. `form` is "one-shot" or "framed"."""
+
+    def __init__(self, path: str, form: str = "one-shot") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "stateful.py"), path, form],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def begin(self, module: str, function: str, params: Any = None, **fields: Any) -> None:
+        """Have it make a call; `end` must follow."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([module, function, params, fields]) + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> Any:
+        """The reply; None for a framed connection that the daemon has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the client process has died"
+        return json.loads(line)
+
+    def reply(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
+        """A call's whole reply."""
+        self.begin(module, function, params, **fields)
+        return self.end()
+
+    def call(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
+        """A call's result; fails when the call does."""
+        reply = self.reply(module, function, params, **fields)
+        assert reply is not None
+        assert reply["success"], reply
+        return reply["result"]
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self) -> "ClientProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.kill()
+
+
+def main(path: str, form: str) -> None:
+    from plain_client import Framed, request, send_one_shot
+
+    kept: Framed | None = None
+    for line in sys.stdin:
+        module, function, params, fields = json.loads(line)
+        reply: Any
+        try:
+            if form == "framed":
+                kept = kept or Framed(path, 90)
+                reply = kept.call(module, function, params, **fields)
+                if reply is None:
+                    kept = None
+            else:
+                body = json.dumps(request(module, function, params, **fields)).encode()
+                reply = json.loads(send_one_shot(path, body, timeout=90))
+        except (OSError, EOFError, ValueError) as error:
+            kept = None
+            reply = {"success": False, "error_type": "(lost)", "error": repr(error)}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,647 @@
+"""State is found again: a call runs in the worker that has what earlier calls left there."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import COMMAND, Daemon, NewDaemon
+from plain_client import Framed, connect, most_at_once, one_shot, request, until
+from stateful import ClientProcess
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+CROWD = Path(__file__).parents[1] / "crowd.py"
+UNLIMITED = "limits.max_requests_per_minute = 0"
+CLIENTS, HANDLES = 12, 40
+
+
+def configured(new_daemon: NewDaemon, top: str = "", *, workers: int = 4) -> Daemon:
+    """A daemon that has one helper as `c` (affinity client), `m` and `m2` (module), `n` (none)."""
+    tables = "".join(
+        f'[modules.{name}]\nimport = "keeper"\nfunctions = "*"\naffinity = "{affinity}"\n'
+        for name, affinity in (("c", "client"), ("m", "module"), ("m2", "module"), ("n", "none"))
+    )
+    return new_daemon(
+        f'workers = {workers}\npython_path = ["{HELPERS}"]\n{UNLIMITED}\n{top}\n{tables}'
+    )
+
+
+def stateful(new_daemon: NewDaemon, top: str = "", *, workers: int = 4) -> Daemon:
+    """The same, running."""
+    return configured(new_daemon, top, workers=workers).run()
+
+
+@contextmanager
+def clients(daemon: Daemon, count: int, form: str = "one-shot") -> Iterator[list[ClientProcess]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(ClientProcess(daemon.path, form)) for _ in range(count)]
+
+
+def at_once(work: Callable[[ClientProcess], Any], processes: list[ClientProcess]) -> list[Any]:
+    """Do something with each client process, all at the same time."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(work, processes))
+
+
+def halt(pid: int) -> None:
+    """Stop a worker; it does nothing any more when this returns."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+def workers_report(daemon: Daemon) -> list[dict[str, Any]]:
+    report: list[dict[str, Any]] = daemon.metrics()["workers"]
+    return report
+
+
+def sessions(daemon: Daemon) -> int:
+    return sum(each["sessions"] for each in workers_report(daemon))
+
+
+def slot_of(daemon: Daemon, pid: int) -> int:
+    (slot,) = (each["worker"] for each in workers_report(daemon) if each["pid"] == pid)
+    return int(slot)
+
+
+def handed_over(daemon: Daemon) -> int:
+    return sum(each["taken_over"] for each in workers_report(daemon))
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[Daemon]:
+    """One daemon for tests that leave it as it was."""
+    from conftest import _daemons
+
+    with _daemons() as make:
+        yield stateful(make)
+
+
+# -- it is found again --
+
+
+@pytest.mark.parametrize("form", ["one-shot", "framed"])
+@pytest.mark.parametrize("module", ["c", "m"])
+def test_no_state_is_lost_over_many_processes_and_workers(
+    house: Daemon, module: str, form: str
+) -> None:
+    def work(client: ClientProcess) -> set[int]:
+        handles = [client.call(module, "put", [[client.pid, n]]) for n in range(HANDLES)]
+        for _ in range(3):
+            for number, handle in enumerate(handles):
+                assert client.call(module, "get", [handle]) == [client.pid, number]
+        return {client.call(module, "where") for _ in range(4)}
+
+    with clients(house, CLIENTS, form) as processes:
+        places = at_once(work, processes)
+    assert all(len(place) == 1 for place in places)
+    used = set().union(*places)
+    assert len(used) == 1 if module == "m" else len(used) > 1
+
+
+def test_a_module_without_affinity_runs_in_any_worker(house: Daemon) -> None:
+    with ClientProcess(house.path) as client:
+        until(lambda: len({client.call("n", "where") for _ in range(20)}) > 1)
+
+
+def test_modules_are_spread_over_the_workers(house: Daemon) -> None:
+    assert house.call("m", "where") != house.call("m2", "where")
+
+
+def test_pipelined_calls_to_different_modules_are_answered_in_order(house: Daemon) -> None:
+    modules = ["m", "n", "c", "m2", "c", "m", "n", "m2"] * 10
+    with Framed(house.path) as client:
+        for number, module in enumerate(modules):
+            client.send(module, "where", request_id=str(number))
+        replies = [client.receive() for _ in modules]
+    assert [r and r["request_id"] for r in replies] == [str(n) for n in range(len(modules))]
+    places: dict[str, set[int]] = {}
+    for reply in replies:
+        assert reply is not None
+        places.setdefault(reply["module"], set()).add(reply["result"])
+    assert [len(places[name]) for name in ("m", "m2", "c")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("form", ["one-shot", "framed"])
+def test_a_request_of_any_size_is_handed_over_whole(house: Daemon, form: str) -> None:
+    with clients(house, 3, form) as processes:
+        for client in processes:  # of three modules in four workers, some are elsewhere
+            for size in (0, 1, 16_000, 17_000, 70_000, 1_500_000):
+                for module in ("c", "m", "m2"):
+                    assert client.call(module, "length", ["\u00e9" * size]) == size
+
+
+def test_a_kept_connection_is_handed_over_once_and_stays(house: Daemon) -> None:
+    with ClientProcess(house.path) as first, ClientProcess(house.path, "framed") as second:
+        owner = first.call("m", "where")
+        before = handed_over(house)
+        assert {second.call("m", "where") for _ in range(50)} == {owner}
+        # Once for `second`; the reports' own calls have no affinity.
+        assert handed_over(house) - before <= 1
+
+
+def test_connections_keep_their_age_and_their_requests_when_they_are_handed_over(
+    house: Daemon,
+) -> None:
+    with Framed(house.path) as client:
+        for module in ("n", "m", "m2", "m", "m2", "c"):
+            assert client.call(module, "where") is not None
+        report = client.call("system", "connections")
+        assert report is not None
+        counted = [each["requests_count"] for each in report["result"]["connections"]]
+    assert 7 in counted
+
+
+def test_a_forked_child_is_another_client_but_shares_what_all_share(house: Daemon) -> None:
+    with ClientProcess(house.path) as parent:
+        shared = parent.call("m", "put", ["shared"])
+        with ClientProcess(house.path) as child:
+            assert child.call("m", "get", [shared]) == "shared"
+
+
+# -- reload --
+
+
+@pytest.mark.parametrize("form", ["one-shot", "framed"])
+@pytest.mark.parametrize("module", ["c", "m"])
+def test_sessions_survive_reloads_until_their_client_ends(
+    new_daemon: NewDaemon, module: str, form: str
+) -> None:
+    daemon = stateful(new_daemon)
+    old = set(daemon.workers())
+    over = threading.Event()
+
+    def work(client: ClientProcess) -> tuple[set[int], Counter[str]]:
+        """Keeps handles, and reads them again and again until all reloads are over."""
+        handles: dict[str, int] = {}
+        kinds: Counter[str] = Counter()
+        places: set[int] = set()
+
+        def call(function: str, *params: Any) -> Any:
+            while True:
+                reply = client.reply(module, function, list(params))
+                if reply is not None:
+                    break  # a kept connection was ended before it had a session: once more
+            kinds[reply.get("error_type", "")] += 1
+            assert reply["success"], reply
+            return reply["result"]
+
+        for number in range(HANDLES):
+            handles[call("put", number)] = number
+        while True:
+            last = over.is_set()
+            for handle, number in handles.items():
+                assert call("get", handle) == number
+            places.add(call("where"))
+            if last:
+                return places, kinds
+
+    with clients(daemon, CLIENTS, form) as processes:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            done = [pool.submit(work, client) for client in processes]
+            until(lambda: sessions(daemon) >= 1)
+            for _ in range(3):
+                assert daemon.command("reload").returncode == 0
+            over.set()
+            results = [each.result() for each in done]
+        assert all(len(places) == 1 for places, _ in results)
+        owners = set().union(*(places for places, _ in results))
+        assert owners & old
+        assert owners <= set(daemon.workers())  # they are still there
+        # Who comes now is served by the new ones.
+        with ClientProcess(daemon.path) as newcomer:
+            assert newcomer.call(module, "where") not in old
+    until(lambda: not old & set(daemon.workers()))  # the clients have ended, so they leave
+    assert "died" not in daemon.log()
+
+
+def test_a_worker_that_drains_leaves_when_its_sessions_are_silent(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "limits.stale_timeout = 1", workers=2)
+    with ClientProcess(daemon.path) as client:
+        owner = client.call("c", "where")
+        assert daemon.command("reload").returncode == 0
+        until(lambda: f"(pid {owner}) has left" in daemon.log())
+        lost = client.reply("c", "where")
+        assert lost["error_type"] == "SessionLost"
+        assert client.call("c", "where") in daemon.workers()
+
+
+def test_drain_timeout_ends_the_sessions_of_a_worker_that_drains(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "limits.drain_timeout = 1", workers=2)
+    with ClientProcess(daemon.path) as client:
+        owner = client.call("c", "where")
+        assert daemon.command("reload").returncode == 0
+        until(lambda: f"(pid {owner}) has left" in daemon.log())
+        assert client.reply("c", "where")["error_type"] == "SessionLost"
+        assert client.call("c", "where") in daemon.workers()
+
+
+# -- a worker that dies --
+
+
+@pytest.mark.parametrize("form", ["one-shot", "framed"])
+@pytest.mark.parametrize("module", ["c", "m"])
+def test_a_killed_worker_is_told_once_to_each_of_its_clients(
+    new_daemon: NewDaemon, module: str, form: str
+) -> None:
+    daemon = stateful(new_daemon)
+    kills = 2
+    with clients(daemon, CLIENTS, form) as processes:
+        at = {client: client.call(module, "where") for client in processes}
+        for _ in range(kills):
+            # Workers of which nobody calls now, so that no call is cut.
+            victim = at[processes[0]]
+            os.kill(victim, signal.SIGKILL)
+            until(lambda victim=victim: f"(pid {victim}) died" in daemon.log())
+            until(lambda: len(daemon.workers()) == 4)
+            for client in processes:
+                kinds: Counter[str] = Counter()
+                for _ in range(4):
+                    reply = client.reply(module, "where")
+                    kinds[reply.get("error_type", "")] += 1
+                    if reply["success"]:
+                        at[client] = reply["result"]
+                    elif reply["error_type"] == "SessionLost":
+                        assert f"'{module}'" in reply["error"]
+                        assert "worker" in reply["error"]
+                kinds.pop("(lost)", None)  # a kept connection to the worker that was killed
+                assert kinds["SessionLost"] == (1 if at[client] != victim else 0) or kinds == {
+                    "": 4
+                }
+                assert set(kinds) <= {"", "SessionLost"}
+                assert kinds["SessionLost"] <= 1
+            assert victim not in at.values()
+
+
+def test_exactly_the_clients_of_a_killed_worker_are_told(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon)
+    with clients(daemon, CLIENTS) as processes:
+        at = {client: client.call("c", "where") for client in processes}
+        victim = at[processes[0]]
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: f"(pid {victim}) died" in daemon.log())
+        for client in processes:
+            replies = [client.reply("c", "where") for _ in range(5)]
+            kinds = [reply.get("error_type") for reply in replies]
+            if at[client] == victim:
+                assert kinds == ["SessionLost", None, None, None, None]
+            else:
+                assert kinds == [None] * 5
+                assert {reply["result"] for reply in replies} == {at[client]}
+
+
+def test_a_call_whose_owner_dies_while_it_is_on_its_way_is_told_so(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon)
+    with ClientProcess(daemon.path) as client:
+        owner = client.call("m", "where")
+        halt(owner)
+        client.begin("m", "where")
+        waiting = lambda: any(  # noqa: E731
+            each["status"] == "waiting"
+            for each in daemon.call("system", "connections")["connections"]
+        )
+        until(waiting)
+        os.kill(owner, signal.SIGKILL)
+        reply = client.end()
+        assert reply["error_type"] == "WorkerLost"
+        assert "not run" in reply["error"]
+        assert client.reply("m", "where")["error_type"] == "SessionLost"
+        assert client.call("m", "where") in daemon.workers()
+
+
+def test_a_first_call_whose_owner_dies_while_it_is_on_its_way_runs_elsewhere(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon)
+    with ClientProcess(daemon.path) as first, ClientProcess(daemon.path) as second:
+        owner = first.call("m", "where")
+        halt(owner)
+        second.begin("m", "where")
+        time.sleep(0.1)
+        os.kill(owner, signal.SIGKILL)
+        reply = second.end()
+        assert reply["success"]
+        assert reply["result"] != owner
+
+
+def test_a_dead_workers_postbox_holds_no_client(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, workers=2)
+    with clients(daemon, 6) as processes:
+        owner = processes[0].call("m", "where")
+        halt(owner)
+        for client in processes:
+            client.begin("m", "where")
+        time.sleep(0.2)
+        for pid in daemon.workers():
+            os.kill(pid, signal.SIGKILL)
+        for client in processes:  # told, served, or cut off with the worker that had it: not silent
+            assert client.end() is not None
+        until(lambda: daemon.metrics()["gate"]["connections"] == 1)
+
+
+# -- full --
+
+
+def test_a_call_waits_for_a_full_owner_no_longer_than_its_client(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "threads = 1", workers=2)
+    with ClientProcess(daemon.path) as busy, ClientProcess(daemon.path) as late:
+        owner = busy.call("m", "where")
+        busy.begin("m", "where_after", [4])
+        until(lambda: daemon.metrics()["gate"]["running"] == 2)
+        reply = late.reply("m", "where", timeout=0.3)
+        assert reply["error_type"] == "RequestTimeout"
+        assert "had no thread free" in reply["error"]
+        assert late.call("m", "where") == owner  # waits its turn
+        assert busy.end()["result"] == owner
+
+
+def test_workers_with_one_thread_each_take_each_others_clients(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "threads = 1", workers=2)
+    with clients(daemon, 8) as processes:
+
+        def work(client: ClientProcess) -> None:
+            for _ in range(25):
+                client.call("m", "where")
+                client.call("m2", "where")
+                client.call("c", "where")
+
+        at_once(work, processes)
+
+
+def test_more_sessions_than_the_table_holds_are_refused_clearly(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "limits.max_sessions = 2", workers=2)
+    with clients(daemon, 3) as (first, second, third):
+        assert first.call("c", "where")
+        assert second.call("c", "where")
+        reply = third.reply("c", "where")
+        assert reply["error_type"] == "Overloaded"
+        assert "all 2 sessions are taken (limits.max_sessions)" in reply["error"]
+        assert reply["retry_after"] > 0
+        assert first.call("c", "where")
+        second.kill()
+        until(lambda: third.reply("c", "where")["success"])
+
+
+def test_rows_of_clients_that_ended_after_their_worker_are_used_again(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon, "limits.max_sessions = 2", workers=2)
+    for _ in range(5):
+        with clients(daemon, 2) as processes:
+            for client in processes:
+                owner = until(lambda c=client: c.reply("c", "where").get("result"))
+                os.kill(owner, signal.SIGKILL)
+                until(lambda o=owner: o not in daemon.workers())
+                until(lambda: len(daemon.workers()) == 2)
+
+
+def test_an_owner_without_a_descriptor_left_takes_the_client_later(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon, workers=2)
+    with ClientProcess(daemon.path) as client, ClientProcess(daemon.path) as other:
+        owner = client.call("m", "where")
+        used = max(int(name) for name in os.listdir(f"/proc/{owner}/fd")) + 1
+        before = resource.prlimit(owner, resource.RLIMIT_NOFILE)
+        resource.prlimit(owner, resource.RLIMIT_NOFILE, (used, before[1]))
+        gaps = used - len(os.listdir(f"/proc/{owner}/fd"))
+        with ExitStack() as stack:
+            for _ in range(gaps + 4):  # what is free below the limit is taken by clients
+                kept = stack.enter_context(Framed(daemon.path))
+                kept.send("m", "where")
+            other.begin("m", "where")
+            until(lambda: "Too many open files" in daemon.log())
+            resource.prlimit(owner, resource.RLIMIT_NOFILE, before)
+            # Taken with the last descriptor, it may have been told that there is none to watch it.
+            reply = other.end()
+            assert reply["success"] or "cannot be watched" in reply["error"]
+            assert other.call("m", "where") == owner
+
+
+# -- the limits --
+
+
+def test_limits_are_exact_while_all_calls_are_handed_over(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "limits.max_connections = 6\nlimits.max_concurrent_requests = 3")
+    stop = time.monotonic() + 4
+
+    def work(client: ClientProcess) -> list[list[float]]:
+        spans = []
+        while time.monotonic() < stop:
+            spans.append(client.call("m", "span", [0.005]))
+        return spans
+
+    with clients(daemon, CLIENTS) as processes:
+        spans = [span for each in at_once(work, processes) for span in each]
+    assert most_at_once(spans) == 3
+    until(lambda: daemon.metrics()["gate"]["connections"] == 1)
+    metrics = daemon.metrics()
+    assert metrics["connection_summary"]["peak_connections"] <= 6
+    assert handed_over(daemon) > len(spans) / 3
+    # A client that changed hands is one connection, as each call is one request.
+    finished = sum(each["requests"] for each in metrics["workers"])
+    assert metrics["connection_summary"]["total_connections"] == finished + 1
+
+
+def test_the_rate_is_exact_while_calls_are_handed_over(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon)
+    daemon.stop()
+    daemon = new_daemon(
+        f'workers = 4\nlimits.max_requests_per_minute = 50\npython_path = ["{HELPERS}"]\n'
+        '[modules.m]\nimport = "keeper"\nfunctions = "*"\naffinity = "module"\n'
+    ).run()
+    done = Counter[str]()
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            try:
+                reply = one_shot(daemon.path, "m", "where", timeout=8)
+            except TimeoutError:
+                return
+            with lock:
+                done["ok" if reply["success"] else "failed"] += 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == {"ok": 50}
+
+
+# -- sessions --
+
+
+def test_what_a_client_leaves_is_found_by_handle_and_by_name(house: Daemon, tmp_path: Path) -> None:
+    note = str(tmp_path / "closed")
+    with ClientProcess(house.path) as client, ClientProcess(house.path) as other:
+        handle = client.call("c", "keep", [note, 7])
+        assert client.call("c", "keep", [note, 8, "named"]) == "named"
+        assert client.call("c", "find", [handle]) == 7
+        assert client.call("c", "find", ["named"]) == 8
+        assert client.call("c", "keep", [note, 9, "named"]) == "named"
+        assert Path(note).read_text() == "8\n"  # replaced, so closed
+        assert client.call("c", "find", ["named"]) == 9
+        for who in (handle, "named"):
+            assert other.reply("c", "find", [who])["error_type"] == "UnknownHandle"
+        client.call("c", "drop", [handle])
+        assert Path(note).read_text() == "8\n7\n"
+        assert client.reply("c", "find", [handle])["error_type"] == "UnknownHandle"
+
+
+def test_objects_are_closed_when_their_client_ends(house: Daemon, tmp_path: Path) -> None:
+    note = tmp_path / "closed"
+    with ClientProcess(house.path) as client:
+        for module in ("c", "m"):
+            client.call(module, "keep", [str(note), module])
+            client.call(module, "keep_bad")
+    until(lambda: note.exists() and sorted(note.read_text().split()) == ["c", "m"])
+    until(lambda: "it cannot be closed" in house.log())
+
+
+def test_the_state_of_a_crowd_that_ended_without_a_word_is_freed(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    daemon = stateful(new_daemon, "limits.max_connections = 300")
+    note = tmp_path / "closed"
+    crowd = subprocess.Popen(
+        [sys.executable, str(CROWD), daemon.path, "200", "c", "keep", str(note)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert crowd.stdin is not None
+    assert crowd.stdout is not None
+    assert crowd.stdout.readline() == "200\n"
+    assert sessions(daemon) == 200
+    crowd.stdin.write("\n")
+    crowd.stdin.flush()
+    assert crowd.stdout.readline() == "killed\n"
+    until(lambda: note.exists() and len(note.read_text().split()) == 200)
+    until(lambda: sessions(daemon) == 0)
+    assert sorted(map(int, note.read_text().split())) == list(range(200))
+    crowd.communicate()
+
+
+def test_silence_closes_what_a_client_left_and_it_is_told_once(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    daemon = stateful(new_daemon, "limits.stale_timeout = 0.5", workers=2)
+    note = tmp_path / "closed"
+    with ClientProcess(daemon.path) as client, ClientProcess(daemon.path) as plain:
+        handle = client.call("c", "keep", [str(note), 1])
+        kept = plain.call("c", "put", ["a module's own state"])
+        until(note.exists)
+        reply = client.reply("c", "find", [handle])
+        assert reply["error_type"] == "SessionLost"
+        assert "limits.stale_timeout" in reply["error"]
+        assert client.reply("c", "find", [handle])["error_type"] == "UnknownHandle"
+        # Of what a module keeps by itself nothing is closed, so nothing is lost.
+        assert plain.call("c", "get", [kept]) == "a module's own state"
+
+
+def test_objects_are_closed_when_the_daemon_stops(new_daemon: NewDaemon, tmp_path: Path) -> None:
+    daemon = stateful(new_daemon, workers=2)
+    note = tmp_path / "closed"
+    with ClientProcess(daemon.path) as client:
+        for number in range(3):
+            client.call("c", "keep", [str(note), number])
+        assert daemon.stop() == 0
+        assert note.read_text().split() == ["2", "1", "0"]  # the newest first
+
+
+def test_what_a_running_call_uses_is_closed_after_it(house: Daemon, tmp_path: Path) -> None:
+    note = tmp_path / "closed"
+    with ClientProcess(house.path) as client:
+        client.call("c", "keep", [str(note), 1, "thing"])
+        client.begin("c", "use", ["thing", 1.0])
+        until(lambda: house.metrics()["gate"]["running"] == 2)
+        client.kill()
+    until(lambda: note.exists() and note.read_text().split() == ["used", "1"])
+
+
+def test_a_module_without_affinity_has_no_session(house: Daemon) -> None:
+    reply = one_shot(house.path, "n", "keep", ["note", 1])
+    assert reply["error_type"] == "RuntimeError"
+    assert "affinity" in reply["error"]
+    assert one_shot(house.path, "n", "where")["success"]
+
+
+def test_the_end_of_a_client_is_noticed_without_polling(house: Daemon) -> None:
+    with ClientProcess(house.path) as client:
+        owner = client.call("c", "where")
+        process = psutil.Process(owner)
+        switches = process.num_ctx_switches()
+        time.sleep(2)
+        more = process.num_ctx_switches()
+        # One look a second by the main thread, and what other tests of this house may cause.
+        assert more.voluntary - switches.voluntary < 30
+
+
+# -- who a client is --
+
+
+def test_a_client_of_another_pid_namespace_is_known_by_its_connection(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    """The daemon runs in a PID namespace of its own, so its clients have no number there."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    probe = subprocess.run([*unshare, "true"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"no PID namespaces here: {probe.stderr.decode().strip()}")
+    daemon = configured(new_daemon)
+    daemon.process = subprocess.Popen(
+        [*unshare, COMMAND, "run", "--config", str(daemon.config)],
+        env=daemon.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: " ready: pid 1," in daemon.log(), 60)
+    os.unlink(f"{daemon.path}.pid")  # it says 1, which is somebody else here
+    note = tmp_path / "closed"
+    with Framed(daemon.path) as kept, Framed(daemon.path) as other:
+        reply = kept.call("c", "keep", [str(note), 1, "thing"])
+        assert reply is not None
+        assert reply["success"], reply
+        for module in ("m", "m2", "n", "c"):  # the connection moves, and is still the same client
+            assert kept.call(module, "where") is not None
+        found = kept.call("c", "find", ["thing"])
+        assert found is not None
+        assert found["result"] == 1
+        lost = other.call("c", "find", ["thing"])
+        assert lost is not None
+        assert lost["error_type"] == "UnknownHandle"
+        assert not note.exists()
+    until(note.exists)
+    for _ in range(5):
+        assert one_shot(daemon.path, "c", "keep", [str(note), 2])["success"]
+    until(lambda: note.read_text().split() == ["1"] + ["2"] * 5)
+    until(lambda: sessions(daemon) == 0)
+
+
+def test_a_client_that_does_not_wait_for_its_reply_leaves_nothing(house: Daemon) -> None:
+    body = json.dumps(request("c", "where")).encode()
+    before = sessions(house)
+    for _ in range(20):
+        pid = os.fork()
+        if pid == 0:
+            connect(house.path).sendall(body)
+            os._exit(0)
+        os.waitpid(pid, 0)
+    until(lambda: house.metrics()["gate"]["connections"] == 1)
+    until(lambda: sessions(house) == before)

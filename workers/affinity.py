@@ -1,0 +1,335 @@
+"""Which worker runs a call: the one that has the state.
+
+A module of affinity "client" keeps what one client process left there, and all its calls reach one
+worker. A module of affinity "module" keeps what all clients share, and all their calls reach one
+worker; other modules have others. Where a worker gets a call that another one owns, it hands the
+client over, see `handover.py`.
+
+Who owns what is decided once, under the gate's lock, and stands in the shared memory
+(`supervisor/owners.py`): a row for each client process, or for each client process and module of
+affinity "module". A row is written by the owner itself, once it watches the client's end, so none
+is ever left to nobody. What clients share has a row of its own, that says where new clients go:
+never to a worker that is to leave, so its clients become fewer until it can.
+
+A call whose owner has died gets `SessionLost`, once for all that its client had there; the next one
+finds a new owner.
+
+Called from the threads that serve clients.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from cpanbridge.supervisor import postbox
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.owners import BY_CONNECTION, Client, Owner
+from cpanbridge.supervisor.roster import WAITING, RosterWriter
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.workers.calls import Call, Draining
+from cpanbridge.workers.handover import Outgoing
+from cpanbridge.workers.journey import Fate, Journey, Passenger
+from cpanbridge.workers.modules import FOR_CLIENT
+from cpanbridge.workers.peer import Peer, credentials
+from cpanbridge.workers.protocol import Refusal
+from cpanbridge.workers.sessions import Session, Sessions, running_in, start_time
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+AGAIN_MS = 50  # before a client is put in again that its owner had no descriptor for
+COMPLAIN_SECONDS = 60.0
+RETRY_SECONDS = 1.0  # when to try again where all sessions are taken
+
+
+class HandedOver(Exception):
+    """The client is another worker's now."""
+
+
+class _Answer(NamedTuple):
+    """Where a call is to run."""
+
+    owner: Owner
+    known: bool  # the client has state there, or had
+
+
+class Affinity:
+    """One worker's part in it. `taken` ends what it has of a client that another one has taken."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        slot: int,
+        bells: Sequence[Bells],
+        limits: Limits,
+        roster: RosterWriter,
+        taken: Callable[[Peer], None],
+    ) -> None:
+        self._shared = shared
+        self._slots = shared.slots
+        self._bells = bells
+        self._limits = limits
+        self._roster = roster
+        self._me = shared.owner(slot)
+        self._complained = -COMPLAIN_SECONDS
+        self.sessions = Sessions(shared.slots[slot], limits.stale_timeout, self._forget)
+        self.outgoing = Outgoing(taken, shared.is_there)
+
+    def may_be_here(self, connection: socket.socket) -> bool:
+        """Whether a client's process has a session here: a guess that costs little."""
+        return self.sessions.has_pid(credentials(connection).pid)
+
+    @contextlib.contextmanager
+    def session(
+        self, call: Call, peer: Peer, data: Callable[[], bytes], stop: int
+    ) -> Iterator[None]:
+        """Run a call of a module that has an affinity, in its client's session.
+
+        `data` is what was read of the client, from this call on. Raises HandedOver when another
+        worker runs it; Refusal (SessionLost, WorkerLost, RequestTimeout, Overloaded) when nobody
+        does; Draining when the descriptor `stop` was readable first.
+        """
+        session = self._join(call, peer, data, stop)
+        try:
+            with running_in(session):
+                yield
+        finally:
+            self.sessions.leave(session)
+
+    def _join(self, call: Call, peer: Peer, data: Callable[[], bytes], stop: int) -> Session:
+        owned_as = call.target.owned_as
+        assert owned_as is not None
+        until = time.monotonic() + self._patience(call)
+        if peer.journey is not None:
+            journey, peer.journey = peer.journey, None
+            until = journey.until
+            peer.lent = True  # it may be in the postbox still
+            self._look_after(call, journey, stop)
+        while True:
+            client = peer.client or self._recognise(peer)
+            session = self.sessions.enter_for(client, owned_as)
+            if session is not None:
+                if session.expired:
+                    self._say_expired(call, session)
+                return session
+            with self._shared.lock:
+                answer = self._find(client, owned_as)
+                lost = answer.known and not self._shared.is_there(answer.owner)
+                if lost:
+                    self._shared.sessions.remove(client, answer.owner)
+            if lost:
+                raise _session_lost(call, f"worker {answer.owner.slot} has ended")
+            if answer.owner == self._me:
+                session = self._begin(call, peer, client, owned_as)
+                if session is not None:
+                    return session
+            else:
+                if time.monotonic() >= until:
+                    raise _too_late(call, answer.owner)
+                self._send(peer, answer, data(), until, stop)
+
+    def _patience(self, call: Call) -> float:
+        """For how many seconds a call may wait for its owner."""
+        return min(call.target.request_timeout or math.inf, call.request.timeout or math.inf)
+
+    # -- who the client is --
+
+    def _recognise(self, peer: Peer) -> Client:
+        pid = peer.credentials().pid
+        session = self.sessions.of_process(pid)
+        if session is not None:
+            peer.client = session.client
+            return session.client
+        # 0 is a process that this PID namespace has no number for.
+        start = start_time(pid) if pid > 0 else None
+        if start is None:
+            return self._by_connection(peer)
+        peer.client = Client(pid, start)
+        return peer.client
+
+    def _by_connection(self, peer: Peer) -> Client:
+        peer.client = Client(BY_CONNECTION, os.fstat(peer.socket.fileno()).st_ino)
+        peer.lent = True  # its session holds the socket as well, to see its end
+        return peer.client
+
+    # -- who the owner is; called under the gate's lock --
+
+    def _find(self, client: Client, owned_as: int) -> _Answer:
+        owner = self._shared.sessions.find(client, owned_as)
+        if owner is not None:
+            return _Answer(owner, known=True)
+        if owned_as == FOR_CLIENT:
+            return _Answer(self._owner_for_client(), known=False)
+        return _Answer(self._owner_for_module(owned_as), known=False)
+
+    def _owner_for_client(self) -> Owner:
+        if self._slots[self._me.slot].serves:
+            return self._me
+        return self._least(lambda owner: int(self._slots[owner.slot].sessions)) or self._me
+
+    def _owner_for_module(self, module: int) -> Owner:
+        table = self._shared.module_owners
+        key = Client(0, module)
+        owner = table.find(key, module)
+        if owner is not None:
+            if self._shared.is_there(owner) and self._slots[owner.slot].serves:
+                return owner
+            table.remove(key, owner)
+        modules = [each for _, each in table.all()]
+        chosen = self._least(modules.count)
+        if chosen is None:
+            return self._me  # nobody serves: the last one of those that leave
+        if not table.insert(key, module, chosen):
+            # So many names come only of many reloads: what is dead can go.
+            for each, old in list(table.all()):
+                if not self._shared.is_there(old):
+                    table.remove(each, old)
+            table.insert(key, module, chosen)
+        return chosen
+
+    def _least(self, burden: Callable[[Owner], int]) -> Owner | None:
+        serving = [
+            self._shared.owner(number)
+            for number, slot in enumerate(self._shared.used_slots)
+            if slot.serves
+        ]
+        return min(serving, key=burden, default=None)
+
+    # -- when it is this worker --
+
+    def _begin(self, call: Call, peer: Peer, client: Client, owned_as: int) -> Session | None:
+        """Take a client's state up; None when the answer has changed, so look again."""
+        try:
+            session = self.sessions.enter(client, peer.socket)
+        except ProcessLookupError:
+            # It has ended, and left the connection to a child, or does not wait for its reply.
+            self._by_connection(peer)
+            return None
+        except OSError as error:
+            raise _no_room(
+                call, f"this client's process cannot be watched: {error.strerror}"
+            ) from None
+        table = self._shared.sessions
+        with self._shared.lock:
+            answer = self._find(client, owned_as)
+            mine = answer.owner == self._me
+            written = mine and (answer.known or table.insert(client, owned_as, self._me))
+        if written:
+            session.modules.add(owned_as)
+            return session
+        self.sessions.leave(session)
+        if mine and not self._sweep():
+            what = f"all {table.rows} sessions are taken (limits.max_sessions)"
+            raise _no_room(call, what)
+        return None
+
+    def _sweep(self) -> bool:
+        """Take out the rows of clients that have ended after their owner had; whether there are."""
+        dead = {
+            (client, owner)
+            for client, owner in self._shared.sessions.all()
+            if not self._shared.is_there(owner)
+            and (client.pid == BY_CONNECTION or start_time(client.pid) != client.start)
+        }
+        with self._shared.lock:
+            for client, owner in dead:
+                self._shared.sessions.remove(client, owner)
+        return bool(dead)
+
+    def _forget(self, client: Client) -> None:
+        with self._shared.lock:
+            self._shared.sessions.remove(client, self._me)
+
+    def _say_expired(self, call: Call, session: Session) -> None:
+        self.sessions.leave(session)
+        self.sessions.end(session)
+        silence = self._limits.stale_timeout
+        raise _session_lost(call, f"nothing came for {silence:g} s (limits.stale_timeout)")
+
+    # -- when it is another one --
+
+    def _send(self, peer: Peer, answer: _Answer, data: bytes, until: float, stop: int) -> None:
+        """Put the client into its owner's postbox. Returns when there is no room in it."""
+        self._roster.is_doing(peer.entry, WAITING)
+        passenger = Passenger(peer.socket, data, *self._roster.history(peer.entry))
+        peer.journey = Journey(passenger, answer.owner, answer.known, until)
+        try:
+            put = self.outgoing.put(self._bells[answer.owner.slot].put, peer)
+        except OSError as error:
+            self._complain(error)
+            put = False
+        if not put:
+            peer.journey = None
+            _pause(stop)
+            return
+        if until < math.inf:  # the main thread sees that it does not wait for longer
+            os.eventfd_write(self._bells[self._me.slot].watch, 1)
+        raise HandedOver
+
+    def _look_after(self, call: Call, journey: Journey, stop: int) -> None:
+        """A client has come back: see whether it is worth while to go on with it."""
+        owner = journey.owner
+        if journey.fate is Fate.TOO_LATE:
+            raise _too_late(call, owner)
+        if self._shared.is_there(owner):
+            _pause(stop)  # it had no descriptor left
+            return
+        if not self._slots[owner.slot].pid:
+            postbox.throw_away(self._bells[owner.slot].take)
+        if journey.known:
+            raise _worker_lost(call, owner)
+
+    def _complain(self, error: OSError) -> None:
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_SECONDS:
+            self._complained = now
+            LOGGER.error("Cannot hand clients over, they wait: %s", error.strerror)
+
+
+def _pause(stop: int) -> None:
+    """Wait a little. Raises Draining when the descriptor `stop` is readable."""
+    poll = select.poll()
+    poll.register(stop, select.POLLIN)
+    if poll.poll(AGAIN_MS):
+        raise Draining
+
+
+def _refusal(call: Call, kind: str, message: str) -> Refusal:
+    return Refusal(kind, f"{message}; the call was not run", call.request.request_id)
+
+
+def _session_lost(call: Call, why: str) -> Refusal:
+    return _refusal(
+        call,
+        "SessionLost",
+        f"What this client process had in module {call.request.module!r}, and in all others of "
+        f"that worker, is lost: {why}",
+    )
+
+
+def _worker_lost(call: Call, owner: Owner) -> Refusal:
+    message = (
+        f"Worker {owner.slot}, which had this client's state of module {call.request.module!r}, "
+        "ended while the call was on its way there"
+    )
+    return _refusal(call, "WorkerLost", message)
+
+
+def _too_late(call: Call, owner: Owner) -> Refusal:
+    message = (
+        f"Worker {owner.slot}, which has the state of module {call.request.module!r}, "
+        "had no thread free in time"
+    )
+    return _refusal(call, "RequestTimeout", message)
+
+
+def _no_room(call: Call, what: str) -> Refusal:
+    refusal = _refusal(call, "Overloaded", f"No room for another client's state: {what}")
+    refusal.retry_after = RETRY_SECONDS
+    return refusal
