@@ -339,7 +339,10 @@ def check(options: argparse.Namespace) -> int:
     print(f"sockets: {', '.join(settings.sockets)}")
     print(f"workers: {settings.worker_count}")
     for name in registry.names:
-        print(f"module {name}: {', '.join(registry.functions_of(name)) or 'no functions'}")
+        functions = ", ".join(registry.functions_of(name)) or "no functions"
+        print(f"module {name} (affinity {registry.affinity_of(name)}): {functions}")
+    for name, reason in registry.left_out.items():
+        print(f"module {name}: left out: {reason}")
     return DONE
 
 

@@ -8,7 +8,6 @@ client: no name that it sends ever reaches an import or an attribute.
 import difflib
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import os
 import re
@@ -28,6 +27,7 @@ from cpanbridge.supervisor.config import (
     Functions,
     Settings,
 )
+from cpanbridge.workers.helpers import HelperFolder
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
 
@@ -119,8 +119,9 @@ class Outcome(NamedTuple):
 class Registry:
     """All that may be called, by name."""
 
-    def __init__(self, exposed: dict[str, Exposed]) -> None:
+    def __init__(self, exposed: dict[str, Exposed], left_out: dict[str, str] | None = None) -> None:
         self._exposed = exposed
+        self.left_out = left_out or {}  # modules that could not be loaded, and why
         self._targets = {
             name: {
                 function: Target(
@@ -139,6 +140,10 @@ class Registry:
         """The modules' names, sorted."""
         return sorted(self._exposed)
 
+    def affinity_of(self, name: str) -> Affinity:
+        """Whose state a module keeps."""
+        return self._exposed[name].affinity
+
     def functions_of(self, name: str) -> list[str]:
         """The functions that may be called in a module, sorted."""
         return sorted(self._targets[name])
@@ -150,7 +155,10 @@ class Registry:
         """
         functions = self._targets.get(request.module)
         if functions is None:
+            why = self.left_out.get(request.module)
             message = f"Module {request.module!r} is not exposed; {_listed(self._targets)}"
+            if why is not None:
+                message = f"Module {request.module!r} could not be loaded: {why}"
             raise Refusal("ModuleNotAllowed", message, request.request_id, request.perl_caller)
         target = functions.get(request.function)
         if target is None:
@@ -223,25 +231,38 @@ def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> b
 
 
 def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
-    """Import all that the settings expose. Raises ModuleLoadError at the first that fails."""
+    """Import all that the settings expose. Raises ModuleLoadError at the first that fails.
+
+    A folder's file that lacks what it imports is left out, and the others go on: such folders have
+    helpers for libraries that not every host has.
+    """
     for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
         if not Path(folder).is_dir():
             raise ModuleLoadError(f"{folder}: not a folder")
         if os.path.abspath(folder) not in sys.path:
             sys.path.append(os.path.abspath(folder))
     exposed: dict[str, Exposed] = {}
+    left_out: dict[str, str] = {}
     for directory in settings.module_dirs:
+        helpers = HelperFolder(directory.path)
+        helpers.install()
         for file in sorted(Path(directory.path).glob("*.py")):
             name = file.stem
             if name.startswith("_") or name in settings.modules:
                 continue
             if name in built_in:
                 raise ModuleLoadError(f"{file}: the name {name!r} is taken by a built-in module")
-            if name in exposed:
+            if name in exposed or name in left_out:
                 raise ModuleLoadError(f"{file}: another folder has a module {name!r} already")
             if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
                 raise ModuleLoadError(f"{file}: clients cannot name a module {name!r}; rename it")
-            module = _import(str(file), partial(_import_file, name, file))
+            try:
+                module = _import(str(file), partial(helpers.import_helper, name))
+            except ModuleLoadError as error:
+                if not isinstance(error.__cause__, ImportError):
+                    raise
+                left_out[name] = str(error)
+                continue
             exposed[name] = Exposed(
                 _select(module, directory.functions, str(file)),
                 module,
@@ -265,28 +286,7 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
             request_timeout=settings.timeout_of(table),
             affinity=table.affinity,
         )
-    return Registry(built_in | exposed)
-
-
-def _import_file(name: str, file: Path) -> ModuleType:
-    """Import a helper file under its own name, so that helpers can import each other.
-
-    A helper whose name Python or a library has taken, `http.py` or `email.py`, is imported under
-    another one; it must not stand in for the library's module.
-    """
-    present = sys.modules.get(name)
-    present_file = getattr(present, "__file__", None)
-    if present is not None and present_file and os.path.samefile(present_file, file):
-        return present  # another helper has imported it
-    if name in sys.stdlib_module_names or present is not None:
-        name = f"cpanbridge_module_{name}"
-    spec = importlib.util.spec_from_file_location(name, file.absolute())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return Registry(built_in | exposed, left_out)
 
 
 def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:

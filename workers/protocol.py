@@ -33,6 +33,10 @@ FIRST_WHITE_SPACE = 9
 RequestId = Annotated[str, Meta(max_length=100)]
 
 
+# The deployed one-shot client: it says so of itself, and encodes its request's text twice.
+DOUBLY_ENCODING_CLIENT = "2.00"
+
+
 class Request(msgspec.Struct, forbid_unknown_fields=True):
     """What a client sends. Fields that may be absent may be null as well."""
 
@@ -85,6 +89,8 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> Request:
         request = _decode_request(data)
     except _DECODE_ERRORS as error:
         raise Refusal("InvalidRequest", _explain(error, data, limits), identity(data)) from None
+    if request.client_version == DOUBLY_ENCODING_CLIENT:
+        request = _decode_once_more(request, data)
     if request.params is not None:
         _check_limits(request, data, limits)
     return request
@@ -96,9 +102,25 @@ def decode_if_complete(data: bytes, limits: Limits) -> Request | None:
         request = _decode_request(data)
     except _DECODE_ERRORS:
         return None
+    if request.client_version == DOUBLY_ENCODING_CLIENT:
+        request = _decode_once_more(request, data)
     if request.params is not None:
         _check_limits(request, data, limits)
     return request
+
+
+def _decode_once_more(request: Request, data: bytes | bytearray | memoryview) -> Request:
+    """The request of a client that encodes its text as UTF-8 twice.
+
+    What cannot have been encoded twice was not, and stays as it is.
+    """
+    encoded = bytes(data)
+    if encoded.isascii():
+        return request
+    try:
+        return _decode_request(encoded.decode().encode("latin-1"))
+    except (UnicodeError, *_DECODE_ERRORS):
+        return request
 
 
 def identity(data: bytes | bytearray | memoryview) -> str | None:

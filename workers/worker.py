@@ -116,6 +116,8 @@ def _boot(place: Place) -> Registry:
     built_in = builtin.built_in(place.shared, settings, lambda: names, place.bells)
     registry = modules.load(settings, built_in)
     names.extend(registry.names)
+    for name, reason in registry.left_out.items():
+        LOGGER.warning("Worker %d: module %s is left out: %s", place.slot, name, reason)
     # What is loaded now stays; the collector need not visit it again and again.
     gc.collect()
     gc.freeze()

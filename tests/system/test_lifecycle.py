@@ -575,9 +575,10 @@ def test_check_lists_what_may_be_called_and_starts_nothing(new_daemon: NewDaemon
     assert f"configuration: {daemon.config}: fine" in lines
     assert f"sockets: {daemon.path}" in lines
     assert "workers: 3" in lines
-    assert "module stats: mean, median" in lines
-    probe = next(line for line in lines if line.startswith("module probe: "))
-    assert {"echo", "nap", "worker_pid"} <= set(probe.removeprefix("module probe: ").split(", "))
+    assert "module stats (affinity none): mean, median" in lines
+    label = "module probe (affinity none): "
+    probe = next(line for line in lines if line.startswith(label))
+    assert {"echo", "nap", "worker_pid"} <= set(probe.removeprefix(label).split(", "))
     assert nothing_is_left(daemon)
 
 
@@ -606,7 +607,7 @@ def test_check_says_what_start_would_say_of_a_broken_module(new_daemon: NewDaemo
     daemon = new_daemon("")
     helpers = daemon.folder / "helpers"
     helpers.mkdir()
-    (helpers / "bad_helper.py").write_text("print('loading')\nimport no_such_module_at_all\n")
+    (helpers / "bad_helper.py").write_text("print('loading')\nno_such_name\n")
     daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
     done = daemon.command("check")
     assert (done.returncode, done.stdout) == (1, "")

@@ -23,11 +23,12 @@ PEER = Peer(socket.socket(), 0)
 @pytest.fixture(autouse=True)
 def _imports_undone() -> Iterator[None]:
     """What a test imports is not there for the next one."""
-    names, path = set(sys.modules), list(sys.path)
+    names, path, finders = set(sys.modules), list(sys.path), list(sys.meta_path)
     yield
     for name in set(sys.modules) - names:
         del sys.modules[name]
     sys.path[:] = path
+    sys.meta_path[:] = finders
     importlib.invalidate_caches()
 
 
@@ -160,13 +161,13 @@ def test_a_named_coroutine_function_is_told(tmp_path: Path) -> None:
     [
         ("x = 1\n\nraise ValueError('two\\nlines')\n", "ValueError: two lines", 3),
         ("x = 1\ndef f(:\n", "SyntaxError: ", 2),
-        ("\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'", 2),
+        ("\nno_such_name\n", "NameError: name 'no_such_name' is not defined", 2),
         ("import sys\nsys.exit('gone')\n", "SystemExit: gone", 2),
         ("import json\n\njson.loads('{')\n", "JSONDecodeError: ", 3),
         ("def f():\n    1 / 0\n\n\nf()\n", "ZeroDivisionError: ", 2),
         ("x = '\x00'\n", "", 0),
     ],
-    ids=["raise", "syntax", "import", "exit", "in a library", "in a function", "null byte"],
+    ids=["raise", "syntax", "name", "exit", "in a library", "in a function", "null byte"],
 )
 def test_a_broken_module_is_one_line_with_its_file_and_line(
     tmp_path: Path, text: str, kind: str, line: int
@@ -178,6 +179,18 @@ def test_a_broken_module_is_one_line_with_its_file_and_line(
     assert kind in message
     place = f"{tmp_path}/broken.py:{line}" if line else f"{tmp_path}/broken.py"
     assert place in message
+
+
+def test_a_file_that_lacks_what_it_imports_is_left_out(tmp_path: Path) -> None:
+    registry = expose(tmp_path, lacks="import no_such_module\n", fine="def f():\n    return 1\n")
+    assert registry.names == ["fine"]
+    why = "ModuleNotFoundError: No module named 'no_such_module'"
+    assert registry.left_out == {
+        "lacks": f"{tmp_path}/lacks.py failed: {why} ({tmp_path}/lacks.py:1)"
+    }
+    with pytest.raises(Refusal, match="could not be loaded") as caught:
+        registry.find(Request("lacks", "f"))
+    assert caught.value.kind == "ModuleNotAllowed"
 
 
 def test_a_module_that_cannot_be_imported_is_named_by_its_table(tmp_path: Path) -> None:
