@@ -451,7 +451,7 @@ root. Not run.
 =item Overloaded
 
 Turned away, because there was no room; C<retry_after> has the seconds to wait. Not run. A daemon says so only
-if it is set to C<overload = "reject">; else calls wait.
+if it is set to C<overload = "reject">, or if no further client can have state in it; else calls wait.
 
 =item ShuttingDown
 
@@ -459,7 +459,8 @@ The daemon is about to leave. Not run.
 
 =item SessionLost
 
-The process that had the state of earlier calls is gone. Reserved: not in this version of the daemon.
+What earlier calls of this process left in the daemon, such as handles, is gone: the worker that had it has
+ended, or the script was silent for too long. Not run. It is told once; begin afresh.
 
 =back
 
@@ -486,7 +487,7 @@ the daemon reports such an error itself is reserved: not in this version of the 
 
 The connection ended before the reply: mostly because the worker died, but see C<call_many> for another
 cause. The call may have run; it is for the script to tell whether it may
-be repeated.
+be repeated. Where the daemon itself reports it, as its message says, the call was not run.
 
 =item ReplyTooLarge
 

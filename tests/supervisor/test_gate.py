@@ -1,7 +1,6 @@
 """The gate's promises, over several workers, and whatever instruction one of them is killed at."""
 
 import contextlib
-import dis
 import os
 import select
 import signal
@@ -17,10 +16,10 @@ from conftest import Clock
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from killing import kill_at
 from plain_client import until
 
 from cpanbridge.supervisor import gate as gate_module
-from cpanbridge.supervisor import recordlock as recordlock_module
 from cpanbridge.supervisor import shared as shared_module
 from cpanbridge.supervisor import window as window_module
 from cpanbridge.supervisor.config import Limits
@@ -417,47 +416,6 @@ def test_waiting_uses_no_processor_time(new_house: NewHouse) -> None:
 # -- 6: killed at any instruction --
 
 
-# All instructions by which others could see a difference; those between them only look.
-EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "CALL", "BEFORE_WITH", "RETURN_VALUE")
-
-
-def has_effect(frame: FrameType) -> bool:
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(EFFECTS)
-
-
-def kill_at(step: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a child that is killed before the `step`-th thing that the gate does.
-
-    Returns whether it was; False when `work` had fewer steps and ended.
-    """
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            left = step
-            modules = (gate_module, recordlock_module, shared_module, window_module)
-            files = {module.__file__ for module in modules}
-
-            def trace(frame: FrameType, event: str, _: object) -> Any:
-                nonlocal left
-                if frame.f_code.co_filename not in files:
-                    return None
-                frame.f_trace_opcodes = True
-                if event == "opcode" and has_effect(frame):
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    left -= 1
-                return trace
-
-            sys.settrace(trace)
-            work()
-            os._exit(0)
-        os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, -signal.SIGKILL)
-    return code == -signal.SIGKILL
-
-
 def one_life(house: House) -> None:
     """Let a client in with its request, run it, and let it out."""
     gate = house.gates[0]
@@ -574,6 +532,37 @@ def test_a_process_killed_while_it_waits_leaks_nothing() -> None:
             house.close()
         step += 1
     assert step > 15
+
+
+@pytest.mark.parametrize("killed", ["sender", "receiver"])
+def test_a_process_killed_while_a_client_changes_hands_leaks_nothing(killed: str) -> None:
+    """The client is the sender's until it is taken, and counted by one of the two at least."""
+    step, was_killed = 0, True
+    while was_killed:
+        house = House(3, max_connections=1)
+        try:
+            sender, receiver, other = house.gates
+            assert house.try_to_open(sender)
+            if killed == "receiver":
+                was_killed = kill_at(step, receiver.took_over)
+                assert not house.try_to_open(other)
+                house.shared.clear(house.shared.slots[1])  # so it was not taken: the ticket says so
+                assert house.shared.connections() == 1
+                sender.closed()
+            else:
+                receiver.took_over()
+                was_killed = kill_at(step, sender.closed)
+                assert not house.try_to_open(other)
+                house.shared.clear(house.shared.slots[0])
+                assert house.shared.connections() == 1
+                receiver.closed()
+            assert house.shared.connections() == 0
+            assert house.try_to_open(other)
+            assert not house.try_to_open(other)
+        finally:
+            house.close()
+        step += 1
+    assert step > 2
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once(new_house: NewHouse) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,36 @@ def test_other_clients_text_is_never_decoded_once_more(daemon: Daemon) -> None:
         sent = json.dumps({**body, "client_version": version}, ensure_ascii=False).encode()
         reply = json.loads(send_one_shot(daemon.path, sent))
         assert reply["result"] == [ord(each) for each in text]
+
+
+# -- the worked example --
+
+
+@pytest.mark.parametrize("form", [[], ["--one-shot"]], ids=["framed", "one-shot"])
+def test_the_example_runs_a_transaction_and_a_report(
+    new_daemon: NewDaemon, form: list[str]
+) -> None:
+    if shutil.which("perl") is None:
+        pytest.skip("no perl")
+    root = Path(__file__).parents[2]
+    daemon = new_daemon(
+        "workers = 4\nlimits.max_requests_per_minute = 0\n"
+        f'python_path = ["{root}/examples/modules"]\n'
+        '[modules.database]\nimport = "database"\nfunctions = "*"\naffinity = "client"\n'
+    ).run()
+
+    def run(name: str) -> str:
+        done = subprocess.run(
+            ["perl", str(root / "examples" / "accounts.pl"), *form, str(daemon.folder / name)],
+            env={**daemon.environment, "CPAN_BRIDGE_SOCKET": daemon.path},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with ThreadPoolExecutor(6) as pool:  # many clients at once
+        said = list(pool.map(run, [f"{number}.db" for number in range(6)]))
+    assert said == ["refused: not enough money\nAnn      112.50\nJ\u00fcrg       7.50\n"] * 6
