@@ -276,8 +276,12 @@ class Worker:
             self._connections.leave()
         if self._door.is_shut or self._crew.door_is_left:
             self._slot.shut = 1
-        if self._door_closed and self._crew.idle:
-            return True
+        if self._door_closed:
+            idle = self._crew.idle  # asked first: who is served may be handed over yet
+            while (peer := self._affinity.outgoing.settle()) is not None:
+                self._connections.take_back(peer)
+            if idle and not self._affinity.outgoing.count:
+                return True
         if time.monotonic() < self._leave_by:
             return False
         self._close_door()
@@ -313,13 +317,12 @@ class Worker:
         self._connections.stop(daemon_ends=True)
         os.eventfd_write(self._stops.door, 1)
         os.eventfd_write(self._stops.all, 1)
-        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()):
-            self._take_back_clients()
-            if not self._place.lent:
-                while (arrival := self._door.take_leftover(leave_by)) is not None:
-                    self._connections.turn_away(arrival)
+        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()) and not self._place.lent:
+            while (arrival := self._door.take_leftover(leave_by)) is not None:
+                self._connections.turn_away(arrival)
         if not self._crew.wait_until_idle(leave_by - time.monotonic()):
             self._say_what_is_cut()
+        self._take_back_clients()
 
     def _say_what_is_cut(self) -> None:
         LOGGER.warning(

@@ -193,7 +193,7 @@ def test_without_a_log_file_start_logs_beside_the_socket(new_daemon: NewDaemon) 
 
 BROKEN = {
     "a syntax error": ("def broken(:\n", "SyntaxError"),
-    "a missing import": ("import no_such_module_at_all\n", "no_such_module_at_all"),
+    "an unknown name": ("no_such_name_at_all\n", "no_such_name_at_all"),
     "an exception": ("raise RuntimeError('two\\nlines')\n", "RuntimeError"),
     "an exit": ("import sys\nsys.exit(3)\n", "SystemExit"),
     "a crash": ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "SIGSEGV"),
