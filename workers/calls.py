@@ -18,7 +18,7 @@ from cpanbridge.workers.bookkeeper import Bookkeeper
 from cpanbridge.workers.modules import Registry, Target
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
-from cpanbridge.workers.watch import AnsweredError, Watch
+from cpanbridge.workers.watch import AnsweredError, Running, Watch
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -134,13 +134,14 @@ class Calls:
         """Seconds until a client with a timeout of its own waits no longer."""
         return (call.request.timeout or 0.0) - (time.monotonic() - call.arrived)
 
-    def _limit(self, call: Call) -> float:
-        """Seconds that a call may take; 0.0: any time."""
-        limit = call.target.request_timeout
-        if call.request.timeout is None:
-            return limit
-        left = max(0.001, self._left(call))
-        return min(limit, left) if limit else left
+    def _watch_if_limited(self, call: Call, peer: Peer) -> Running | None:
+        """Have the call watched, if it may take only so long: the module's time or the client's."""
+        limit = seconds = call.target.request_timeout
+        if call.request.timeout is not None:
+            left = max(0.001, self._left(call))
+            if not limit or left < limit:
+                limit, seconds = call.request.timeout, left
+        return self._watch.begin(call.request, peer, limit, seconds)
 
     def run(self, call: Call, peer: Peer) -> bytes:
         """Run an admitted request and return the reply; its room is given back in any case."""
@@ -149,7 +150,7 @@ class Calls:
         if function < 0:
             function = self._number(call)
         self.roster.runs(peer.entry)
-        watched = self._watch.begin(request, peer, self._limit(call))
+        watched = self._watch_if_limited(call, peer)
         started = time.monotonic_ns()
         problem: str | None = "the daemon's own fault"
         try:

@@ -36,12 +36,14 @@ class Running:
 
     __slots__ = ("answered", "deadline", "limit", "peer", "request", "slow_at", "started", "thread")
 
-    def __init__(self, request: Request, peer: Peer, limit: float, slow: float) -> None:
+    def __init__(
+        self, request: Request, peer: Peer, limit: float, seconds: float, slow: float
+    ) -> None:
         self.request = request
         self.peer = peer
-        self.limit = limit
+        self.limit = limit  # as it was set, of which some may have passed before the start
         self.started = time.monotonic()
-        self.deadline = self.started + limit if limit else 0.0
+        self.deadline = self.started + seconds if seconds else 0.0
         self.slow_at = self.started + slow if slow else 0.0
         self.thread = threading.get_ident()
         self.answered = False  # by the watch; written under its lock
@@ -68,11 +70,14 @@ class Watch:
         self._looking = False
         self.hangs = False  # a call has not ended in its time: the worker is to be retired
 
-    def begin(self, request: Request, peer: Peer, limit: float) -> Running | None:
-        """A call starts that may take `limit` seconds, 0.0: any time. Called in its thread."""
-        if not limit and not self._slow:
+    def begin(self, request: Request, peer: Peer, limit: float, seconds: float) -> Running | None:
+        """A call starts that may take so many seconds, 0.0: any time. Called in its thread.
+
+        `limit` is the time as its client is told it.
+        """
+        if not seconds and not self._slow:
             return None
-        running = Running(request, peer, limit, self._slow)
+        running = Running(request, peer, limit, seconds, self._slow)
         with self._lock:
             self._running.add(running)
             looking, self._looking = self._looking, True
@@ -114,8 +119,8 @@ class Watch:
 
     def _answer(self, running: Running) -> None:
         """In the place of the thread that hangs, and without waiting for the client."""
-        request, limit = running.request, round(running.limit, 2)
-        what = f"{request.module}.{request.function} did not return within {limit:g} s"
+        request = running.request
+        what = f"{request.module}.{request.function} did not return within {running.limit:g} s"
         message = f"{what}; it may still run"
         reply = protocol.encode_failure(message, "RequestTimeout", request.request_id)
         if running.peer.framed:
