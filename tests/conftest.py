@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,13 @@ class Daemon:
 
 
 NewDaemon = Callable[..., Daemon]
+
+
+def take_down(bells: Sequence[Sequence[int]]) -> None:
+    """Close the bells that a test has hung."""
+    for each in bells:
+        for descriptor in each:
+            os.close(descriptor)
 
 
 class Clock:

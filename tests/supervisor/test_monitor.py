@@ -6,10 +6,12 @@ import logging
 import os
 import signal
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from conftest import take_down
 
 from cpanbridge.supervisor import gate as gate_module
 from cpanbridge.supervisor import monitor as monitor_module
@@ -56,6 +58,7 @@ class Tower:
         self.limits = Limits(**({"max_memory_mb": 1000, "max_cpu_percent": 200.0} | limits))
         self.shared = Shared.create(WORKERS, self.limits)
         self.bells = [Bells.hang() for _ in range(WORKERS)]
+        weakref.finalize(self, take_down, self.bells)
         self.gates = [Gate(self.shared, slot, self.bells) for slot in range(WORKERS)]
         for number, slot in enumerate(self.shared.slots):
             slot.pid = 100 + number

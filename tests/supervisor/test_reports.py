@@ -200,6 +200,8 @@ METRICS = {
             "uptime_seconds": Number,
             "memory_mb": Number,
             "connections": int,
+            "taken_over": int,
+            "sessions": int,
             "running": int,
             "requests": int,
             "failed": int,

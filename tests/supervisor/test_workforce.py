@@ -5,9 +5,11 @@ import os
 import select
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
+from conftest import take_down
 
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.gate import Bells
@@ -50,6 +52,7 @@ class Firm:
         self.loop = Loop()
         self.shared = Shared.create(slots, Limits(), used=wanted)
         bells = [Bells.hang() for _ in range(slots)]
+        weakref.finalize(self, take_down, bells)
         self.workforce = Workforce(self, self.loop, self.shared, bells, worker_main)
         settings = Settings(workers=wanted, limits=Limits(**limits))  # type: ignore[arg-type]
         self.generation = Generation(1, settings, [], LogSettings("stderr", "-", "text", False))
