@@ -126,6 +126,8 @@ def start_with(daemon: Daemon, listening: socket.socket) -> None:
     def at_three() -> None:
         os.dup2(listening.fileno(), 3, inheritable=True)
 
+    # Where 3 is free in this process, Popen would use it for itself.
+    held = os.open(os.devnull, os.O_RDONLY)
     daemon.process = subprocess.Popen(
         [sys.executable, "-c", EXEC, COMMAND, "run", "--config", str(daemon.config)],
         env={**daemon.environment, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"},
@@ -134,6 +136,7 @@ def start_with(daemon: Daemon, listening: socket.socket) -> None:
         close_fds=False,
         preexec_fn=at_three,
     )
+    os.close(held)
 
 
 def test_clients_that_came_before_the_daemon_are_served_and_the_socket_outlives_it(
