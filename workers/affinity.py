@@ -35,11 +35,12 @@ from cpanbridge.supervisor.roster import WAITING, RosterWriter
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.workers.calls import Call, Draining
 from cpanbridge.workers.handover import Outgoing
+from cpanbridge.workers.identity import Identities, start_time
 from cpanbridge.workers.journey import Fate, Journey, Passenger
 from cpanbridge.workers.modules import FOR_CLIENT
 from cpanbridge.workers.peer import Peer, credentials
 from cpanbridge.workers.protocol import Refusal
-from cpanbridge.workers.sessions import Session, Sessions, running_in, start_time
+from cpanbridge.workers.sessions import Session, Sessions, running_in
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -78,6 +79,7 @@ class Affinity:
         self._roster = roster
         self._me = shared.owner(slot)
         self._complained = -COMPLAIN_SECONDS
+        self._identities = Identities()
         self.sessions = Sessions(shared.slots[slot], limits.stale_timeout, self._forget)
         self.outgoing = Outgoing(taken, shared.is_there)
 
@@ -147,11 +149,11 @@ class Affinity:
             peer.client = session.client
             return session.client
         # 0 is a process that this PID namespace has no number for.
-        start = start_time(pid) if pid > 0 else None
-        if start is None:
+        client = self._identities.client(pid) if pid > 0 else None
+        if client is None:
             return self._by_connection(peer)
-        peer.client = Client(pid, start)
-        return peer.client
+        peer.client = client
+        return client
 
     def _by_connection(self, peer: Peer) -> Client:
         peer.client = Client(BY_CONNECTION, os.fstat(peer.socket.fileno()).st_ino)

@@ -23,6 +23,7 @@ from typing import Any
 
 from cpanbridge.supervisor.owners import BY_CONNECTION, Client
 from cpanbridge.supervisor.shared import Slot
+from cpanbridge.workers.identity import start_time
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -345,16 +346,3 @@ def _close_aside(session: Session) -> None:
         threading.Thread(target=session.close, name="close", daemon=True).start()
     except RuntimeError:  # no more threads
         session.close()
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None when there is none.
-
-    Field 22 of proc_pid_stat(5). With the pid it tells a process for as long as the machine runs.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as stream:
-            stat = stream.read(4096)
-    except OSError:
-        return None
-    return int(stat[stat.rindex(b")") + 2 :].split(None, 20)[19])
