@@ -169,6 +169,12 @@ class Reloader:
                     f"{name} = {now!r}: the running daemon has {then!r} and cannot become another; "
                     "restart it"
                 )
+        sessions = self._shared.header.max_sessions
+        if settings.limits.max_sessions != sessions:
+            raise ReloadError(
+                f"limits.max_sessions = {settings.limits.max_sessions}: the running daemon has "
+                f"room for {sessions}; restart it to change that"
+            )
         before = self.loaded.settings.log_file
         if settings.log_file == "stderr" != before:
             raise ReloadError(

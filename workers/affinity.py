@@ -224,6 +224,8 @@ class Affinity:
             written = mine and (answer.known or table.insert(client, owned_as, self._me))
         if written:
             session.modules.add(owned_as)
+            if session.over:  # its client has ended before the row was there to be taken out
+                self._forget(client)
             return session
         self.sessions.leave(session)
         if mine and not self._sweep():

@@ -77,7 +77,8 @@ class Connections:
         with self._reading_lock:
             self._leaving = True
             for peer in self._framed:
-                if not self._stays(peer):
+                # One that is on its way is another worker's by now, or comes back.
+                if peer.journey is None and not self._stays(peer):
                     peer.dismiss()
 
     def stop(self, *, daemon_ends: bool) -> None:
@@ -90,7 +91,8 @@ class Connections:
             self._leaving = self._stopping = True
             self._daemon_ends = daemon_ends
             for peer in self._framed | self._one_shot:
-                peer.dismiss()
+                if peer.journey is None:
+                    peer.dismiss()
 
     def _stays(self, peer: Peer) -> bool:
         """Whether a kept connection goes on in a worker that leaves."""

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from cpanbridge.supervisor.owners import Owner
 from cpanbridge.supervisor.postbox import MOST_DESCRIPTORS, descriptors_in
-from cpanbridge.workers.journey import Fate, Passenger
+from cpanbridge.workers.journey import Fate, Journey, Passenger
 from cpanbridge.workers.peer import Peer
 
 # A message must be smaller than the least buffer that a system gives a socket.
@@ -85,7 +85,7 @@ class Outgoing:
         self._taken = taken
         self._is_there = is_there
         self._lock = threading.Lock()
-        self._away: dict[int, tuple[socket.socket, Peer]] = {}
+        self._away: dict[int, tuple[socket.socket, Peer, Journey]] = {}
         self._back: deque[Peer] = deque()
         self._ends = select.epoll()
         self.descriptor = self._ends.fileno()
@@ -101,17 +101,20 @@ class Outgoing:
         From then on its socket is not to be used. Called in the thread that serves the client.
         Raises OSError when this worker has no descriptor left.
         """
+        journey = peer.journey
+        assert journey is not None
         ours, theirs = socket.socketpair()
         with theirs:
             # Before it can be taken, so that nothing becomes of a client that is not known.
             with self._lock:
-                self._away[ours.fileno()] = ours, peer
+                self._away[ours.fileno()] = ours, peer, journey
                 self._ends.register(ours, select.EPOLLIN)
             try:
-                _put(put, peer, theirs)
+                _put(put, journey, theirs)
             except OSError as error:
                 with self._lock:
-                    del self._away[ours.fileno()]
+                    if self._away.pop(ours.fileno(), None) is None:
+                        return True  # it was withdrawn meanwhile, and has come back already
                     self._ends.unregister(ours)
                 ours.close()
                 if error.errno not in _BUSY:
@@ -123,9 +126,9 @@ class Outgoing:
         """Let go of the clients that were taken; returns one that has come back."""
         with self._lock:
             ready = [self._away.pop(fd) for fd, _ in self._ends.poll(0) if fd in self._away]
-            for ticket, _ in ready:
+            for ticket, *_ in ready:
                 self._ends.unregister(ticket)
-        for ticket, peer in ready:
+        for ticket, peer, _ in ready:
             taken = ticket.recv(1)
             ticket.close()
             if taken:
@@ -145,9 +148,8 @@ class Outgoing:
         now = time.monotonic()
         with self._lock:
             away = list(self._away.values())
-        for ticket, peer in away:
-            journey = peer.journey
-            assert journey is not None
+        # From here on another thread may settle one of them, and its client begin another journey.
+        for ticket, _, journey in away:
             if now >= journey.until:
                 journey.fate = Fate.TOO_LATE
             elif self._is_there(journey.owner):
@@ -158,7 +160,7 @@ class Outgoing:
     def withdraw_all(self) -> list[Peer]:
         """Take back what was not taken. Called when nobody is at the door any more."""
         with self._lock:
-            for ticket, _ in self._away.values():
+            for ticket, *_ in self._away.values():
                 _withdraw(ticket)
         back = []
         while (peer := self.settle()) is not None:
@@ -166,9 +168,7 @@ class Outgoing:
         return back
 
 
-def _put(put: int, peer: Peer, ticket: socket.socket) -> None:
-    journey = peer.journey
-    assert journey is not None
+def _put(put: int, journey: Journey, ticket: socket.socket) -> None:
     client, data, opened_at, requests = journey.passenger
     box = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=put)
     try:

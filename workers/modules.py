@@ -248,8 +248,8 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
         helpers.install()
         for file in sorted(Path(directory.path).glob("*.py")):
             name = file.stem
-            if name.startswith("_") or name in settings.modules:
-                continue
+            if name.startswith("_") or name in settings.modules or not file.is_file():
+                continue  # an editor's lock, a link that leads nowhere, a folder
             if name in built_in:
                 raise ModuleLoadError(f"{file}: the name {name!r} is taken by a built-in module")
             if name in exposed or name in left_out:

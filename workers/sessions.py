@@ -244,6 +244,7 @@ class Sessions:
         worker leaves, so the client is not told either that anything is lost.
         """
         if session.is_empty and not self._leaving:
+            self._silent.pop(session, None)  # it may have had something before
             return
         first = not self._silent
         self._silent[session] = None
@@ -270,8 +271,13 @@ class Sessions:
         with self._lock:
             if session.over:
                 return
+            has_ended = session.has_ended()
             self._remove(session)
             idle = not session.running
+        if has_ended:
+            # A call of it may have written a row meanwhile. One that does so from now on sees that
+            # the session is over, and takes it out itself.
+            self._forget(session.client)
         if idle:
             _close_aside(session)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import COMMAND, Daemon, NewDaemon
-from plain_client import Framed, connect, most_at_once, one_shot, request, until
+from plain_client import Framed, connect, most_at_once, one_shot, read_to_end, request, until
 from stateful import ClientProcess
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -645,3 +646,80 @@ def test_a_client_that_does_not_wait_for_its_reply_leaves_nothing(house: Daemon)
         os.waitpid(pid, 0)
     until(lambda: house.metrics()["gate"]["connections"] == 1)
     until(lambda: sessions(house) == before)
+
+
+def test_a_crowd_that_does_not_wait_leaves_no_row_behind(new_daemon: NewDaemon) -> None:
+    """Many clients at once that end while their calls are on the way, then a full table's worth."""
+    daemon = stateful(new_daemon, "limits.max_sessions = 30", workers=2)
+    script = (
+        "import json, os, socket, sys, time\n"
+        "end = time.monotonic() + 4\n"
+        "while time.monotonic() < end:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        for module in ('c', 'm', 'm2'):\n"
+        "            client = socket.socket(socket.AF_UNIX)\n"
+        "            client.connect(sys.argv[1])\n"
+        "            call = {'module': module, 'function': 'size'}\n"
+        "            client.send(json.dumps(call).encode())\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    crowds = [subprocess.Popen([sys.executable, "-c", script, daemon.path]) for _ in range(6)]
+    for crowd in crowds:
+        assert crowd.wait(60) == 0
+    until(lambda: sessions(daemon) == 0)
+    with clients(daemon, 25) as processes:
+        for client in processes:
+            until(lambda client=client: client.reply("c", "size")["success"])
+
+
+def test_a_client_that_left_nothing_does_not_keep_others_from_being_silent(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    daemon = stateful(new_daemon, "limits.stale_timeout = 1", workers=1)
+    note, dropped = tmp_path / "closed", tmp_path / "dropped"
+    with ClientProcess(daemon.path) as busy, ClientProcess(daemon.path) as silent:
+        busy.call("c", "drop", [busy.call("c", "keep", [str(dropped), 1])])
+        silent.call("c", "keep", [str(note), 2])
+
+        def closed() -> bool:
+            assert busy.reply("c", "size")["success"]  # and nothing of it is lost
+            return note.exists()
+
+        until(closed)
+
+
+def test_the_number_of_sessions_does_not_change_by_a_reload(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "limits.max_sessions = 30", workers=1)
+    text = daemon.config.read_text()
+    daemon.config.write_text(text.replace("max_sessions = 30", "max_sessions = 40"))
+    done = daemon.command("reload")
+    assert done.returncode == 1
+    assert "limits.max_sessions = 40: the running daemon has room for 30; restart it" in done.stderr
+
+
+def test_calls_that_wait_for_an_owner_whose_post_is_full_are_told_in_time(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon, "limits.max_connections = 300", workers=2)
+    with ClientProcess(daemon.path) as first:
+        owner = first.call("m", "where")
+        halt(owner)
+        body: dict[str, Any] = {"module": "m", "function": "length", "params": ["x" * 15000]}
+        with ExitStack() as stack:
+            waiting = []
+            for number in range(150):
+                client = stack.enter_context(connect(daemon.path))
+                body["timeout"] = 0.3 + number % 50 * 0.02
+                client.sendall(json.dumps(body).encode())
+                waiting.append(client)
+            # Those that the halted owner has accepted itself are answered when it goes on.
+            until(lambda: len(select.select(waiting, [], [], 0)[0]) > 50)
+            assert owner in daemon.workers()
+            os.kill(owner, signal.SIGCONT)
+            for client in waiting:
+                reply = json.loads(read_to_end(client))
+                assert reply["success"] or reply["error_type"] == "RequestTimeout"
+    assert "fault of the daemon" not in daemon.log()
+    assert daemon.metrics()["gate"]["worker_deaths"] == 0

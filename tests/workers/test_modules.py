@@ -443,3 +443,11 @@ def test_a_function_is_quick_once_its_calls_were_and_no_longer_when_they_are_not
     for _ in range(50):
         target.took(1_000_000_000)
     assert not target.is_quick
+
+
+def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "nowhere.py").symlink_to(tmp_path / "gone")
+    registry = expose(tmp_path, good="def one():\n    return 1\n")
+    assert registry.names == ["good"]
+    assert registry.left_out == {}
