@@ -106,8 +106,9 @@ def test_modules_cannot_speak_for_the_daemon(managed: tuple[Daemon, Manager]) ->
 
 EXEC = """
 import os, sys
+os.dup2(int(sys.argv[1]), 3, inheritable=True)
 os.environ["LISTEN_PID"] = str(os.getpid())
-os.execv(sys.argv[1], sys.argv[1:])
+os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -123,20 +124,16 @@ def activated(new_daemon: NewDaemon) -> Iterator[tuple[Daemon, socket.socket]]:
 def start_with(daemon: Daemon, listening: socket.socket) -> None:
     """Start it as systemd would, with the socket as descriptor 3."""
 
-    def at_three() -> None:
-        os.dup2(listening.fileno(), 3, inheritable=True)
-
-    # Where 3 is free in this process, Popen would use it for itself.
-    held = os.open(os.devnull, os.O_RDONLY)
     daemon.process = subprocess.Popen(
-        [sys.executable, "-c", EXEC, COMMAND, "run", "--config", str(daemon.config)],
+        [
+            *(sys.executable, "-c", EXEC, str(listening.fileno())),
+            *(COMMAND, "run", "--config", str(daemon.config)),
+        ],
         env={**daemon.environment, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x"},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        close_fds=False,
-        preexec_fn=at_three,
+        pass_fds=(listening.fileno(),),
     )
-    os.close(held)
 
 
 def test_clients_that_came_before_the_daemon_are_served_and_the_socket_outlives_it(
