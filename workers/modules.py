@@ -234,7 +234,7 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
     """Import all that the settings expose. Raises ModuleLoadError at the first that fails.
 
     A folder's file that lacks what it imports is left out, and the others go on: such folders have
-    helpers for libraries that not every host has.
+    helpers for libraries that not every host has. So is one whose name is of no use to clients.
     """
     for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
         if not Path(folder).is_dir():
@@ -250,12 +250,14 @@ def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
             name = file.stem
             if name.startswith("_") or name in settings.modules or not file.is_file():
                 continue  # an editor's lock, a link that leads nowhere, a folder
-            if name in built_in:
-                raise ModuleLoadError(f"{file}: the name {name!r} is taken by a built-in module")
             if name in exposed or name in left_out:
                 raise ModuleLoadError(f"{file}: another folder has a module {name!r} already")
+            if name in built_in:
+                left_out[name] = f"{file}: the name {name!r} is taken by a built-in module"
+                continue
             if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
-                raise ModuleLoadError(f"{file}: clients cannot name a module {name!r}; rename it")
+                left_out[name] = f"{file}: clients cannot name a module {name!r}; rename it"
+                continue
             try:
                 module = _import(str(file), partial(helpers.import_helper, name))
             except ModuleLoadError as error:
