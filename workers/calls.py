@@ -178,7 +178,8 @@ class Calls:
             if problem is not None:
                 self._books.error(function, duration_ns, problem)
             self._books.ran(function, problem is None, duration_ns, ended)
-            self._gate.finished(problem is None)
+            if not answered:  # the watch has given its room back
+                self._gate.finished(problem is None)
             self.roster.ran(peer.entry, ended)
             target.took(duration_ns)
             if answered:

@@ -178,7 +178,8 @@ class Connections:
         except OSError:
             LOGGER.exception("A module has closed a client's socket")
         finally:
-            self._gate.closed()
+            if not peer.given_up:
+                self._gate.closed()
 
     def _say_shutting_down(self, peer: Peer) -> None:
         """Answer a client of which nothing was read yet, in the form that it speaks."""

@@ -58,6 +58,7 @@ class Peer:
         "dismissed",
         "entry",
         "framed",
+        "given_up",
         "journey",
         "lent",
         "quiet_since",
@@ -73,6 +74,7 @@ class Peer:
         self.stale = False  # because it was silent for too long
         self.quiet_since = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
         self.framed = False  # it sends frames; known once it has sent something
+        self.given_up = False  # its room was given back, though a thread still has it
         self.client: Client | None = None  # who it is, once somebody needs to know
         self.taken_over = False  # from another worker
         self.lent = False  # another process may hold the socket as well

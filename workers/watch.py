@@ -5,6 +5,9 @@ client, writes to the log what the thread is at, and asks the master to retire t
 calls finish, a replacement takes over, and what hangs ends with the process. If the call returns
 after all, its result is dropped, for its client has had an answer.
 
+An answered call takes no room from others: its request's and its connection's are given back at
+once, not when its thread returns or its worker ends, which may take `graceful_timeout` and more.
+
 A call without a limit costs nothing here. While there are some with one, the main thread looks
 every `LOOK_SECONDS`; there is no alarm for each. A call that never gives up the interpreter lock,
 in a C library, keeps the main thread from looking as well.
@@ -18,6 +21,7 @@ import time
 import traceback
 from types import FrameType
 
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.workers import modules, protocol
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Request
@@ -61,10 +65,11 @@ class Running:
 class Watch:
     """One worker's watch. `wake` is an eventfd that makes the main thread call `look` soon."""
 
-    def __init__(self, worker: int, slow: float, wake: int) -> None:
+    def __init__(self, worker: int, slow: float, wake: int, gate: Gate) -> None:
         self._worker = worker
         self._slow = slow
         self._wake = wake
+        self._gate = gate
         self._lock = threading.Lock()
         self._running: set[Running] = set()
         self._looking = False
@@ -103,14 +108,19 @@ class Watch:
                 return None
             overdue = [each for each in self._running if each.deadline and each.deadline <= now]
             for each in overdue:
-                each.answered = True
+                # Who sets these gives the room back, once: the call's thread sees them in `end`.
+                each.answered = each.peer.given_up = True
                 each.deadline = each.slow_at = 0.0
             slow = [each for each in self._running if each.slow_at and each.slow_at <= now]
             for each in slow:
                 each.slow_at = 0.0
         frames = sys._current_frames() if overdue or slow else {}
         for each in overdue:
-            self._answer(each)
+            try:
+                self._answer(each)
+            finally:
+                self._gate.finished(succeeded=False)
+                self._gate.closed()
             self._tell(logging.ERROR, each, now, "and is given up", frames.get(each.thread))
             self.hangs = True
         for each in slow:

@@ -59,6 +59,23 @@ def test_a_hung_calls_client_is_told_and_the_log_names_the_line(
     assert daemon.metrics()["performance_metrics"]["failed_requests"] == 1
 
 
+@pytest.mark.parametrize("form", ["one-shot", "framed"])
+def test_an_answered_call_takes_no_room_from_others(new_daemon: NewDaemon, form: str) -> None:
+    daemon = new_daemon(
+        "workers = 2\nlimits.request_timeout = 0.5\nlimits.graceful_timeout = 600\n"
+        "limits.max_concurrent_requests = 2\nlimits.max_connections = 4"
+    ).run()
+    for _ in range(5):  # more than there is room for, and no worker has ended meanwhile
+        if form == "one-shot":
+            timed_out(daemon, 0.5, one_shot(daemon.path, "probe", "nap", [600]))
+        else:
+            with Framed(daemon.path) as client:
+                timed_out(daemon, 0.5, client.call("probe", "nap", [600]))
+    gate = until(lambda: (found := daemon.metrics()["gate"])["running"] == 1 and found)
+    assert gate["connections"] == 1
+    assert daemon.stop(signal.SIGQUIT) == 0
+
+
 def test_others_in_the_worker_finish_and_a_replacement_is_there_before_it_leaves(
     new_daemon: NewDaemon,
 ) -> None:
