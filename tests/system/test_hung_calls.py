@@ -76,6 +76,21 @@ def test_an_answered_call_takes_no_room_from_others(new_daemon: NewDaemon, form:
     assert daemon.stop(signal.SIGQUIT) == 0
 
 
+def test_an_answered_call_that_returns_gives_its_room_back_once(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(
+        "workers = 1\nlimits.request_timeout = 1\nlimits.graceful_timeout = 600"
+    ).run()
+    with ThreadPoolExecutor(2) as pool:  # one that never returns, which keeps their worker
+        hung = [pool.submit(one_shot, daemon.path, "probe", "nap", [n]) for n in (600, 2)]
+        for each in hung:
+            timed_out(daemon, 1, each.result())
+    error = "it took longer than its request_timeout"
+    until(lambda: error in json.dumps(daemon.call("system", "performance")))
+    gate = daemon.metrics()["gate"]
+    assert (gate["running"], gate["connections"]) == (1, 1)
+    assert daemon.stop(signal.SIGQUIT) == 0
+
+
 def test_others_in_the_worker_finish_and_a_replacement_is_there_before_it_leaves(
     new_daemon: NewDaemon,
 ) -> None:
