@@ -231,6 +231,8 @@ class Workforce:
         """One worker more; False when there is no room for it beside another generation."""
         if self._stopping or self.confined or generation.wanted >= len(self.seats) // 2:
             return False
+        if self._free_seat() is None:
+            return False  # those that leave take their time, and nobody would hire it after them
         generation.wanted += 1
         self.hire(generation)
         return True

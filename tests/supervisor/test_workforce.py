@@ -196,3 +196,16 @@ def test_a_worker_of_a_new_generation_that_dies_fails_the_generation(new_firm: N
     firm.workforce.dismiss(firm.generation)
     firm.until(firm.workforce.is_gone)
     assert firm.shared.header.deaths == 0
+
+
+def test_a_worker_more_is_refused_while_no_seat_is_free(new_firm: NewFirm) -> None:
+    firm = new_firm(4, 1).open()
+    leaving = Generation(2, firm.generation.settings, [], firm.generation.log)
+    for seat in firm.workforce.seats[1:]:
+        seat.generation = leaving
+    assert not firm.workforce.add(firm.generation)
+    assert firm.generation.wanted == 1
+    firm.workforce.seats[3].free()
+    assert firm.workforce.add(firm.generation)
+    assert firm.pids()[3]
+    leaving.close()
