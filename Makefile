@@ -35,7 +35,8 @@ perl-test: $(VENV)/.installed
 
 # Not part of the tests: what takes minutes (see tests/soak).
 soak: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 tests/soak/soak_*.py
+	$(BIN)/pytest -n 2 $(filter-out %/soak_reload.py,$(wildcard tests/soak/soak_*.py))
+	$(BIN)/pytest -n 0 tests/soak/soak_reload.py
 
 # Not part of the tests: figures of this machine (see bench/README.md).
 bench: $(VENV)/.installed
