@@ -238,9 +238,14 @@ class Master:
     def reload(self, tell: Callable[[str | None], None]) -> None:
         """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
         if self._stopping:
-            tell("the daemon is stopping")
-        elif self._succession.successor or self._succession.expected:
-            tell("an upgrade is under way")
+            # The service manager is told nothing more but that it stops.
+            self._reloader.refuse(tell, "the daemon is stopping")
+        elif self._succession.expected:
+            # A master that has not taken over does not speak for the daemon.
+            self._reloader.refuse(tell, "an upgrade is under way")
+        elif self._succession.successor:
+            self._notifier.reloading()  # whoever has sent the signal waits for this
+            self._reloader.refuse(partial(self._reloaded, tell), "an upgrade is under way")
         elif not self._started:
             self._reload_when_started = True
             tell("the daemon is still starting; it reloads when it has started")

@@ -140,6 +140,11 @@ class Reloader:
             self._undo()
             self._finish(reason)
 
+    def refuse(self, tell: Tell, reason: str) -> None:
+        """Begin no reload; nobody may look for a trace of it in vain."""
+        LOGGER.error("Not reloaded, nothing has changed: %s", reason)
+        self._tell([tell], reason)
+
     def _prepare(self) -> _Attempt:
         loaded = self._load()
         settings = loaded.settings

@@ -1,5 +1,6 @@
 """What systemd relies on: sd_notify, the watchdog, sockets of its making, the units in etc/."""
 
+import json
 import os
 import re
 import shutil
@@ -92,6 +93,29 @@ def test_an_upgrade_tells_the_new_main_pid(managed: tuple[Daemon, Manager]) -> N
     until(lambda: len(manager.told("READY")) == 2)
     count = len(manager.told("WATCHDOG"))
     until(lambda: len(manager.told("WATCHDOG")) > count)  # the new one goes on with that
+    assert daemon.stop() == 0
+
+
+def test_a_reload_that_an_upgrade_refuses_is_told_and_logged(
+    managed: tuple[Daemon, Manager],
+) -> None:
+    daemon, manager = managed
+    daemon.process.send_signal(signal.SIGUSR2)  # type: ignore[union-attr]
+    until(lambda: "Upgrading: the new master is pid" in daemon.log())
+    new = int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
+    os.kill(new, signal.SIGSTOP)
+    old = daemon.pid
+    os.kill(old, signal.SIGHUP)
+    refused = "Not reloaded: an upgrade is under way"
+    (told,) = until(lambda: manager.told("STATUS", refused))
+    assert "READY" in told
+    (reloading,) = manager.told("RELOADING")
+    assert manager.messages.index(reloading) < manager.messages.index(told)
+    assert "Not reloaded, nothing has changed: an upgrade is under way" in daemon.log()
+    state = json.loads(daemon.command("status", "--json").stdout)
+    assert state["last_reload"]["error"] == "an upgrade is under way"
+    os.kill(new, signal.SIGCONT)
+    until(lambda: daemon.pid != old)
     assert daemon.stop() == 0
 
 
