@@ -42,12 +42,18 @@ class Daemon:
 
         Top-level keys must come first in `config`, before any table.
         """
-        self.config.write_text(
+        self.replace_config(
             f'listen = ["{self.path}"]\n'
             f'log_file = "{self.log_file}"\n'
             f"{config}\n"
             f'[[module_dirs]]\npath = "{MODULES}"\naffinity = "none"\n'
         )
+
+    def replace_config(self, text: str) -> None:
+        """Put another file in its place, as a whole: a daemon that reads it now sees no half."""
+        new = self.folder / "c.toml.new"
+        new.write_text(text)
+        new.replace(self.config)
 
     def command(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run `cpanbridged ARGUMENTS --config ...` to its end."""

@@ -93,10 +93,10 @@ class Tormentor:
 
     def reload_what_is_broken(self) -> None:
         good = self._daemon.config.read_text()
-        self._daemon.config.write_text("workers = [")
+        self._daemon.replace_config("workers = [")
         os.kill(self._daemon.pid, signal.SIGHUP)
         time.sleep(self.chance.uniform(0, 0.3))
-        self._daemon.config.write_text(good)
+        self._daemon.replace_config(good)
 
     def upgrade(self) -> None:
         self._daemon.command("upgrade")
