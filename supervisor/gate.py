@@ -6,14 +6,13 @@
 4. While the master's verdict is closed nothing is accepted and no request begins; what runs goes
    on. Nothing is accepted either while 1 to 3 leave no room.
 
-Everything that takes room is decided under one lock; giving room back needs none. The lock is a
-POSIX record lock on the shared memfd, because the kernel frees such a lock when the process that
-holds it dies, at whatever instruction. It is held per process, so a thread lock comes before it.
+Everything that takes room is decided under one lock; giving room back needs none. The kernel frees
+it when its holder dies, at whatever instruction: see robustlock.py.
 
 Only numbers are read and written while the lock is held. In particular no call gives up the
 interpreter lock: a thread that did would wait for a busy module of its own worker to hand it back,
 and all other workers with it. So a client is accepted outside the lock, into room that was reserved
-under it, and the lock itself is taken by a call that keeps the interpreter lock.
+under it.
 
 The rate is exact: the ring holds the times of the last admissions, and a request is admitted when
 the entry `max_requests_per_minute` places back has left the window. One comparison, whatever the

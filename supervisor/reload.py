@@ -22,7 +22,6 @@ from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError, LogSettings
 from cpanbridge.supervisor.loop import Loop
-from cpanbridge.supervisor.recordlock import RecordLock
 from cpanbridge.supervisor.seats import Generation
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.sockets import Change, Sockets
@@ -77,7 +76,6 @@ class Reloader:
         self._load = load
         self._loop = loop
         self._shared = shared
-        self._gate_lock = RecordLock(shared.fd)
         self._sockets = sockets
         self._workforce = workforce
         self._last_number = number
@@ -190,7 +188,7 @@ class Reloader:
     def _change_over(self, attempt: _Attempt) -> None:
         if self._attempt is not attempt:
             return  # given up while it waited for the lock
-        if not self._gate_lock.take():
+        if not self._shared.lock.take():
             # Held for microseconds, unless its holder was stopped: the loop must not wait for that.
             self._loop.after(_LOCK_PAUSE, lambda: self._change_over(attempt))
             return
@@ -201,7 +199,7 @@ class Reloader:
             self._finish(f"no memory for the limits: {error.strerror}")
             return
         finally:
-            self._gate_lock.give_back()
+            self._shared.lock.give_back()
         old, new = self.generation, attempt.generation
         self._workforce.put_in_service(new)
         attempt.change.complete()

@@ -24,19 +24,19 @@ import os
 import time
 from typing import NamedTuple
 
-from cpanbridge.supervisor import histogram, notes, owners, roster, tally
+from cpanbridge.supervisor import histogram, notes, owners, robustlock, roster, tally
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.histogram import Histogram
 from cpanbridge.supervisor.notes import NoteRing
 from cpanbridge.supervisor.owners import Owner, OwnerTable
-from cpanbridge.supervisor.recordlock import SharedLock
+from cpanbridge.supervisor.robustlock import SharedLock
 from cpanbridge.supervisor.roster import Roster
 from cpanbridge.supervisor.tally import Names, Tally
 from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 8
+LAYOUT = 9
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -81,6 +81,7 @@ class Header(ctypes.Structure):
     _fields_ = (
         # Written once.
         ("layout", ctypes.c_int64),  # LAYOUT
+        ("lock", ctypes.c_char * robustlock.SIZE),  # the gate's: see robustlock.py
         ("capacity", ctypes.c_int64),  # slots
         ("max_sessions", ctypes.c_int64),  # rows of the table of sessions
         ("started_at", ctypes.c_int64),  # CLOCK_REALTIME, nanoseconds
@@ -219,11 +220,11 @@ class Shared:
     def __init__(self, fd: int, capacity: int, max_sessions: int) -> None:
         """Map memory that is laid out for so many. See `create` and `attach`."""
         self.fd = fd
-        self.lock = SharedLock(fd)  # the gate's
         # From here to the end stands the first ring; later ones are mapped when they are used.
         self._rings_at = _rings_at(capacity, max_sessions)
         self._memory = mmap.mmap(fd, self._rings_at)
         self.header = Header.from_buffer(self._memory)
+        self.lock = SharedLock(_lock_of(self.header))  # the gate's
         self.slots = [Slot.from_buffer(self._memory, _slot_at(n)) for n in range(capacity)]
         view = memoryview(self._memory)
         self.names = Names(self.header, view[_NAMES_AT : _NAMES_AT + tally.NAMES_SIZE])
@@ -237,9 +238,6 @@ class Shared:
         self.sessions = OwnerTable(view[at:end], max_sessions)
         self._ring_number = -1
         self._window: Window
-        # A mapping has a descriptor of its own, and closing any of a file's descriptors makes the
-        # kernel drop the locks that the process has on it: so none is ever let go of.
-        self._mappings = [self._memory]
 
     @classmethod
     def create(cls, capacity: int, limits: Limits, used: int | None = None) -> "Shared":
@@ -248,6 +246,7 @@ class Shared:
         os.ftruncate(fd, _rings_at(capacity, limits.max_sessions))
         shared = cls(fd, capacity, limits.max_sessions)
         header = shared.header
+        SharedLock.create(_lock_of(header))
         header.layout = LAYOUT
         header.capacity = capacity
         header.max_sessions = limits.max_sessions
@@ -385,8 +384,11 @@ class Shared:
     def _map_ring(self, ring: Ring) -> Window:
         size = 8 * entries_for(ring.limit, ring.keeps)
         memory = mmap.mmap(self.fd, size, offset=ring.at)
-        self._mappings.append(memory)
         return Window(self.header, memoryview(memory).cast("q"), ring.limit, ring.keeps)
+
+
+def _lock_of(header: Header) -> int:
+    return ctypes.addressof(header) + Header.lock.offset
 
 
 def _padded(size: int) -> int:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from cpanbridge.supervisor import gate, owners, recordlock, shared, window
+from cpanbridge.supervisor import gate, owners, robustlock, shared, window
 
 # All instructions by which others could see a difference; those between them only look.
 EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "CALL", "BEFORE_WITH", "RETURN_VALUE")
-FILES = {module.__file__ for module in (gate, owners, recordlock, shared, window)}
+FILES = {module.__file__ for module in (gate, owners, robustlock, shared, window)}
 
 
 def has_effect(frame: FrameType) -> bool:

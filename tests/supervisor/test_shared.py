@@ -1,7 +1,6 @@
 """The shared memory: one mapping for all processes, and nothing lost with a dead one."""
 
 import ctypes
-import gc
 import mmap
 import os
 from typing import Any
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from cpanbridge.supervisor import shared as shared_module
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.recordlock import RecordLock
 from cpanbridge.supervisor.roster import RosterWriter
 from cpanbridge.supervisor.shared import LAYOUT, Header, LayoutError, Shared, slot_capacity
 
@@ -118,74 +116,6 @@ def test_slots_that_were_never_used_are_not_looked_at() -> None:
     assert len(shared.used_slots) == 2
     shared.header.slots_used = 5
     assert len(shared.used_slots) == 5
-
-
-# -- the gate's lock, which the kernel drops when any descriptor of the file is closed --
-
-
-def lock_is_free(shared: Shared) -> bool:
-    """Whether another process would get the gate's lock now."""
-    gc.collect()  # what nobody refers to is closed by now
-    pid = os.fork()
-    if pid == 0:
-        os._exit(int(RecordLock(shared.fd).take()))
-    return bool(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-
-def test_the_lock_is_held_whatever_is_mapped_and_replaced_inside_it() -> None:
-    shared = create(2, window=10)
-    assert lock_is_free(shared)
-    with shared.lock:
-        assert not lock_is_free(shared)
-        for limit in (30, 0, 100_000, 5, 5, 0, 30):
-            shared.resize_window(limit)
-            shared.window.record(1)
-            assert not lock_is_free(shared), limit
-        shared.apply_limits(Limits(max_requests_per_minute=77))
-        assert not lock_is_free(shared)
-    assert lock_is_free(shared)
-    os.close(shared.fd)
-
-
-def test_the_lock_is_held_in_a_worker_that_finds_another_ring_inside_it() -> None:
-    shared = create(2, window=10)
-    to_worker, to_master = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 2
-        try:
-            shared.window.count()
-            for limit in (30, 0, 5):
-                os.read(to_worker[0], 1)
-                with shared.lock:
-                    shared.window.free_at()
-                    held = shared.window.limit == limit and not lock_is_free(shared)
-                os.write(to_master[1], b"y" if held else b"n")
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(to_master[1])
-    for limit in (30, 0, 5):
-        with shared.lock:
-            shared.resize_window(limit)
-        os.write(to_worker[1], b"x")
-        assert os.read(to_master[0], 1) == b"y"
-    assert os.waitpid(pid, 0)[1] == 0
-    for descriptor in (*to_worker, to_master[0], shared.fd):
-        os.close(descriptor)
-
-
-def test_the_lock_of_threads_is_given_back_when_the_shared_one_cannot_be_taken() -> None:
-    shared = create(1)
-    descriptor = os.dup(shared.fd)
-    os.close(shared.fd)
-    with pytest.raises(OSError, match="Bad file descriptor"), shared.lock:
-        pass
-    os.dup2(descriptor, shared.fd)
-    with shared.lock:  # does not wait for itself
-        assert not lock_is_free(shared)
-    os.close(descriptor)
-    os.close(shared.fd)
 
 
 # -- a master that takes over --
