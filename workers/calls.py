@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Settings
@@ -88,12 +89,21 @@ class Calls:
         self.roster = RosterWriter(shared.books[worker].roster)
 
     def prepare(self, data: bytes) -> Call | None:
-        """The call in a one-shot client's first bytes, if they are all of it and it may run."""
+        """The call in a client's first bytes, or in those of a kept connection's next request.
+
+        None when it is not all there, or cannot run: it will be found again, and its client told.
+        """
+        if not data:
+            return None
+        framed = protocol.is_framed(data)
+        message = protocol.whole_frame(data) if framed else data
+        if message is None or len(message) > self._limits.max_request_size:
+            return None
         try:
-            request = protocol.decode_if_complete(data, self._limits)
+            request = protocol.decode_if_complete(message, self._limits)
             return None if request is None else self._find(request)
         except Refusal:
-            return None  # it will be found again, and told
+            return None
 
     def resolve(self, data: bytes) -> Call:
         """The call in a whole request's bytes. Raises Refusal."""
@@ -102,8 +112,8 @@ class Calls:
     def _find(self, request: Request) -> Call:
         return Call(request, self._registry.find(request), time.monotonic())
 
-    def admit(self, call: Call, peer: Peer, stop: int) -> None:
-        """Wait until a request may run, and charge it.
+    def admit(self, call: Call, peer: Peer, stop: int, step_aside: Callable[[], None]) -> None:
+        """Wait until a request may run, and charge it. `step_aside` is called before it waits.
 
         Raises Draining when the descriptor `stop` is readable before there is room, and with
         `overload = "reject"` Refusal (Overloaded) when there is none now. Raises LeftError for a
@@ -119,6 +129,7 @@ class Calls:
         if self._rejects and isinstance(outcome, Obstacle):
             raise Overloaded(outcome, call.request.request_id)
         self.roster.is_doing(peer.entry, WAITING)
+        step_aside()
         if not gate.wait_and_take(gate.admitted, stop, connection=False):
             raise Draining
         late = call.request.timeout is not None and self._left(call) <= 0

@@ -1,18 +1,19 @@
 """A connection's life: read, admit, call, reply, release.
 
-One thread serves one connection from its arrival to its close, in blocking code. A one-shot client
-sends one request and is answered and closed; a framed one keeps its connection for many. Which it
-is, the first byte tells.
+A one-shot client sends one request and is answered and closed; a framed one keeps its connection
+for many. Which it is, the first byte tells. One thread at a time serves a connection, in blocking
+code: a one-shot client's from its arrival to its close, a framed client's for as long as it has
+requests. Then it rests (keepalive.py), and no thread waits for it.
 
-The rules for a peer that is slow or gone: a request must be complete within `read_timeout` of its
-first byte (of the accept, for a connection's first), and some of it must come every
-`stale_timeout`; a reply must find a reader that takes some of it every `read_timeout`; a framed
-connection may rest for `idle_timeout`. Room for a request is given back before the reply is sent,
-so a slow reader holds nothing but its own connection.
+The rules for a peer that is slow or gone: a request must be complete in time, see reading.py; a
+reply must find a reader that takes some of it every `read_timeout`; a framed connection may rest
+for `idle_timeout`. Room for a request is given back before the reply is sent, so a slow reader
+holds nothing but its own connection.
 """
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +22,15 @@ from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate
-from cpanbridge.supervisor.roster import IDLE, READING
+from cpanbridge.supervisor.roster import IDLE
 from cpanbridge.workers import protocol
 from cpanbridge.workers.affinity import Affinity, HandedOver
 from cpanbridge.workers.calls import Call, Calls, Draining
 from cpanbridge.workers.door import Arrival
+from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal
-from cpanbridge.workers.scanner import ObjectScanner
+from cpanbridge.workers.reading import Reader
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -49,23 +51,44 @@ def _unread(frame: bytes, rest: bytearray) -> bytes:
 
 
 class Connections:
-    """What all connections of a worker need, and the life of each. Called from its threads."""
+    """What all connections of a worker need, and the life of each. Called from its threads.
+
+    `keep_alive` has those at rest. `step_aside` is called before a thread waits for something.
+    """
 
     def __init__(
-        self, limits: Limits, gate: Gate, calls: Calls, affinity: Affinity, stops: Stops
+        self,
+        limits: Limits,
+        gate: Gate,
+        calls: Calls,
+        affinity: Affinity,
+        keep_alive: KeepAlive,
+        stops: Stops,
+        step_aside: Callable[[], None],
     ) -> None:
         self._limits = limits
         self._gate = gate
         self._calls = calls
         self._affinity = affinity
+        self._keep_alive = keep_alive
         self._stops = stops
+        self._step_aside = step_aside
         self._roster = calls.roster
+        self._reader = Reader(limits, calls.roster, step_aside)
         self._leaving = False
         self._stopping = False
         self._daemon_ends = False
-        self._framed: set[Peer] = set()  # those whose thread may wait for the client
-        self._one_shot: set[Peer] = set()
+        self._framed: set[Peer] = set()
+        self._one_shot: set[Peer] = set()  # those whose thread may wait for the client
         self._reading_lock = threading.Lock()
+        self._next_idle = 0.0  # when one may have rested for long enough, CLOCK_MONOTONIC
+        # Readable when the last framed connection of a worker that leaves has ended.
+        self.none_kept = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def kept(self) -> int:
+        """How many connections are kept by their clients, at rest or not."""
+        return len(self._framed)
 
     def leave(self) -> None:
         """Kept connections end after what they run; one-shot clients are served to their end.
@@ -107,10 +130,31 @@ class Connections:
             if peer.quiet_since and now - peer.quiet_since > limit:
                 peer.dismiss(stale=True)
 
+    def dismiss_idle(self) -> float:
+        """Close those that have rested for `idle_timeout`; in how many seconds to look again.
+
+        Called in the main thread, then or sooner: it costs little when it is not time yet.
+        """
+        now, limit = time.monotonic(), self._limits.idle_timeout
+        if now >= self._next_idle:
+            self._next_idle = now + limit  # no other can be due before that
+            with self._reading_lock:
+                resting = [each for each in self._framed if each.idle and not each.dismissed]
+            for peer in resting:
+                ends = peer.quiet_since / 1e9 + limit
+                if ends <= now and peer.idle:
+                    peer.dismiss()
+                elif peer.idle:
+                    self._next_idle = min(self._next_idle, ends)
+        return self._next_idle - now
+
     def is_quick(self, arrival: Arrival[Call]) -> bool:
         """Whether a client is likely to be served before another thread could be woken."""
-        if arrival.call is None or arrival.peer is not None:
-            return False
+        peer = arrival.peer
+        if arrival.call is None:
+            return peer is not None and not arrival.data  # a kept one has ended
+        if peer is not None and peer.journey is not None:
+            return False  # its owner may not be there any more: that takes a while to see to
         target = arrival.call.target
         if target.is_quick:
             return True
@@ -118,21 +162,24 @@ class Connections:
         return target.owned_as is not None and not self._affinity.may_be_here(arrival.client)
 
     def serve(self, arrival: Arrival[Call]) -> None:
-        """Serve a client that was let in, until it is closed."""
+        """Serve a client that was let in, or one that has sent something after a rest."""
         peer = arrival.peer or self._welcome(arrival)
         try:
-            if arrival.call is None or arrival.data is None:
-                self._serve_slowly(peer, arrival.data)
+            if peer.framed and peer.journey is None:
+                rests = self._resume(peer, arrival)
+            elif arrival.data is None:
+                rests = self._serve_when_it_sends(peer)
             else:
-                self._answer_one_shot(peer, arrival.call, arrival.data)
+                rests = self._serve_first(peer, arrival.data, arrival.call, self._read_deadline())
         except HandedOver:
             return  # it is closed when it was taken, or it comes back
         except OSError:
-            pass  # the client has left, or takes too long (TimeoutError): nobody to tell
+            rests = False  # the client has left, or takes too long (TimeoutError): nobody to tell
         except BaseException:
             self.close(peer)
             raise
-        self.close(peer)
+        if not rests:
+            self.close(peer)
 
     def _welcome(self, arrival: Arrival[Call]) -> Peer:
         peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
@@ -140,6 +187,11 @@ class Connections:
             peer.taken_over = peer.lent = True
             self._roster.resume(peer.entry, *arrival.history)
         return peer
+
+    def _read_deadline(self) -> float:
+        return time.monotonic() + self._limits.read_timeout
+
+    # -- the end --
 
     def take_back(self, peer: Peer) -> None:
         """Tell a client that has come back that nothing is taken up any more."""
@@ -165,15 +217,25 @@ class Connections:
         finally:
             self.close(peer)
 
+    def end_all_at_rest(self) -> None:
+        """The same for kept connections, when nobody is at the door who would take them up."""
+        while (peer := self._keep_alive.wake_any()) is not None:
+            with contextlib.suppress(OSError):
+                self._send(peer, NO_MORE_REQUESTS)
+            self.close(peer)
+
     def let_go(self, peer: Peer) -> None:
         """Another worker has taken the client: end what this one has of it."""
         peer.lent = False  # the connection goes on
+        self._keep_alive.forget(peer)
         self.close(peer)
 
     def close(self, peer: Peer) -> None:
         """End a connection."""
         self._roster.leave(peer.entry)
         try:
+            if peer.framed:
+                self._keep_no_longer(peer)
             peer.close()
         except OSError:
             LOGGER.exception("A module has closed a client's socket")
@@ -190,29 +252,36 @@ class Connections:
             self._send(peer, protocol.to_ascii(self._not_run()))
         peer.linger(LEFTOVER_SECONDS)
 
-    def _serve_slowly(self, peer: Peer, data: bytes | None) -> None:
-        """All but the complete one-shot request: it is not all there, wrong, or framed."""
-        deadline = time.monotonic() + self._limits.read_timeout
-        if data is None:
-            if not peer.wait(self._patience(deadline), self._stops.all):
-                return
-            if self._stopping:
-                self._say_shutting_down(peer)
-                return
-            data = peer.receive(self._limits.read_timeout)
-        if not data:
-            return
-        if protocol.is_framed(data):
-            peer.framed = True
-            with self._interruptible(peer, self._framed):
-                self._serve_framed(peer, bytearray(data), deadline)
-        else:
-            with self._interruptible(peer, self._one_shot):
-                self._serve_one_shot(peer, data, deadline)
+    # -- what it has sent first; each returns whether the connection rests now --
 
-    def _serve_one_shot(self, peer: Peer, data: bytes, deadline: float) -> None:
+    def _serve_when_it_sends(self, peer: Peer) -> bool:
+        deadline = self._read_deadline()
+        if not peer.wait(self._reader.patience(deadline), self._stops.all):
+            return False
+        if self._stopping:
+            self._say_shutting_down(peer)
+            return False
+        data = peer.receive(self._limits.read_timeout)
+        return self._serve_first(peer, data, None, deadline)
+
+    def _serve_first(self, peer: Peer, data: bytes, call: Call | None, deadline: float) -> bool:
+        if not data:
+            return False
+        if protocol.is_framed(data):
+            self._keep(peer)
+            return self._serve_framed(peer, data, call, deadline)
+        if call is not None:
+            self._answer_one_shot(peer, call, data)
+        else:
+            with self._dismissible(peer):
+                self._serve_slow_one_shot(peer, data, deadline)
+        return False
+
+    def _serve_slow_one_shot(self, peer: Peer, data: bytes, deadline: float) -> None:
+        """One that is not all there yet, or wrong."""
         try:
-            call, data = self._read_one_shot(peer, data, deadline)
+            data = self._reader.read_one_shot(peer, data, deadline)
+            call = self._calls.resolve(data)
         except Draining:
             reply = self._not_run()
         except Refusal as refusal:
@@ -222,19 +291,6 @@ class Connections:
             return
         self._send(peer, protocol.to_ascii(reply))
         peer.linger(LINGER_SECONDS)
-
-    def _run(self, peer: Peer, call: Call, data: Callable[[], bytes], stop: int) -> bytes:
-        """Admit a request and run it, where its state is; the reply.
-
-        `data` is what was read of the client, from this request on. Raises Refusal, Draining,
-        HandedOver.
-        """
-        if call.target.owned_as is None:
-            self._calls.admit(call, peer, stop)
-            return self._calls.run(call, peer)
-        with self._affinity.session(call, peer, data, stop):
-            self._calls.admit(call, peer, stop)
-            return self._calls.run(call, peer)
 
     def _answer_one_shot(self, peer: Peer, call: Call, data: bytes) -> None:
         try:
@@ -246,146 +302,114 @@ class Connections:
         self._send(peer, protocol.to_ascii(reply))
         peer.drop_what_follows()
 
-    def _read_one_shot(self, peer: Peer, data: bytes, deadline: float) -> tuple[Call, bytes]:
-        """Read to the end of the request; what it is, and its bytes. Raises Refusal, Draining."""
-        scanner = ObjectScanner()
-        pieces = [data]
-        size = len(data)
-        while not scanner.feed(data):
-            if size > self._limits.max_request_size:
-                break
-            data = self._receive_more(peer, deadline)
-            if not data:
-                break  # the client's end of file: the parser says what is missing
-            pieces.append(data)
-            size += len(data)
-        if size > self._limits.max_request_size:
-            raise self._too_large(f"over {self._limits.max_request_size}")
-        data = b"".join(pieces)
-        return self._calls.resolve(data), data
+    # -- framed clients; each returns whether the connection rests now --
 
-    def _serve_framed(self, peer: Peer, buffer: bytearray, deadline: float) -> None:
-        """Serve frame after frame, until the client ends, rests too long, or the worker drains."""
+    def _resume(self, peer: Peer, arrival: Arrival[Call]) -> bool:
+        """Go on with a connection that has rested."""
+        peer.idle = False
+        peer.quiet_since = 0
+        if not arrival.data:
+            if peer.dismissed:
+                self._send(peer, NO_MORE_REQUESTS)
+            return False
+        self._roster.heard(peer.entry, time.monotonic_ns())
+        return self._serve_framed(peer, arrival.data, arrival.call, 0.0)
+
+    def _serve_framed(self, peer: Peer, data: bytes, call: Call | None, deadline: float) -> bool:
+        """Serve all requests that are there, of which `call` is the first one, if it is known.
+
+        `deadline` is when the first must be complete, 0.0: `read_timeout` from now.
+        """
+        buffer = bytearray(data)
         try:
             while True:
-                frame = self._next_frame(peer, buffer, deadline)
+                frame = self._reader.next_frame(peer, buffer, deadline)
                 if frame is None:
-                    return
-                try:
-                    call = self._calls.resolve(frame)
-                    stop = self._stops.all if self._stays(peer) else self._stops.door
-                    unread = partial(_unread, frame, buffer)
-                    reply = self._run(peer, call, unread, stop)
-                except Refusal as refusal:
-                    reply = self._calls.refuse(refusal, peer)
+                    return False
+                reply = self._reply_to(peer, frame, buffer, call)
                 self._send(peer, protocol.to_frame(reply))
                 if self._leaving and not self._stays(peer):
                     raise Draining
-                deadline = 0.0
+                if not buffer:
+                    return self._rest(peer)
+                call, deadline = None, 0.0
         except Draining:
             self._send(peer, NO_MORE_REQUESTS)
         except Refusal as refusal:
             # The stream cannot be followed any further: say so, and that nothing more was read.
             reply = self._calls.refuse(refusal, peer)
             self._send(peer, protocol.to_frame(reply) + NO_MORE_REQUESTS)
+            self._step_aside()
             peer.linger(LINGER_SECONDS)
+        return False
 
-    def _next_frame(self, peer: Peer, buffer: bytearray, deadline: float) -> bytes | None:
-        """The next request's bytes; None when the client has ended the connection.
+    def _reply_to(self, peer: Peer, frame: bytes, rest: bytearray, call: Call | None) -> bytes:
+        """The reply to one request. Raises Draining, HandedOver."""
+        try:
+            if call is None:
+                call = self._calls.resolve(frame)
+            stop = self._stops.all if self._stays(peer) else self._stops.door
+            return self._run(peer, call, partial(_unread, frame, rest), stop)
+        except Refusal as refusal:
+            return self._calls.refuse(refusal, peer)
 
-        `deadline` is when a frame that has begun must be complete; 0.0: one that has not begun yet
-        gets `read_timeout` from its first byte. Raises Draining, Refusal.
-        """
-        length = -1
-        while True:
-            if length < 0 and len(buffer) >= 4:
-                (length,) = protocol.FRAME_HEADER.unpack_from(buffer)
-                if length > self._limits.max_request_size:
-                    raise self._too_large(f"{length}")
-            if 0 <= length <= len(buffer) - 4:
-                frame = bytes(memoryview(buffer)[4 : 4 + length])
-                del buffer[: 4 + length]
-                return frame
-            if buffer:
-                deadline = deadline or time.monotonic() + self._limits.read_timeout
-                data = self._receive_more(peer, deadline)
-            else:
-                data = self._receive_first(peer)
-            if not data:
-                return None
-            buffer += data
-
-    def _receive_first(self, peer: Peer) -> bytes:
-        """The first bytes of a kept connection's next request. Raises Draining."""
+    def _rest(self, peer: Peer) -> bool:
+        """Wait for the next request. Raises Draining when that cannot be."""
         self._roster.is_doing(peer.entry, IDLE)
-        try:
-            data = self._wait_for(peer, self._limits.idle_timeout)
-        except TimeoutError:
-            raise Draining from None  # it rested for idle_timeout
-        if not data and peer.dismissed:
-            raise Draining
-        self._roster.heard(peer.entry, time.monotonic_ns())
-        return data
-
-    def _receive_more(self, peer: Peer, deadline: float) -> bytes:
-        """More bytes of a request that has begun. Raises Refusal when none come, Draining."""
-        self._roster.is_doing(peer.entry, READING)
-        try:
-            data = self._wait_for(peer, self._patience(deadline))
-        except TimeoutError:
-            raise self._too_slow(deadline) from None
-        if not data and peer.stale:
-            raise self._too_slow(deadline)
-        if not data and peer.dismissed:
-            raise Draining
-        self._roster.heard(peer.entry, time.monotonic_ns())
-        return data
-
-    @staticmethod
-    def _wait_for(peer: Peer, seconds: float) -> bytes:
-        """Receive, while it is the client's turn to be heard."""
         peer.quiet_since = time.monotonic_ns()
+        peer.idle = True
         try:
-            return peer.receive(seconds)
-        finally:
-            peer.quiet_since = 0
+            self._keep_alive.rest(peer)
+        except OSError as error:
+            LOGGER.error("A connection cannot be kept: %s", error.strerror)
+            raise Draining from None
+        return True  # it may be in another thread's hands by now
 
-    def _patience(self, deadline: float) -> float:
-        """How long a client may be silent now."""
-        return min(deadline - time.monotonic(), self._limits.stale_timeout)
+    def _keep(self, peer: Peer) -> None:
+        """From now on, until it is closed, the connection is kept."""
+        with self._reading_lock:
+            peer.framed = True
+            self._framed.add(peer)
+            # One that was handed over has its call here; whether it stays is seen after that.
+            if self._stopping or (self._leaving and not peer.taken_over):
+                peer.dismiss()
+
+    def _keep_no_longer(self, peer: Peer) -> None:
+        with self._reading_lock:
+            self._framed.discard(peer)
+            if self._leaving and not self._framed:
+                os.eventfd_write(self.none_kept, 1)
+
+    # -- both --
+
+    def _run(self, peer: Peer, call: Call, data: Callable[[], bytes], stop: int) -> bytes:
+        """Admit a request and run it, where its state is; the reply.
+
+        `data` is what was read of the client, from this request on. Raises Refusal, Draining,
+        HandedOver.
+        """
+        if call.target.owned_as is None:
+            self._calls.admit(call, peer, stop, self._step_aside)
+            return self._calls.run(call, peer)
+        with self._affinity.session(call, peer, data, stop):
+            self._calls.admit(call, peer, stop, self._step_aside)
+            return self._calls.run(call, peer)
 
     def _not_run(self) -> bytes:
         return self._calls.not_run(daemon_ends=self._daemon_ends)
 
-    def _too_large(self, size: str) -> Refusal:
-        limit = self._limits.max_request_size
-        message = (
-            f"Invalid request: {size} bytes; at most {limit} are allowed (limits.max_request_size)"
-        )
-        return Refusal("InvalidRequest", message)
-
-    def _too_slow(self, deadline: float) -> Refusal:
-        limits = self._limits
-        if time.monotonic() < deadline:
-            silent = f"nothing came for {limits.stale_timeout:g} s (limits.stale_timeout)"
-            return Refusal("InvalidRequest", f"Invalid request: not complete, and {silent}")
-        message = f"not complete after {limits.read_timeout:g} s (limits.read_timeout)"
-        return Refusal("InvalidRequest", f"Invalid request: {message}")
-
     @contextlib.contextmanager
-    def _interruptible(self, peer: Peer, peers: set[Peer]) -> Iterator[None]:
-        """While a thread may wait for this client, it can be dismissed."""
+    def _dismissible(self, peer: Peer) -> Iterator[None]:
+        """While a thread may wait for this one-shot client, it can be dismissed."""
         with self._reading_lock:
-            peers.add(peer)
-            # One that was handed over has its call here; whether it stays is seen after that.
-            leaves = self._leaving and peers is self._framed and not peer.taken_over
-            if self._stopping or leaves:
+            self._one_shot.add(peer)
+            if self._stopping:
                 peer.dismiss()
         try:
             yield
         finally:
             with self._reading_lock:
-                peers.discard(peer)
+                self._one_shot.discard(peer)
 
     def _send(self, peer: Peer, reply: bytes) -> None:
         peer.send(reply, self._limits.read_timeout)

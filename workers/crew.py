@@ -10,7 +10,8 @@ does one of two things, by what `is_quick` says of it:
 - It is not: another thread is sent to the door first, a parked one or a new one. Slow calls and
   long connections run in as many threads as there are of them.
 
-A quick call that turns out slow does not shut the door: the worker's main thread looks after it
+A quick call that turns out slow does not shut the door. Where it finds that it has to wait, its
+thread leaves the door (`step_aside`); for any other the worker's main thread looks after the door
 (`look_after_door`) and sends another thread there after `TAKEOVER_SECONDS`.
 
 A thread that comes back while somebody else is at the door parks, and ends when nobody has called
@@ -57,6 +58,7 @@ class Crew(Generic[A]):
         self._started = False
         self._at_door = 0  # there, on the way there, or keeping it: 0 or 1
         self._kept_since = 0.0  # when the thread that keeps the door began to serve; 0: it is there
+        self._keeper = 0  # which thread that is
         self._keeps = 0
         self._keeps_seen = 0
         self._looked_after = False
@@ -108,6 +110,13 @@ class Crew(Generic[A]):
             self._looked_after = bool(self._kept_since) or self._keeps != self._keeps_seen
             self._keeps_seen = self._keeps
             return TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
+
+    def step_aside(self) -> None:
+        """This thread is about to wait for something: it keeps the door no longer, if it does."""
+        with self._lock:
+            if self._kept_since and self._keeper == threading.get_ident():
+                self._kept_since = 0.0
+                self._leave_door()
 
     def close_door(self) -> None:
         """Nobody goes to the door any more; who keeps it while serving does not come back."""
@@ -169,6 +178,7 @@ class Crew(Generic[A]):
                 self._leave_door()
                 return
             self._kept_since = time.monotonic()
+            self._keeper = threading.get_ident()
             self._keeps += 1
             looked_after, self._looked_after = self._looked_after, True
         if not looked_after:

@@ -1,11 +1,12 @@
-"""Where clients come in: from outside, under the gate, and from other workers.
+"""Where clients come in: from outside, under the gate, from other workers, and from a rest.
 
 A client is accepted only while the gate has room for its connection and a request: room is
 reserved under the gate's lock, and the client accepted into it. Most clients have sent their
 request by then, so it is read at once, and the thread knows what it has before anybody is woken.
 
-A client that another worker hands over has its connection's room already. So it is let in while the
-gate has none, and while the worker is about to leave and accepts nobody from outside.
+A client that another worker hands over has its connection's room already, and so has one that keeps
+its connection and sends another request. So these are let in while the gate has none, and while the
+worker is about to leave and accepts nobody from outside.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from typing import Generic, NamedTuple, TypeVar
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
 from cpanbridge.workers.handover import Outgoing, take_out
+from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.turnstile import Turnstile
 
@@ -34,8 +36,8 @@ A_MOMENT = 0.001
 LOOKS = 50  # before the first client is turned away
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
-# While clients come in without a pause, the postbox is looked at after so many.
-LOOK_EVERY = 8
+# While clients come in from one side without a pause, the other one is looked at after so many.
+MOST_IN_A_ROW = 8
 
 C = TypeVar("C")
 
@@ -46,10 +48,11 @@ class Arrival(NamedTuple, Generic[C]):
     client: socket.socket  # blocking
     number: int  # counts the clients of this worker's slot
     data: bytes | None  # what was there to read; None: nothing yet; empty: end of file
-    call: C | None  # the complete request in `data`; not admitted yet
+    call: C | None  # the first request in `data`, if it is all there; not admitted yet
     # Of one that another worker had before: when it was accepted, and its requests so far.
     history: tuple[int, int] | None = None
-    peer: Peer | None = None  # of one that has come back from its way to another worker
+    # Of one that was here before: it has rested, or comes back from its way to another worker.
+    peer: Peer | None = None
 
 
 class _Nobody(Enum):
@@ -65,7 +68,7 @@ class Door(Generic[C]):
 
     `prepare` turns the first bytes into a call that can run at once, or None. `postbox` is where
     other workers put clients, `incarnation` whom they mean them for; `outgoing` has the clients on
-    their way there. With a `turnstile` nobody is left to wait outside.
+    their way there, `keep_alive` those at rest. With a `turnstile` nobody is left to wait outside.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Door(Generic[C]):
         postbox: int,
         incarnation: int,
         outgoing: Outgoing,
+        keep_alive: KeepAlive,
         turnstile: Turnstile | None = None,
     ) -> None:
         self._listeners = list(listeners)
@@ -86,7 +90,10 @@ class Door(Generic[C]):
         self._postbox = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=postbox)
         self._incarnation = incarnation
         self._outgoing = outgoing
-        self._unlooked = 0  # looks outside since the last one into the postbox
+        self._keep_alive = keep_alive
+        # How many may be let in from there in a row, while somebody may wait on the other side.
+        self._turns_inside = 0
+        self._turns_outside = MOST_IN_A_ROW
         self._turnstile = turnstile
         self._turns_away = False  # since it last let somebody in
         self._complained = -_COMPLAIN_EVERY
@@ -98,26 +105,32 @@ class Door(Generic[C]):
         # What is looked at while there is no room as well; it is readable when one of these is.
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._interrupts = select.epoll()
-        for descriptor in (self._bell, postbox, outgoing.descriptor):
+        inside = (self._bell, postbox, outgoing.descriptor, keep_alive.descriptor)
+        for descriptor in inside:
             self._interrupts.register(descriptor, select.EPOLLIN)
         self._arrivals.register(self._interrupts, select.EPOLLIN)
-        self._inside = {self._interrupts.fileno(), self._bell, postbox, outgoing.descriptor}
+        self._inside = {self._interrupts.fileno(), *inside}
 
     def next(self) -> Arrival[C] | None:
         """Wait for a client and let it in; None when the door is closed."""
         look_outside = True
         while not self._closed:
-            self._unlooked += 1
-            if self._unlooked > LOOK_EVERY:
-                arrival = self._let_back_in() or self._take_over()
+            if self._turns_inside > 0:
+                self._turns_inside -= 1
+                arrival = self._take_up() or self._let_back_in() or self._take_over()
                 if arrival is not None:
                     return arrival
+                self._turns_inside = 0
             outcome = _Nobody.OUTSIDE
             if self._shut:
                 self.is_shut = True
             elif look_outside:
                 found = self._let_in()
                 if isinstance(found, Arrival):
+                    self._turns_outside -= 1
+                    if self._turns_outside <= 0:
+                        self._turns_outside = MOST_IN_A_ROW
+                        self._turns_inside = 1
                     return found
                 outcome = found
             look_outside = outcome is _Nobody.BUT_LOOK_AGAIN or self._wait(outcome)
@@ -125,6 +138,9 @@ class Door(Generic[C]):
 
     def _wait(self, outcome: _Nobody) -> bool:
         """Wait until it is worth while to look again; returns whether it is outside."""
+        if self._keep_alive.awake:  # nothing tells of these any more
+            self._turns_inside = MOST_IN_A_ROW
+            return outcome is not _Nobody.OUTSIDE
         if self._shut:
             ready = self._interrupts.poll()
         elif outcome is _Nobody.OUTSIDE:
@@ -133,7 +149,8 @@ class Door(Generic[C]):
             ready = self._interrupts.poll(A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
-            self._unlooked = LOOK_EVERY
+            self._turns_inside = MOST_IN_A_ROW
+            self._turns_outside = MOST_IN_A_ROW
             if self._shut:  # it rings for nothing else
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
@@ -199,26 +216,36 @@ class Door(Generic[C]):
         data = peer.journey.passenger.data
         return Arrival(peer.socket, 0, data, self._prepare(data), peer=peer)
 
+    def _take_up(self) -> Arrival[C] | None:
+        """A connection that has rested and has sent something, or has ended."""
+        while (peer := self._keep_alive.next()) is not None:
+            try:
+                data = peer.socket.recv(FIRST_READ, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._keep_alive.rest(peer)
+                continue
+            except OSError:
+                data = b""
+            return Arrival(peer.socket, 0, data, self._prepare(data), peer=peer)
+        return None
+
     def _take_over(self) -> Arrival[C] | None:
-        """The next client in the postbox, if there is one and it is still to be had."""
+        """The next client in the postbox that is still to be had."""
         try:
-            parcel = take_out(self._postbox)
+            while (parcel := take_out(self._postbox)) is not None:
+                if parcel.incarnation != self._incarnation:
+                    parcel.refuse()  # it was meant for the worker that had this slot before
+                    continue
+                client, data, opened_at, requests = parcel.passenger
+                number = self._gate.took_over()
+                if parcel.accept():
+                    history = (opened_at, requests)
+                    return Arrival(client, number, data, self._prepare(data), history)
+                client.close()
+                self._gate.closed()
         except OSError as error:
             self._complain(error)
-            return None
-        if parcel is None:
-            self._unlooked = 0
-            return None
-        if parcel.incarnation != self._incarnation:
-            parcel.refuse()  # it was meant for the worker that had this slot before
-            return None
-        client, data, opened_at, requests = parcel.passenger
-        number = self._gate.took_over()
-        if not parcel.accept():
-            client.close()
-            self._gate.closed()
-            return None
-        return Arrival(client, number, data, self._prepare(data), (opened_at, requests))
+        return None
 
     def shut(self) -> None:
         """Let nobody in from outside any more."""
@@ -251,11 +278,9 @@ class Door(Generic[C]):
         try:
             for turn, listener in enumerate(self._listeners):
                 try:
-                    client, _ = listener.accept()
+                    client = _accept(listener)
                 except (BlockingIOError, ConnectionAbortedError):
                     continue
-                if client.gettimeout() is not None:
-                    client.settimeout(None)  # a module has called socket.setdefaulttimeout
                 if len(self._listeners) > 1:  # the next look begins at another one
                     self._listeners.append(self._listeners.pop(turn))
                 return client
@@ -271,3 +296,12 @@ class Door(Generic[C]):
         if now - self._complained >= _COMPLAIN_EVERY:
             self._complained = now
             LOGGER.error("Cannot accept clients, they wait: %s", error.strerror)
+
+
+def _accept(listener: socket.socket) -> socket.socket:
+    """As `listener.accept()`, but without asking the kernel what kind of socket it is."""
+    descriptor, _ = listener._accept()  # type: ignore[attr-defined]
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+    if client.gettimeout() is not None:
+        client.settimeout(None)  # a module has called socket.setdefaulttimeout
+    return client

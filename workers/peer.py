@@ -59,9 +59,11 @@ class Peer:
         "entry",
         "framed",
         "given_up",
+        "idle",
         "journey",
         "lent",
         "quiet_since",
+        "rested",
         "socket",
         "stale",
         "taken_over",
@@ -74,6 +76,8 @@ class Peer:
         self.stale = False  # because it was silent for too long
         self.quiet_since = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
         self.framed = False  # it sends frames; known once it has sent something
+        self.idle = False  # it rests, until it sends something
+        self.rested = False  # `KeepAlive` knows it
         self.given_up = False  # its room was given back, though a thread still has it
         self.client: Client | None = None  # who it is, once somebody needs to know
         self.taken_over = False  # from another worker

@@ -334,6 +334,15 @@ def is_framed(data: bytes) -> bool:
     return data[0] < FIRST_WHITE_SPACE
 
 
+def whole_frame(data: bytes) -> bytes | None:
+    """The first message in a framed client's bytes, if it is all there."""
+    if len(data) < FRAME_HEADER.size:
+        return None
+    (length,) = FRAME_HEADER.unpack_from(data)
+    end = FRAME_HEADER.size + length
+    return data[FRAME_HEADER.size : end] if end <= len(data) else None
+
+
 def first_frame(data: bytes) -> bytes:
     """The first message in a framed client's bytes, as far as it is there."""
     if len(data) < FRAME_HEADER.size:

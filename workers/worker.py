@@ -43,6 +43,7 @@ from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.forks import let_go_in_children
+from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.modules import ModuleLoadError, Registry
 from cpanbridge.workers.orphans import end_with_master
 from cpanbridge.workers.turnstile import Turnstile
@@ -147,8 +148,10 @@ class Worker:
             *(place.shared, place.slot, place.bells, self._limits, calls.roster),
             lambda peer: self._connections.let_go(peer),
         )
+        keep_alive = KeepAlive()
         self._connections = Connections(
-            self._limits, self._gate, calls, self._affinity, self._stops
+            *(self._limits, self._gate, calls, self._affinity, keep_alive, self._stops),
+            lambda: self._crew.step_aside(),
         )
         self._turnstile = (
             Turnstile(calls.turn_away) if place.settings.overload == "reject" else None
@@ -156,7 +159,8 @@ class Worker:
         self._door: Door[Call] = Door(
             *(place.listeners, self._gate, calls.prepare),
             *(place.bells[place.slot].take, self._slot.incarnation),
-            *(self._affinity.outgoing, self._turnstile),
+            *(self._affinity.outgoing, keep_alive),
+            self._turnstile,
         )
         self._bell = place.bells[place.slot].watch
         self._cleanups = place.shared.header.cleanups  # that were asked for before
@@ -195,6 +199,7 @@ class Worker:
         selector.register(self._bell, selectors.EVENT_READ)
         selector.register(self._attention, selectors.EVENT_READ)
         selector.register(self._affinity.sessions.none_left, selectors.EVENT_READ)
+        selector.register(self._connections.none_kept, selectors.EVENT_READ)
         self._show_title()
         while not self._has_finished():
             ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
@@ -209,6 +214,8 @@ class Worker:
                 self._look_for_cleanup()
             if self._affinity.sessions.none_left in ready:
                 os.eventfd_read(self._affinity.sessions.none_left)
+            if self._connections.none_kept in ready:
+                os.eventfd_read(self._connections.none_kept)
             if self._place.opening in ready:
                 selector.unregister(self._place.opening)
                 self._crew.start()
@@ -272,8 +279,9 @@ class Worker:
         if not self._retiring:
             return False
         if not self._affinity.sessions.live and not self._affinity.outgoing.count:
-            self._close_door()
             self._connections.leave()
+            if not self._connections.kept:
+                self._close_door()
         if self._door.is_shut or self._crew.door_is_left:
             self._slot.shut = 1
         if self._door_closed:
@@ -290,11 +298,15 @@ class Worker:
         os.eventfd_write(self._stops.all, 1)
         if not self._crew.wait_until_idle(LAST_WORDS_SECONDS):
             self._say_what_is_cut()
-        self._take_back_clients()
+        self._end_what_waits()
         return True
 
-    def _take_back_clients(self) -> None:
-        """Nobody is at the door any more who could let those in that other workers do not take."""
+    def _end_what_waits(self) -> None:
+        """Nobody is at the door any more who could take up kept connections that rest.
+
+        Or let those in that other workers do not take.
+        """
+        self._connections.end_all_at_rest()
         for peer in self._affinity.outgoing.withdraw_all():
             self._connections.take_back(peer)
 
@@ -303,6 +315,7 @@ class Worker:
             self._crew.look_after_door(),
             self._watch.look() or math.inf,
             self._affinity.outgoing.look_after(),
+            self._connections.dismiss_idle(),
         )
         if self._watch.hangs:
             self._ask_to_be_retired(PLEA_HANGS)
@@ -317,12 +330,14 @@ class Worker:
         self._connections.stop(daemon_ends=True)
         os.eventfd_write(self._stops.door, 1)
         os.eventfd_write(self._stops.all, 1)
-        if self._crew.wait_until_door_is_left(leave_by - time.monotonic()) and not self._place.lent:
+        door_is_left = self._crew.wait_until_door_is_left(leave_by - time.monotonic())
+        self._connections.end_all_at_rest()
+        if door_is_left and not self._place.lent:
             while (arrival := self._door.take_leftover(leave_by)) is not None:
                 self._connections.turn_away(arrival)
         if not self._crew.wait_until_idle(leave_by - time.monotonic()):
             self._say_what_is_cut()
-        self._take_back_clients()
+        self._end_what_waits()
 
     def _say_what_is_cut(self) -> None:
         LOGGER.warning(

@@ -1,0 +1,108 @@
+"""Reading requests, from peers that may be slow or gone.
+
+A request must be complete within `read_timeout` of its first byte (of the accept, for a
+connection's first), and some of it must come every `stale_timeout`.
+
+Called from the threads that serve clients, and each thread waits for its client here.
+"""
+
+import time
+from collections.abc import Callable
+
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.roster import READING, RosterWriter
+from cpanbridge.workers import protocol
+from cpanbridge.workers.calls import Draining
+from cpanbridge.workers.peer import Peer
+from cpanbridge.workers.protocol import Refusal
+from cpanbridge.workers.scanner import ObjectScanner
+
+
+class Reader:
+    """What reading takes. `step_aside` is called before a thread waits for a client."""
+
+    def __init__(
+        self, limits: Limits, roster: RosterWriter, step_aside: Callable[[], None]
+    ) -> None:
+        self._limits = limits
+        self._roster = roster
+        self._step_aside = step_aside
+
+    def patience(self, deadline: float) -> float:
+        """For how many seconds a client may be silent now."""
+        return min(deadline - time.monotonic(), self._limits.stale_timeout)
+
+    def read_one_shot(self, peer: Peer, data: bytes, deadline: float) -> bytes:
+        """Read to the end of a one-shot request, which begins with `data`.
+
+        Raises Refusal when it does not end in time or is too large, Draining.
+        """
+        scanner = ObjectScanner()
+        pieces = [data]
+        size = len(data)
+        while not scanner.feed(data):
+            if size > self._limits.max_request_size:
+                break
+            data = self._receive_more(peer, deadline)
+            if not data:
+                break  # the client's end of file: the parser says what is missing
+            pieces.append(data)
+            size += len(data)
+        if size > self._limits.max_request_size:
+            raise self._too_large(f"over {self._limits.max_request_size}")
+        return b"".join(pieces)
+
+    def next_frame(self, peer: Peer, buffer: bytearray, deadline: float) -> bytes | None:
+        """Take the next request out of `buffer`; read what is missing of it.
+
+        None when the client has ended the connection. `deadline` (CLOCK_MONOTONIC seconds) is when
+        it must be complete; 0.0: `read_timeout` from now. Raises Refusal, Draining.
+        """
+        length = -1
+        while True:
+            if length < 0 and len(buffer) >= 4:
+                (length,) = protocol.FRAME_HEADER.unpack_from(buffer)
+                if length > self._limits.max_request_size:
+                    raise self._too_large(f"{length}")
+            if 0 <= length <= len(buffer) - 4:
+                frame = bytes(memoryview(buffer)[4 : 4 + length])
+                del buffer[: 4 + length]
+                return frame
+            deadline = deadline or time.monotonic() + self._limits.read_timeout
+            data = self._receive_more(peer, deadline)
+            if not data:
+                return None
+            buffer += data
+
+    def _receive_more(self, peer: Peer, deadline: float) -> bytes:
+        """More bytes of a request that has begun. Raises Refusal when none come, Draining."""
+        self._step_aside()
+        self._roster.is_doing(peer.entry, READING)
+        peer.quiet_since = time.monotonic_ns()
+        try:
+            data = peer.receive(self.patience(deadline))
+        except TimeoutError:
+            raise self._too_slow(deadline) from None
+        finally:
+            peer.quiet_since = 0
+        if not data and peer.stale:
+            raise self._too_slow(deadline)
+        if not data and peer.dismissed:
+            raise Draining
+        self._roster.heard(peer.entry, time.monotonic_ns())
+        return data
+
+    def _too_large(self, size: str) -> Refusal:
+        limit = self._limits.max_request_size
+        message = (
+            f"Invalid request: {size} bytes; at most {limit} are allowed (limits.max_request_size)"
+        )
+        return Refusal("InvalidRequest", message)
+
+    def _too_slow(self, deadline: float) -> Refusal:
+        limits = self._limits
+        if time.monotonic() < deadline:
+            silent = f"nothing came for {limits.stale_timeout:g} s (limits.stale_timeout)"
+            return Refusal("InvalidRequest", f"Invalid request: not complete, and {silent}")
+        message = f"not complete after {limits.read_timeout:g} s (limits.read_timeout)"
+        return Refusal("InvalidRequest", f"Invalid request: {message}")
