@@ -207,9 +207,9 @@ class Gate:
                 self._slot.failed += 1
         for other, bells in self._workers:
             if other.request_waits_for == WAITS_FOR_REQUEST:
-                _ring(bells.request)
+                ring(bells.request)
             if other.door_waits_for == WAITS_FOR_REQUEST:
-                _ring(bells.door)
+                ring(bells.door)
 
     def leave(self) -> None:
         """From now on the verdict is nothing to this worker: what it has taken up, it finishes.
@@ -217,12 +217,12 @@ class Gate:
         It accepts no more, and the verdict may be waiting for it to have left.
         """
         self._leaving = True
-        _ring(self._bells.request)
+        ring(self._bells.request)
 
     def _tell_who_waits_for_connection(self) -> None:
         for other, bells in self._workers:
             if other.door_waits_for == WAITS_FOR_CONNECTION:
-                _ring(bells.door)
+                ring(bells.door)
 
     # -- waiting for room --
 
@@ -320,7 +320,8 @@ class Gate:
         return False
 
 
-def _ring(bell: int) -> None:
+def ring(bell: int) -> None:
+    """Wake whoever sleeps by this eventfd."""
     # Rung 2**64 - 2 times and not heard yet: it will be.
     with contextlib.suppress(BlockingIOError):
         os.eventfd_write(bell, 1)
@@ -336,12 +337,12 @@ def change_verdict(shared: Shared, bells: Sequence[Bells], verdict: int) -> None
         return
     for slot, each in zip(shared.used_slots, bells, strict=False):
         if slot.door_waits_for == WAITS_FOR_VERDICT:
-            _ring(each.door)
+            ring(each.door)
         if slot.request_waits_for == WAITS_FOR_VERDICT:
-            _ring(each.request)
+            ring(each.request)
 
 
 def ring_watchers(shared: Shared, bells: Sequence[Bells]) -> None:
     """Let the main thread of every worker look whether there is something to do."""
     for each in bells[: shared.header.slots_used]:
-        _ring(each.watch)
+        ring(each.watch)

@@ -12,7 +12,7 @@ import os
 import socket
 
 _BUFFER = 1 << 20  # bytes of messages on their way; the system may allow less
-MOST_DESCRIPTORS = 3  # in a message
+MOST_DESCRIPTORS = 2  # in a message
 
 
 def hang() -> tuple[int, int]:
@@ -23,13 +23,18 @@ def hang() -> tuple[int, int]:
     return put.detach(), take.detach()
 
 
+def opened(descriptor: int) -> socket.socket:
+    """One end of a postbox as a socket, to be detached, never closed: others use it as well."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
+
+
 def throw_away(take: int) -> None:
     """Empty a postbox whose worker has ended.
 
     Who has put a client in sees that it was not taken, and goes on with it. May be called in any
     process, at any time: a client that is thrown away is put in again.
     """
-    box = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=take)
+    box = opened(take)
     try:
         space = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC

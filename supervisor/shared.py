@@ -24,7 +24,7 @@ import os
 import time
 from typing import NamedTuple
 
-from cpanbridge.supervisor import histogram, notes, owners, robustlock, roster, tally
+from cpanbridge.supervisor import histogram, notes, owners, robustlock, roster, tally, tickets
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.histogram import Histogram
 from cpanbridge.supervisor.notes import NoteRing
@@ -32,6 +32,7 @@ from cpanbridge.supervisor.owners import Owner, OwnerTable
 from cpanbridge.supervisor.robustlock import SharedLock
 from cpanbridge.supervisor.roster import Roster
 from cpanbridge.supervisor.tally import Names, Tally
+from cpanbridge.supervisor.tickets import Tickets
 from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
@@ -152,6 +153,7 @@ class Slot(ctypes.Structure):
         ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...
         ("full", ctypes.c_int64),  # times that it found all connections taken
         ("taken_over", ctypes.c_int64),  # of those opened, connections that came from other workers
+        ("awaits_receipts", ctypes.c_int64),  # 1: ring it when clients of it were taken over
         # Written by the one thread of the worker that looks for a request's room.
         ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...
         # Written by the worker under its own release lock, and by the master once it is dead.
@@ -228,8 +230,10 @@ class Shared:
         self.slots = [Slot.from_buffer(self._memory, _slot_at(n)) for n in range(capacity)]
         view = memoryview(self._memory)
         self.names = Names(self.header, view[_NAMES_AT : _NAMES_AT + tally.NAMES_SIZE])
-        self.books = [
-            _books(view, _slot_at(n) + _padded(ctypes.sizeof(Slot))) for n in range(capacity)
+        self.books = [_books(view, _tickets_at(n) + _TICKETS_SIZE) for n in range(capacity)]
+        self.tickets = [
+            Tickets(view[_tickets_at(n) : _tickets_at(n) + tickets.SIZE].cast("q"))
+            for n in range(capacity)
         ]
         at = _owners_at(capacity)
         end = at + owners.size_for(MODULE_OWNERS)
@@ -321,6 +325,8 @@ class Shared:
         Its sockets are closed by then and its threads have ended, so the master is the only
         writer; readers under the gate's lock see room appear, as with any other release.
         """
+        # Before it is taken out of the count: who takes a client of it over has counted it first.
+        self.tickets[self.slots.index(slot)].cancel_all()
         slot.pid = 0
         slot.serves = 0
         slot.incarnation += 1
@@ -332,6 +338,7 @@ class Shared:
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.door_waits_for = WAITS_FOR_NOTHING
+        slot.awaits_receipts = 0
         slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
         slot.sessions = 0
@@ -402,11 +409,16 @@ def _in_pages(size: int) -> int:
 
 _NAMES_AT = _padded(ctypes.sizeof(Header))
 _BOOKS = (histogram.SIZE, tally.SIZE, roster.SIZE, notes.SIZE, notes.SIZE)
-_SLOT_SIZE = _padded(ctypes.sizeof(Slot)) + sum(map(_padded, _BOOKS))
+_TICKETS_SIZE = _padded(tickets.SIZE)
+_SLOT_SIZE = _padded(ctypes.sizeof(Slot)) + _TICKETS_SIZE + sum(map(_padded, _BOOKS))
 
 
 def _slot_at(number: int) -> int:
     return _NAMES_AT + _padded(tally.NAMES_SIZE) + number * _SLOT_SIZE
+
+
+def _tickets_at(number: int) -> int:
+    return _slot_at(number) + _padded(ctypes.sizeof(Slot))
 
 
 def _books(memory: memoryview, at: int) -> Books:

@@ -17,14 +17,13 @@ finds a new owner.
 Called from the threads that serve clients.
 """
 
-import contextlib
 import logging
 import math
 import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cpanbridge.supervisor import postbox
@@ -40,7 +39,7 @@ from cpanbridge.workers.journey import Fate, Journey, Passenger
 from cpanbridge.workers.modules import FOR_CLIENT
 from cpanbridge.workers.peer import Peer, credentials
 from cpanbridge.workers.protocol import Refusal
-from cpanbridge.workers.sessions import Session, Sessions, running_in
+from cpanbridge.workers.sessions import Session, Sessions
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -81,33 +80,22 @@ class Affinity:
         self._complained = -COMPLAIN_SECONDS
         self._identities = Identities()
         self.sessions = Sessions(shared.slots[slot], limits.stale_timeout, self._forget)
-        self.outgoing = Outgoing(taken, shared.is_there)
+        self.outgoing = Outgoing(shared, slot, bells, taken)
 
     def may_be_here(self, connection: socket.socket) -> bool:
         """Whether a client's process has a session here: a guess that costs little."""
         return self.sessions.has_pid(credentials(connection).pid)
 
-    @contextlib.contextmanager
-    def session(
-        self, call: Call, peer: Peer, data: Callable[[], bytes], stop: int
-    ) -> Iterator[None]:
-        """Run a call of a module that has an affinity, in its client's session.
+    def join(self, call: Call, peer: Peer, data: Callable[[], bytes], stop: int) -> Session:
+        """The client's session, for one call of a module that has an affinity; `leave` must follow.
 
         `data` is what was read of the client, from this call on. Raises HandedOver when another
         worker runs it; Refusal (SessionLost, WorkerLost, RequestTimeout, Overloaded) when nobody
         does; Draining when the descriptor `stop` was readable first.
         """
-        session = self._join(call, peer, data, stop)
-        try:
-            with running_in(session):
-                yield
-        finally:
-            self.sessions.leave(session)
-
-    def _join(self, call: Call, peer: Peer, data: Callable[[], bytes], stop: int) -> Session:
         owned_as = call.target.owned_as
         assert owned_as is not None
-        until = time.monotonic() + self._patience(call)
+        until = call.arrived + self._patience(call)
         if peer.journey is not None:
             journey, peer.journey = peer.journey, None
             until = journey.until
@@ -134,7 +122,7 @@ class Affinity:
             else:
                 if time.monotonic() >= until:
                     raise _too_late(call, answer.owner)
-                self._send(peer, answer, data(), until, stop)
+                self._send(peer, answer, data(), until, call.arrived, stop)
 
     def _patience(self, call: Call) -> float:
         """For how many seconds a call may wait for its owner."""
@@ -258,36 +246,41 @@ class Affinity:
 
     # -- when it is another one --
 
-    def _send(self, peer: Peer, answer: _Answer, data: bytes, until: float, stop: int) -> None:
+    def _send(
+        self, peer: Peer, answer: _Answer, data: bytes, until: float, arrived: float, stop: int
+    ) -> None:
         """Put the client into its owner's postbox. Returns when there is no room in it."""
         self._roster.is_doing(peer.entry, WAITING)
-        passenger = Passenger(peer.socket, data, *self._roster.history(peer.entry))
+        passenger = Passenger(peer.socket, data, *self._roster.history(peer.entry), arrived)
         peer.journey = Journey(passenger, answer.owner, answer.known, until)
         try:
-            put = self.outgoing.put(self._bells[answer.owner.slot].put, peer)
+            put = self.outgoing.put(peer)
         except OSError as error:
             self._complain(error)
             put = False
-        if not put:
-            peer.journey = None
-            _pause(stop)
-            return
-        if until < math.inf:  # the main thread sees that it does not wait for longer
-            os.eventfd_write(self._bells[self._me.slot].watch, 1)
-        raise HandedOver
+        if put:
+            raise HandedOver
+        peer.journey = None
+        _pause(stop)
 
     def _look_after(self, call: Call, journey: Journey, stop: int) -> None:
         """A client has come back: see whether it is worth while to go on with it."""
+        refusal = self.why_not(call, journey)
         owner = journey.owner
-        if journey.fate is Fate.TOO_LATE:
-            raise _too_late(call, owner)
-        if self._shared.is_there(owner):
+        if refusal is None and self._shared.is_there(owner):
             _pause(stop)  # it had no descriptor left
-            return
-        if not self._slots[owner.slot].pid:
+        elif not self._slots[owner.slot].pid:
             postbox.throw_away(self._bells[owner.slot].take)
-        if journey.known:
-            raise _worker_lost(call, owner)
+        if refusal is not None:
+            raise refusal
+
+    def why_not(self, call: Call, journey: Journey) -> Refusal | None:
+        """What a client that has come back is to be told; None: its call may run yet."""
+        if journey.fate is Fate.TOO_LATE or time.monotonic() >= journey.until:
+            return _too_late(call, journey.owner)
+        if journey.known and not self._shared.is_there(journey.owner):
+            return _worker_lost(call, journey.owner)
+        return None
 
     def _complain(self, error: OSError) -> None:
         now = time.monotonic()

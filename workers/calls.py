@@ -88,10 +88,11 @@ class Calls:
         self._pid = os.getpid()
         self.roster = RosterWriter(shared.books[worker].roster)
 
-    def prepare(self, data: bytes) -> Call | None:
+    def prepare(self, data: bytes, arrived: float | None) -> Call | None:
         """The call in a client's first bytes, or in those of a kept connection's next request.
 
-        None when it is not all there, or cannot run: it will be found again, and its client told.
+        `arrived` is when they did, if that was in another worker. None when it is not all there, or
+        cannot run: it will be found again, and its client told.
         """
         if not data:
             return None
@@ -101,7 +102,7 @@ class Calls:
             return None
         try:
             request = protocol.decode_if_complete(message, self._limits)
-            return None if request is None else self._find(request)
+            return None if request is None else self._find(request, arrived)
         except Refusal:
             return None
 
@@ -109,8 +110,8 @@ class Calls:
         """The call in a whole request's bytes. Raises Refusal."""
         return self._find(protocol.decode(data, self._limits))
 
-    def _find(self, request: Request) -> Call:
-        return Call(request, self._registry.find(request), time.monotonic())
+    def _find(self, request: Request, arrived: float | None = None) -> Call:
+        return Call(request, self._registry.find(request), arrived or time.monotonic())
 
     def admit(self, call: Call, peer: Peer, stop: int, step_aside: Callable[[], None]) -> None:
         """Wait until a request may run, and charge it. `step_aside` is called before it waits.

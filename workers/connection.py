@@ -31,6 +31,7 @@ from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal
 from cpanbridge.workers.reading import Reader
+from cpanbridge.workers.sessions import run_in
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -192,6 +193,37 @@ class Connections:
         return time.monotonic() + self._limits.read_timeout
 
     # -- the end --
+
+    def answer_for_the_door(self) -> None:
+        """Answer clients that have come back and whose calls will not run.
+
+        Called in the main thread, when nobody is at the door: all threads are busy.
+        """
+        outgoing = self._affinity.outgoing
+        waiting = []
+        while (peer := outgoing.next_back()) is not None:
+            if not self._give_up(peer):
+                waiting.append(peer)
+        for peer in waiting:
+            outgoing.comes_back(peer)
+
+    def _give_up(self, peer: Peer) -> bool:
+        """Whether a client that has come back was answered, without waiting for it."""
+        journey = peer.journey
+        assert journey is not None
+        data, arrived = journey.passenger.data, journey.passenger.arrived
+        call = self._calls.prepare(data, arrived)
+        refusal = self._affinity.why_not(call, journey) if call is not None else None
+        if refusal is None:
+            return False
+        reply = self._calls.refuse(refusal, peer)
+        framed = protocol.is_framed(data)
+        peer.lent = True
+        peer.say_last(
+            protocol.to_frame(reply) + NO_MORE_REQUESTS if framed else protocol.to_ascii(reply)
+        )
+        self.close(peer)
+        return True
 
     def take_back(self, peer: Peer) -> None:
         """Tell a client that has come back that nothing is taken up any more."""
@@ -391,9 +423,14 @@ class Connections:
         if call.target.owned_as is None:
             self._calls.admit(call, peer, stop, self._step_aside)
             return self._calls.run(call, peer)
-        with self._affinity.session(call, peer, data, stop):
+        session = self._affinity.join(call, peer, data, stop)
+        try:
             self._calls.admit(call, peer, stop, self._step_aside)
+            run_in(session)
             return self._calls.run(call, peer)
+        finally:
+            run_in(None)
+            self._affinity.sessions.leave(session)
 
     def _not_run(self) -> bytes:
         return self._calls.not_run(daemon_ends=self._daemon_ends)

@@ -78,7 +78,7 @@ class Crew(Generic[A]):
 
     @property
     def door_is_left(self) -> bool:
-        """After `close_door`: whether nobody is at the door, who could let a client in."""
+        """Whether nobody is at the door, who could let a client in."""
         with self._lock:
             return self._at_door == 0
 

@@ -22,7 +22,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
-from cpanbridge.workers.handover import Outgoing, take_out
+from cpanbridge.workers.handover import FEW, Incoming, Outgoing
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.turnstile import Turnstile
@@ -66,18 +66,18 @@ class _Nobody(Enum):
 class Door(Generic[C]):
     """Lets clients in, one at a time. Called from the threads of one worker.
 
-    `prepare` turns the first bytes into a call that can run at once, or None. `postbox` is where
-    other workers put clients, `incarnation` whom they mean them for; `outgoing` has the clients on
-    their way there, `keep_alive` those at rest. With a `turnstile` nobody is left to wait outside.
+    `prepare` turns the first bytes into a call that can run at once, or None; it is told when they
+    arrived, if that was in another worker. `incoming` has the clients that other workers put there,
+    `outgoing` those on their way to them, `keep_alive` those at rest. With a `turnstile` nobody is
+    left to wait outside.
     """
 
     def __init__(
         self,
         listeners: Sequence[socket.socket],
         gate: Gate,
-        prepare: Callable[[bytes], C | None],
-        postbox: int,
-        incarnation: int,
+        prepare: Callable[[bytes, float | None], C | None],
+        incoming: Incoming,
         outgoing: Outgoing,
         keep_alive: KeepAlive,
         turnstile: Turnstile | None = None,
@@ -87,8 +87,7 @@ class Door(Generic[C]):
         self.is_shut = False  # nobody is about to let a client in from outside
         self._gate = gate
         self._prepare = prepare
-        self._postbox = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=postbox)
-        self._incarnation = incarnation
+        self._incoming = incoming
         self._outgoing = outgoing
         self._keep_alive = keep_alive
         # How many may be let in from there in a row, while somebody may wait on the other side.
@@ -105,7 +104,8 @@ class Door(Generic[C]):
         # What is looked at while there is no room as well; it is readable when one of these is.
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._interrupts = select.epoll()
-        inside = (self._bell, postbox, outgoing.descriptor, keep_alive.descriptor)
+        told = (incoming.descriptor, outgoing.descriptor, keep_alive.descriptor)
+        inside = (self._bell, *told)
         for descriptor in inside:
             self._interrupts.register(descriptor, select.EPOLLIN)
         self._arrivals.register(self._interrupts, select.EPOLLIN)
@@ -115,9 +115,11 @@ class Door(Generic[C]):
         """Wait for a client and let it in; None when the door is closed."""
         look_outside = True
         while not self._closed:
+            if self._outgoing.count:
+                self._outgoing.settle(FEW)
             if self._turns_inside > 0:
                 self._turns_inside -= 1
-                arrival = self._take_up() or self._let_back_in() or self._take_over()
+                arrival = self._look_inside()
                 if arrival is not None:
                     return arrival
                 self._turns_inside = 0
@@ -151,9 +153,6 @@ class Door(Generic[C]):
         if inside:
             self._turns_inside = MOST_IN_A_ROW
             self._turns_outside = MOST_IN_A_ROW
-            if self._shut:  # it rings for nothing else
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._bell)
         return len(inside) < len(ready) or outcome is not _Nobody.OUTSIDE
 
     def _let_in(self) -> Arrival[C] | _Nobody:
@@ -162,7 +161,7 @@ class Door(Generic[C]):
             obstacle = self._obstacle()
             if obstacle is not None:
                 return self._turn_away(obstacle, self._turnstile)
-        elif not gate.enter(gate.reserve, self._interrupts.fileno(), connection=True):
+        elif not self._reserve():
             return _Nobody.OUTSIDE  # interrupted, as a look at the descriptors will say
         client = self._accept()
         if isinstance(client, _Nobody):
@@ -175,7 +174,17 @@ class Door(Generic[C]):
             return Arrival(client, number, None, None)
         except OSError:
             return Arrival(client, number, b"", None)  # it has left already
-        return Arrival(client, number, data, self._prepare(data))
+        return Arrival(client, number, data, self._prepare(data, None))
+
+    def _reserve(self) -> bool:
+        """Wait until there is room for a client; False when somebody inside is ready before."""
+        gate = self._gate
+        if gate.attempt(gate.reserve, connection=True) is True:
+            return True
+        # Clients that other workers have taken over may be what is in the way.
+        with self._outgoing.receipts_awaited():
+            stop = self._interrupts.fileno()
+            return bool(gate.wait_and_take(gate.reserve, stop, connection=True))
 
     def _obstacle(self) -> Obstacle | None:
         """What keeps a client out for more than a moment; None: room is reserved for it.
@@ -205,16 +214,29 @@ class Door(Generic[C]):
         turnstile.take(client, obstacle)
         return _Nobody.BUT_LOOK_AGAIN
 
+    def _look_inside(self) -> Arrival[C] | None:
+        """Who needs no room: see which of their descriptors are ready, and let one in."""
+        told = {descriptor for descriptor, _ in self._interrupts.poll(0)}
+        arrival = None
+        if self._keep_alive.awake or self._keep_alive.descriptor in told:
+            arrival = self._take_up()
+        if arrival is None and self._outgoing.descriptor in told:
+            arrival = self._let_back_in()
+        if arrival is None and self._incoming.descriptor in told:
+            arrival = self._take_over()
+        if self._bell in told and not self._closed:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+        return arrival
+
     def _let_back_in(self) -> Arrival[C] | None:
         """A client that was not taken by the worker that it was to go to."""
-        if not self._outgoing.count:
-            return None
-        peer = self._outgoing.settle()
-        if peer is None:
+        if (peer := self._outgoing.next_back()) is None:
             return None
         assert peer.journey is not None
-        data = peer.journey.passenger.data
-        return Arrival(peer.socket, 0, data, self._prepare(data), peer=peer)
+        passenger = peer.journey.passenger
+        call = self._prepare(passenger.data, passenger.arrived)
+        return Arrival(peer.socket, 0, passenger.data, call, peer=peer)
 
     def _take_up(self) -> Arrival[C] | None:
         """A connection that has rested and has sent something, or has ended."""
@@ -226,26 +248,21 @@ class Door(Generic[C]):
                 continue
             except OSError:
                 data = b""
-            return Arrival(peer.socket, 0, data, self._prepare(data), peer=peer)
+            return Arrival(peer.socket, 0, data, self._prepare(data, None), peer=peer)
         return None
 
     def _take_over(self) -> Arrival[C] | None:
-        """The next client in the postbox that is still to be had."""
+        """The next client that another worker has put into the postbox."""
         try:
-            while (parcel := take_out(self._postbox)) is not None:
-                if parcel.incarnation != self._incarnation:
-                    parcel.refuse()  # it was meant for the worker that had this slot before
-                    continue
-                client, data, opened_at, requests = parcel.passenger
-                number = self._gate.took_over()
-                if parcel.accept():
-                    history = (opened_at, requests)
-                    return Arrival(client, number, data, self._prepare(data), history)
-                client.close()
-                self._gate.closed()
+            found = self._incoming.next()
         except OSError as error:
             self._complain(error)
-        return None
+            return None
+        if found is None:
+            return None
+        (client, data, opened_at, requests, arrived), number = found
+        call = self._prepare(data, arrived)
+        return Arrival(client, number, data, call, (opened_at, requests))
 
     def shut(self) -> None:
         """Let nobody in from outside any more."""

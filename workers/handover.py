@@ -1,18 +1,16 @@
 """Handing a client over: its socket, and all that was read of it, go to another worker.
 
-The message goes into the other worker's postbox with two descriptors (SCM_RIGHTS): the client's
-socket, and one end of a pair of sockets, the ticket. Who has put the client in answers for it until
-it is taken:
+The message goes into the other worker's postbox, with the client's socket (SCM_RIGHTS) and the name
+of a ticket (`supervisor/tickets.py`). Who has put the client in answers for it until it is taken:
 
-- Taken: the receiver writes a byte to its end of the ticket. From then on the client is its own.
-- Not taken: all copies of that end are closed without a byte. The receiver has ended, or had no
-  descriptor left for the client; the kernel tells in both cases.
-- Withdrawn: the sender shuts its end down, and the receiver's byte finds no reader. The kernel
-  decides which of the two was first, so a call never runs twice.
+- Taken: the receiver says so on the ticket. From then on the client is its own.
+- Refused: the receiver has no descriptor left for the client.
+- Withdrawn: the sender takes the ticket back, because the client does not wait any longer, or
+  because the receiver has ended. Who is first decides, so a call never runs twice.
 
-A client is counted by the receiver before it is taken, and by the sender until it knows that it is:
-see `Gate.took_over`. Its socket is open in both for a moment, so the receiver shuts it down when it
-has replied, and the client sees its end at once.
+A client is counted by the receiver before it is taken, and by the sender until it has seen that it
+is: see `Gate.took_over`. Its socket is open in both for a moment, so the receiver shuts it down
+when it has replied, and the client sees its end at once.
 
 What was read goes along in the message, or in a memfd of its own when it is large.
 """
@@ -23,174 +21,221 @@ import errno
 import math
 import mmap
 import os
-import select
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
-from cpanbridge.supervisor.owners import Owner
+from cpanbridge.supervisor import postbox
+from cpanbridge.supervisor.gate import Bells, Gate, ring
 from cpanbridge.supervisor.postbox import MOST_DESCRIPTORS, descriptors_in
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.tickets import Ticket, TicketWriter
 from cpanbridge.workers.journey import Fate, Journey, Passenger
 from cpanbridge.workers.peer import Peer
 
 # A message must be smaller than the least buffer that a system gives a socket.
 MOST_INLINE = 16384
-LOOK_SECONDS = 0.1
-# The receiver's incarnation, when the client was accepted, its requests so far, data in a memfd.
-_HEADER = struct.Struct("=qqq?")
+LOOK_SECONDS = 0.02
+# Of these the thread at the door looks at so many each time that it comes by.
+FEW = 8
+# The receiver's incarnation, the sender's slot and ticket, when the client was accepted, its
+# requests so far, when this one arrived, data in a memfd.
+_HEADER = struct.Struct("=qqqqqqd?")
+_SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
 _BUSY = (
     errno.EAGAIN,
     errno.ENOBUFS,
     errno.ENOMEM,
     errno.ETOOMANYREFS,  # so many clients are on their way
 )
-_TAKEN = b"t"
-
-
-class Parcel(NamedTuple):
-    """A client that was taken out of a postbox, and is not accepted yet: see `accept`."""
-
-    passenger: Passenger
-    incarnation: int  # of the worker that it is meant for
-    ticket: socket.socket
-
-    def accept(self) -> bool:
-        """Make the client ours; False when its sender has withdrawn it, or is dead."""
-        try:
-            self.ticket.send(_TAKEN, socket.MSG_NOSIGNAL)
-        except OSError:
-            return False
-        finally:
-            self.ticket.close()
-        return True
-
-    def refuse(self) -> None:
-        """Leave the client to its sender."""
-        self.ticket.close()
-        self.passenger.client.close()
 
 
 class Outgoing:
     """A worker's clients that are on their way to other workers.
 
-    Nobody waits for them: the thread at the door is told by `descriptor`, which is readable when
-    something has become of one, and calls `settle`. `taken` ends what this worker has of a client.
+    Nobody waits for them: the thread at the door looks what has become of them when it comes by,
+    and the main thread for as long as there are any. `taken` ends what this worker has of a client
+    that another one has taken. `descriptor` is readable when one has come back.
     """
 
-    def __init__(self, taken: Callable[[Peer], None], is_there: Callable[[Owner], bool]) -> None:
+    def __init__(
+        self, shared: Shared, slot: int, bells: Sequence[Bells], taken: Callable[[Peer], None]
+    ) -> None:
+        self._shared = shared
+        self._tickets = shared.tickets[slot]
+        self._writer = TicketWriter(self._tickets)
+        self._slot = slot
+        self._bells = bells
+        self._boxes: dict[int, socket.socket] = {}
         self._taken = taken
-        self._is_there = is_there
         self._lock = threading.Lock()
-        self._away: dict[int, tuple[socket.socket, Peer, Journey]] = {}
+        self._away: dict[Ticket, tuple[Peer, Journey]] = {}
         self._back: deque[Peer] = deque()
-        self._ends = select.epoll()
-        self.descriptor = self._ends.fileno()
+        self._watched = False  # by the main thread
+        self._sent = False  # since the main thread looked
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     @property
     def count(self) -> int:
         """How many are on their way, or back and not looked after yet."""
         return len(self._away) + len(self._back)
 
-    def put(self, put: int, peer: Peer) -> bool:
-        """Put a client into a postbox, as `peer.journey` says; False when that is full.
+    def put(self, peer: Peer) -> bool:
+        """Put a client into its owner's postbox, as `peer.journey` says; False when that is full.
 
         From then on its socket is not to be used. Called in the thread that serves the client.
         Raises OSError when this worker has no descriptor left.
         """
         journey = peer.journey
         assert journey is not None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # Before it can be taken, so that nothing becomes of a client that is not known.
-            with self._lock:
-                self._away[ours.fileno()] = ours, peer, journey
-                self._ends.register(ours, select.EPOLLIN)
-            try:
-                _put(put, journey, theirs)
-            except OSError as error:
-                with self._lock:
-                    if self._away.pop(ours.fileno(), None) is None:
-                        return True  # it was withdrawn meanwhile, and has come back already
-                    self._ends.unregister(ours)
-                ours.close()
-                if error.errno not in _BUSY:
-                    raise
-                return False
+        ticket = self._writer.issue()
+        if ticket is None:
+            return False
+        # Before it can be taken, so that nothing becomes of a client that is not known.
+        with self._lock:
+            self._away[ticket] = peer, journey
+            self._sent = True
+            watched, self._watched = self._watched, True
+        try:
+            self._send(journey, ticket)
+        except OSError as error:
+            if not self._forget(ticket):
+                return True  # it was withdrawn meanwhile, and has come back already
+            if error.errno not in _BUSY:
+                raise
+            return False
+        if not watched:
+            ring(self._bells[self._slot].watch)
         return True
 
-    def settle(self) -> Peer | None:
-        """Let go of the clients that were taken; returns one that has come back."""
+    def _send(self, journey: Journey, ticket: Ticket) -> None:
+        client, data, opened_at, requests, arrived = journey.passenger
+        owner = journey.owner
+        in_memory = len(data) > MOST_INLINE
+        head = _HEADER.pack(
+            *(owner.incarnation, self._slot, *ticket), *(opened_at, requests, arrived, in_memory)
+        )
+        box = self._box(owner.slot)
+        if not in_memory:
+            _put(box, [head, data], client.fileno())
+            return
+        memory = _in_memory(data)
+        try:
+            _put(box, [head], client.fileno(), memory)
+        finally:
+            os.close(memory)
+
+    def _box(self, slot: int) -> socket.socket:
+        """Another worker's postbox. Its descriptor is never closed, so neither is the socket."""
+        box = self._boxes.get(slot)
+        if box is None:
+            box = self._boxes[slot] = postbox.opened(self._bells[slot].put)
+        return box
+
+    def _forget(self, ticket: Ticket) -> bool:
+        """The ticket is of no more use; False when that was found out before."""
         with self._lock:
-            ready = [self._away.pop(fd) for fd, _ in self._ends.poll(0) if fd in self._away]
-            for ticket, *_ in ready:
-                self._ends.unregister(ticket)
-        for ticket, peer, _ in ready:
-            taken = ticket.recv(1)
-            ticket.close()
+            if self._away.pop(ticket, None) is None:
+                return False
+            self._writer.give_back(ticket)
+            return True
+
+    def settle(self, most: int | None = None) -> None:
+        """Let go of the clients that were taken, and see which have come back.
+
+        Looks at so many, and at others the next time. Called in any thread.
+        """
+        with self._lock:
+            some = list(islice(self._away.items(), most))
+            if most is not None and len(self._away) > most:
+                for ticket, _ in some:
+                    self._away[ticket] = self._away.pop(ticket)
+        for ticket, (peer, _) in some:
+            if self._tickets.is_offered(ticket):
+                continue
+            taken = self._tickets.is_taken(ticket)
+            if not self._forget(ticket):
+                continue
             if taken:
                 self._taken(peer)
             else:
-                self._back.append(peer)
+                self.comes_back(peer)
+
+    @contextlib.contextmanager
+    def receipts_awaited(self) -> Iterator[None]:
+        """Have the main thread told at once of each client that is taken.
+
+        Called by the thread at the door, when it waits for something else.
+        """
+        slot = self._shared.slots[self._slot]
+        slot.awaits_receipts = 1
+        try:
+            self.settle()
+            yield
+        finally:
+            slot.awaits_receipts = 0
+
+    def next_back(self) -> Peer | None:
+        """A client that has come back, as its journey says."""
         with contextlib.suppress(IndexError):
             return self._back.popleft()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+        with contextlib.suppress(IndexError):
+            return self._back.popleft()  # just now
         return None
+
+    def comes_back(self, peer: Peer) -> None:
+        """Somebody is to see to a client that was not taken."""
+        self._back.append(peer)
+        ring(self.descriptor)
 
     def look_after(self) -> float:
         """Withdraw those that need not wait any longer; returns in how many seconds to look again.
 
-        Called in the worker's main thread. The kernel tells of an owner that has ended, but not
-        when a child of it has the ticket as well.
+        Called in the worker's main thread.
         """
+        self.settle()
         now = time.monotonic()
         with self._lock:
-            away = list(self._away.values())
-        # From here on another thread may settle one of them, and its client begin another journey.
-        for ticket, _, journey in away:
+            self._watched = bool(self.count) or self._sent
+            self._sent = False
+            away = list(self._away.items())
+        for ticket, (_, journey) in away:
             if now >= journey.until:
                 journey.fate = Fate.TOO_LATE
-            elif self._is_there(journey.owner):
+            elif self._shared.is_there(journey.owner):
                 continue
-            _withdraw(ticket)
-        return LOOK_SECONDS if away else math.inf
+            self._withdraw(ticket)
+        return LOOK_SECONDS if self._watched else math.inf
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        with self._shared.lock:
+            withdrawn = self._tickets.withdraw(ticket)
+        if withdrawn:
+            self.settle()
 
     def withdraw_all(self) -> list[Peer]:
         """Take back what was not taken. Called when nobody is at the door any more."""
         with self._lock:
-            for ticket, *_ in self._away.values():
-                _withdraw(ticket)
+            away = list(self._away)
+        for ticket in away:
+            self._withdraw(ticket)
+        self.settle()
         back = []
-        while (peer := self.settle()) is not None:
+        while (peer := self.next_back()) is not None:
             back.append(peer)
         return back
 
 
-def _put(put: int, journey: Journey, ticket: socket.socket) -> None:
-    client, data, opened_at, requests = journey.passenger
-    box = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=put)
-    try:
-        with contextlib.ExitStack() as sent:
-            descriptors = array.array("i", (client.fileno(), ticket.fileno()))
-            in_memory = len(data) > MOST_INLINE
-            message = _HEADER.pack(journey.owner.incarnation, opened_at, requests, in_memory)
-            if in_memory:
-                descriptors.append(_in_memory(data))
-                sent.callback(os.close, descriptors[-1])
-            else:
-                message += data
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)
-            box.sendmsg([message], [rights], socket.MSG_DONTWAIT)
-    finally:
-        box.detach()
-
-
-def _withdraw(ticket: socket.socket) -> None:
-    # After this no byte comes in any more; one that is there was first. The ticket is readable.
-    with contextlib.suppress(OSError):  # settled meanwhile
-        ticket.shutdown(socket.SHUT_RD)
+def _put(box: socket.socket, message: list[bytes], *descriptors: int) -> None:
+    rights = array.array("i", descriptors)
+    box.sendmsg(message, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
 
 
 def _in_memory(data: bytes) -> int:
@@ -205,32 +250,85 @@ def _in_memory(data: bytes) -> int:
     return descriptor
 
 
-def take_out(take: socket.socket) -> Parcel | None:
-    """The next client in a worker's own postbox; None when there is none.
+class Parcel(NamedTuple):
+    """A client that was taken out of a postbox, and is its sender's still: see `Incoming`."""
 
-    Called by the thread at the door. Raises OSError (EMFILE) when there was no descriptor left for
-    it; it is its sender's still.
-    """
-    space = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
-    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    try:
-        message, ancillary, told, _ = take.recvmsg(_HEADER.size + MOST_INLINE, space, flags)
-    except BlockingIOError:
+    passenger: Passenger
+    sender: int  # its slot
+    ticket: Ticket
+
+
+class Incoming:
+    """A worker's own postbox. Called by the thread at the door."""
+
+    def __init__(self, shared: Shared, slot: int, bells: Sequence[Bells], gate: Gate) -> None:
+        self._shared = shared
+        self._bells = bells
+        self._gate = gate
+        self._incarnation = shared.slots[slot].incarnation
+        self.descriptor = bells[slot].take
+        self._box = postbox.opened(self.descriptor)
+
+    def next(self) -> tuple[Passenger, int] | None:
+        """The next client, and its number in this slot; None when there is none.
+
+        Raises OSError (EMFILE) when there was no descriptor left for it; it is its sender's still.
+        """
+        while (parcel := self._take_out()) is not None:
+            number = self._accept(parcel)
+            if number is not None:
+                return parcel.passenger, number
+            parcel.passenger.client.close()
         return None
-    descriptors = descriptors_in(ancillary)
-    if told & socket.MSG_CTRUNC or len(descriptors) < 2:
-        for each in descriptors:
-            os.close(each)
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    incarnation, opened_at, requests, in_memory = _HEADER.unpack_from(message)
-    client, ticket = (
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=each)
-        for each in descriptors[:2]
-    )
-    if client.gettimeout() is not None:
-        client.settimeout(None)  # a module has called socket.setdefaulttimeout
-    data = _from_memory(descriptors[2]) if in_memory else message[_HEADER.size :]
-    return Parcel(Passenger(client, data, opened_at, requests), incarnation, ticket)
+
+    def _accept(self, parcel: Parcel) -> int | None:
+        """Make the client ours; None when its sender has withdrawn it, or is dead."""
+        number = self._gate.took_over()
+        with self._shared.lock:
+            taken = self._shared.tickets[parcel.sender].take(parcel.ticket)
+        if not taken:
+            self._gate.closed()
+            return None
+        self._tell(parcel.sender)
+        return number
+
+    def _refuse(self, sender: int, ticket: Ticket) -> None:
+        with self._shared.lock:
+            self._shared.tickets[sender].refuse(ticket)
+        self._tell(sender)
+
+    def _tell(self, sender: int) -> None:
+        if self._shared.slots[sender].awaits_receipts:
+            ring(self._bells[sender].watch)
+
+    def _take_out(self) -> Parcel | None:
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        while True:
+            try:
+                message, ancillary, told, _ = self._box.recvmsg(
+                    _HEADER.size + MOST_INLINE, _SPACE, flags
+                )
+            except BlockingIOError:
+                return None
+            descriptors = descriptors_in(ancillary)
+            incarnation, sender, place, number, opened_at, requests, arrived, in_memory = (
+                _HEADER.unpack_from(message)
+            )
+            ticket = Ticket(place, number)
+            complete = not told & socket.MSG_CTRUNC and len(descriptors) == 1 + in_memory
+            if complete and incarnation == self._incarnation:
+                break
+            # Meant for the worker that had this slot before, or there was no room for it.
+            for each in descriptors:
+                os.close(each)
+            self._refuse(sender, ticket)
+            if not complete:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=descriptors[0])
+        if client.gettimeout() is not None:
+            client.settimeout(None)  # a module has called socket.setdefaulttimeout
+        data = _from_memory(descriptors[1]) if in_memory else message[_HEADER.size :]
+        return Parcel(Passenger(client, data, opened_at, requests, arrived), sender, ticket)
 
 
 def _from_memory(descriptor: int) -> bytes:

@@ -22,6 +22,7 @@ class Passenger(NamedTuple):
     data: bytes  # what was read of it, beginning with a request
     opened_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
     requests: int  # that it has made so far
+    arrived: float  # when the request in `data` did, CLOCK_MONOTONIC seconds
 
 
 @dataclass

@@ -11,6 +11,8 @@ import select
 import socket
 import struct
 import time
+from fcntl import ioctl
+from termios import FIONREAD
 from typing import NamedTuple
 
 from cpanbridge.supervisor.owners import Client
@@ -18,6 +20,7 @@ from cpanbridge.workers.journey import Journey
 
 READ_SIZE = 65536
 MOST_DROPPED = 16  # reads; a client that still sends has not understood
+_NO_BYTES = struct.pack("@i", 0)
 _TIMEVAL = struct.Struct("@ll")
 _UCRED = struct.Struct("3i")
 
@@ -148,10 +151,10 @@ class Peer:
         Closing with bytes unread makes the kernel reset the connection, and the client would get
         an error after the reply instead of its end.
         """
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(MOST_DROPPED):
-                if not self.socket.recv(READ_SIZE, socket.MSG_DONTWAIT):
-                    return
+        for _ in range(MOST_DROPPED):
+            if ioctl(self.socket, FIONREAD, _NO_BYTES) == _NO_BYTES:
+                return
+            self.socket.recv(READ_SIZE, socket.MSG_DONTWAIT)
 
     def linger(self, seconds: float) -> None:
         """End the sending side and read on until the client ends its own, but not for longer.

@@ -8,7 +8,6 @@ kernel does not tell the client process, the connection takes its place.
 Nothing here cuts a call that runs: what it uses is closed after it.
 """
 
-import contextlib
 import errno
 import logging
 import os
@@ -127,14 +126,9 @@ def current_session() -> Session:
     return session
 
 
-@contextlib.contextmanager
-def running_in(session: Session) -> Any:
-    """Let `current_session` return this one, in this thread."""
+def run_in(session: Session | None) -> None:
+    """Let `current_session` return this one, in this thread; None: there is none any more."""
     _current.session = session
-    try:
-        yield
-    finally:
-        _current.session = None
 
 
 class Sessions:

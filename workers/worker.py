@@ -43,6 +43,7 @@ from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.forks import let_go_in_children
+from cpanbridge.workers.handover import Incoming
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.modules import ModuleLoadError, Registry
 from cpanbridge.workers.orphans import end_with_master
@@ -158,7 +159,7 @@ class Worker:
         )
         self._door: Door[Call] = Door(
             *(place.listeners, self._gate, calls.prepare),
-            *(place.bells[place.slot].take, self._slot.incarnation),
+            Incoming(place.shared, place.slot, place.bells, self._gate),
             *(self._affinity.outgoing, keep_alive),
             self._turnstile,
         )
@@ -286,7 +287,7 @@ class Worker:
             self._slot.shut = 1
         if self._door_closed:
             idle = self._crew.idle  # asked first: who is served may be handed over yet
-            while (peer := self._affinity.outgoing.settle()) is not None:
+            while (peer := self._affinity.outgoing.next_back()) is not None:
                 self._connections.take_back(peer)
             if idle and not self._affinity.outgoing.count:
                 return True
@@ -317,6 +318,8 @@ class Worker:
             self._affinity.outgoing.look_after(),
             self._connections.dismiss_idle(),
         )
+        if self._crew.door_is_left:
+            self._connections.answer_for_the_door()
         if self._watch.hangs:
             self._ask_to_be_retired(PLEA_HANGS)
         if self._retiring:

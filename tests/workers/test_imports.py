@@ -21,6 +21,7 @@ FOR_WORKERS = {
     "owners",
     "place",
     "postbox",
+    "tickets",
     "text",
     "version",
 }
