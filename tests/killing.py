@@ -9,11 +9,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from cpanbridge.supervisor import gate, owners, robustlock, shared, window
+from cpanbridge.supervisor import gate, owners, robustlock, shared, tickets, window
+from cpanbridge.workers import handover
 
 # All instructions by which others could see a difference; those between them only look.
 EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "CALL", "BEFORE_WITH", "RETURN_VALUE")
-FILES = {module.__file__ for module in (gate, owners, robustlock, shared, window)}
+FILES = {
+    module.__file__ for module in (gate, owners, robustlock, shared, tickets, window, handover)
+}
 
 
 def has_effect(frame: FrameType) -> bool:

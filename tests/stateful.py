@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,11 @@ class ClientProcess:
         line = self.process.stdout.readline()
         assert line, "the client process has died"
         return json.loads(line)
+
+    def has_replied(self) -> bool:
+        """Whether `end` would not have to wait."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def reply(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
         """A call's whole reply."""

@@ -71,6 +71,11 @@ def sessions(daemon: Daemon) -> int:
     return sum(each["sessions"] for each in workers_report(daemon))
 
 
+def connections(daemon: Daemon) -> list[dict[str, Any]]:
+    report: list[dict[str, Any]] = daemon.call("system", "connections")["connections"]
+    return report
+
+
 def slot_of(daemon: Daemon, pid: int) -> int:
     (slot,) = (each["worker"] for each in workers_report(daemon) if each["pid"] == pid)
     return int(slot)
@@ -367,6 +372,38 @@ def test_a_call_waits_for_a_full_owner_no_longer_than_its_client(new_daemon: New
         assert "had no thread free" in reply["error"]
         assert late.call("m", "where") == owner  # waits its turn
         assert busy.end()["result"] == owner
+
+
+def test_a_timeout_counts_from_the_arrival_wherever_the_call_runs(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "threads = 1", workers=2)
+    with ClientProcess(daemon.path) as busy, ClientProcess(daemon.path) as late:
+        owner = busy.call("m", "where")
+        busy.begin("m", "where_after", [3])
+        until(lambda: daemon.metrics()["gate"]["running"] == 2)
+        # It waits for the owner's thread at first, and then would run for as long again.
+        reply = late.reply("m", "where_after", [3], timeout=4)
+        assert reply["error_type"] == "RequestTimeout", reply
+        assert busy.end()["result"] == owner
+
+
+def test_a_client_on_its_way_is_told_in_time_while_its_senders_threads_are_busy(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon, "threads = 1", workers=2)
+    with clients(daemon, 3) as (busy, other, late):
+        owner = busy.call("m", "where")
+        busy.begin("m", "where_after", [8])
+        until(lambda: daemon.metrics()["gate"]["running"] == 2)
+        late.begin("m", "where", timeout=1.5)
+        until(lambda: [c["status"] for c in connections(daemon)].count("waiting") == 1)
+        other.begin("n", "where_after", [8])  # now no thread is left anywhere
+        reply = late.end()
+        assert reply["error_type"] == "RequestTimeout"
+        assert "had no thread free" in reply["error"]
+        assert not busy.has_replied()
+        assert not other.has_replied()
+        assert busy.end()["result"] == owner
+        assert other.end()["result"] != owner
 
 
 def test_workers_with_one_thread_each_take_each_others_clients(new_daemon: NewDaemon) -> None:

@@ -1,0 +1,233 @@
+"""A client on its way to another worker is always one side's, whoever is killed when."""
+
+import math
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+from conftest import take_down
+from killing import kill_at
+
+from cpanbridge.supervisor import postbox
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.gate import Bells, Gate
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.tickets import TICKETS
+from cpanbridge.workers.handover import MOST_INLINE, Incoming, Outgoing
+from cpanbridge.workers.journey import Fate, Journey, Passenger
+from cpanbridge.workers.peer import Peer
+
+SENDER, RECEIVER = 0, 1
+DATA = b'{"module": "m", "function": "f"}'
+
+
+class Client(NamedTuple):
+    """A connection: the worker's end, and the end of the process that calls."""
+
+    near: socket.socket
+    far: socket.socket
+
+    def journey(self, shared: Shared, data: bytes = DATA, until: float = math.inf) -> Peer:
+        """The client as its sender has it, when it is about to be put into the postbox."""
+        shared.slots[SENDER].opened += 1
+        peer = Peer(self.near, 0)
+        passenger = Passenger(self.near, data, 123, 4, 5.5)
+        peer.journey = Journey(passenger, shared.owner(RECEIVER), True, until)
+        return peer
+
+    def hears(self) -> bytes | None:
+        """What has come for the process that calls; None: nothing yet."""
+        if not select.select([self.far], [], [], 0)[0]:
+            return None
+        return self.far.recv(100)
+
+
+class House:
+    """Two workers' memory and bells, and clients."""
+
+    def __init__(self) -> None:
+        self.shared = Shared.create(2, Limits())
+        self.bells = [Bells.hang() for _ in self.shared.slots]
+        self.gates = [Gate(self.shared, slot, self.bells) for slot in (SENDER, RECEIVER)]
+        self.taken: list[Peer] = []
+        self.outgoing = Outgoing(self.shared, SENDER, self.bells, self._let_go)
+        self.incoming = Incoming(self.shared, RECEIVER, self.bells, self.gates[RECEIVER])
+
+    def _let_go(self, peer: Peer) -> None:
+        self.taken.append(peer)
+        peer.socket.close()
+        self.gates[SENDER].closed()
+
+    def close(self) -> None:
+        """Leave nothing open."""
+        for box in (self.incoming._box, *self.outgoing._boxes.values()):
+            box.detach()
+        take_down(self.bells)
+        os.close(self.outgoing.descriptor)
+        os.close(self.shared.fd)
+
+    def dies(self, slot: int) -> None:
+        """What the master does when a worker has ended."""
+        self.shared.clear(self.shared.slots[slot])
+        postbox.throw_away(self.bells[slot].take)
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    house = House()
+    yield house
+    house.close()
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    near, far = socket.socketpair()
+    yield Client(near, far)
+    near.close()
+    far.close()
+
+
+def serve(found: tuple[Passenger, int] | None) -> None:
+    """What the receiver does with a client."""
+    if found is not None:
+        passenger, _ = found
+        passenger.client.sendall(b"served")
+        passenger.client.shutdown(socket.SHUT_RDWR)
+        passenger.client.close()
+
+
+@pytest.mark.parametrize("size", [len(DATA), MOST_INLINE, MOST_INLINE + 1, 3_000_000])
+def test_a_client_arrives_with_all_that_was_read_of_it(
+    house: House, client: Client, size: int
+) -> None:
+    data = os.urandom(size)
+    peer = client.journey(house.shared, data)
+    assert house.outgoing.put(peer)
+    assert house.outgoing.count == 1
+    found = house.incoming.next()
+    assert found is not None
+    passenger, number = found
+    assert passenger[1:] == (data, 123, 4, 5.5)
+    assert number == 1
+    house.outgoing.settle()
+    assert house.taken == [peer]
+    assert house.outgoing.count == 0
+    assert house.shared.connections() == 1
+    serve(found)
+    assert client.hears() == b"served"
+
+
+def test_a_client_is_the_senders_again_when_it_is_withdrawn(house: House, client: Client) -> None:
+    peer = client.journey(house.shared, until=time.monotonic() - 1)
+    assert house.outgoing.put(peer)
+    house.outgoing.look_after()
+    assert house.outgoing.next_back() is peer
+    assert peer.journey is not None
+    assert peer.journey.fate is Fate.TOO_LATE
+    assert house.incoming.next() is None
+    assert house.taken == []
+    assert house.shared.connections() == 1
+    assert client.hears() is None
+
+
+def test_a_client_for_a_worker_that_had_the_slot_before_goes_back(
+    house: House, client: Client
+) -> None:
+    peer = client.journey(house.shared)
+    house.incoming._incarnation += 1
+    assert house.outgoing.put(peer)
+    assert house.incoming.next() is None
+    house.outgoing.settle()
+    assert house.outgoing.next_back() is peer
+    assert house.shared.connections() == 1
+
+
+def test_as_many_as_there_are_tickets_are_under_way_and_each_is_seen_to(house: House) -> None:
+    pairs = [socket.socketpair() for _ in range(TICKETS + 1)]
+    clients = [Client(*pair) for pair in pairs]
+    put = [house.outgoing.put(each.journey(house.shared)) for each in clients]
+    assert False in put
+    while (found := house.incoming.next()) is not None:
+        serve(found)
+        house.gates[RECEIVER].closed()
+        house.outgoing.settle(3)
+    for _ in clients:
+        house.outgoing.settle(3)
+    assert len(house.taken) == sum(put)
+    assert house.outgoing.count == 0
+    assert house.shared.connections() == put.count(False)
+    for done, each in zip(put, clients, strict=True):
+        assert each.hears() == (b"served" if done else None)
+        each.near.close()
+        each.far.close()
+
+
+def test_a_receiver_killed_at_any_step_has_the_client_or_leaves_it_to_its_sender() -> None:
+    step, outcomes = 0, set()
+    killed = True
+    while killed:
+        house, pair = House(), socket.socketpair()
+        client = Client(*pair)
+        peer = client.journey(house.shared)
+        assert house.outgoing.put(peer)
+        incoming, gate = house.incoming, house.gates[RECEIVER]
+
+        def receive(incoming: Incoming = incoming, gate: Gate = gate) -> None:
+            serve(incoming.next())
+            gate.closed()
+
+        killed = kill_at(step, receive)
+        house.dies(RECEIVER)
+        house.outgoing.look_after()
+        if house.taken:
+            assert house.taken == [peer]
+            assert house.outgoing.next_back() is None
+            assert house.shared.connections() == 0
+            assert client.hears() in (b"", b"served")
+        else:
+            assert house.outgoing.next_back() is peer
+            assert house.shared.connections() == 1
+            assert client.hears() is None
+        outcomes.add(bool(house.taken))
+        client.near.close()
+        client.far.close()
+        house.close()
+        step += 1
+    assert step > 20
+    assert outcomes == {False, True}
+
+
+def test_a_sender_killed_at_any_step_leaves_no_client_that_nobody_counts() -> None:
+    step = 0
+    outcomes: set[object] = set()
+    killed = True
+    while killed:
+        house, pair = House(), socket.socketpair()
+        client = Client(*pair)
+        peer = client.journey(house.shared)
+        killed = kill_at(step, partial(house.outgoing.put, peer))
+        client.near.close()
+        # The receiver may come before the master sees that the sender has ended, or after it.
+        for receiver_first in (True, False):
+            if not receiver_first:
+                house.dies(SENDER)
+            found = house.incoming.next()
+            if found is not None:
+                assert receiver_first
+                outcomes.add("taken")
+                serve(found)
+                house.gates[RECEIVER].closed()
+        assert house.shared.connections() == 0
+        heard = client.hears()
+        assert heard in (b"", b"served")
+        outcomes.add(heard)
+        client.far.close()
+        house.close()
+        step += 1
+    assert step > 10
+    assert outcomes == {"taken", b"", b"served"}
