@@ -31,6 +31,10 @@ class UnknownHandle(LookupError):
     """No object of this name is in the client's session."""
 
 
+class SessionEnded(RuntimeError):
+    """The session's time is over, and nothing can be left in it any more."""
+
+
 class Session:
     """One client process's state in this worker.
 
@@ -46,18 +50,25 @@ class Session:
         self.expired = False  # its client was silent for too long, and has not been told yet
         self.descriptor = descriptor  # tells the client's end
         self._objects: dict[str, Any] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
     def keep(self, thing: Any, name: str | None = None) -> str:
         """Leave an object in the session, under a name, or for a new handle; returns which.
 
         A handle is never given twice, so one of a lost session finds nothing. An object that had
-        the name before is closed.
+        the name before is closed. Raises SessionEnded, and closes the object, in a thread that
+        outlives its call and the session.
         """
         name = name or secrets.token_hex(8)
         with self._lock:
+            ended = self._closed
             before = self._objects.get(name)
-            self._objects[name] = thing
+            if not ended:
+                self._objects[name] = thing
+        if ended:
+            close(thing)
+            raise SessionEnded("the client's session has ended; the object was closed")
         if before is not None and before is not thing:
             close(before)
         return name
@@ -93,6 +104,7 @@ class Session:
     def close(self) -> None:
         """Close what is left, the newest first: a cursor before its connection."""
         with self._lock:
+            self._closed = True
             things, self._objects = list(self._objects.values()), {}
         for thing in reversed(things):
             close(thing)
@@ -341,6 +353,7 @@ class Sessions:
 def _close_aside(session: Session) -> None:
     """Close what is left in a session, where nobody has to wait for it."""
     if session.is_empty:
+        session.close()
         return
     try:
         threading.Thread(target=session.close, name="close", daemon=True).start()

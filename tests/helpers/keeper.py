@@ -2,10 +2,11 @@
 
 import itertools
 import os
+import threading
 import time
 from typing import Any
 
-from cpanbridge.workers import current_session
+from cpanbridge.workers import SessionEnded, current_session
 
 _things: dict[str, Any] = {}
 _numbers = itertools.count(1)
@@ -86,3 +87,19 @@ def span(seconds: float) -> list[float]:
     began = time.monotonic()
     time.sleep(seconds)
     return [began, time.monotonic()]
+
+
+def keep_later(note: str, go_on: str) -> None:
+    """A thread of the function's own keeps something once a file exists, and notes the outcome."""
+    session = current_session()
+
+    def work() -> None:
+        while not os.path.exists(go_on):
+            time.sleep(0.01)
+        try:
+            session.keep(Thing(note, "late"))
+        except SessionEnded:
+            with open(note, "a") as stream:
+                stream.write("told\n")
+
+    threading.Thread(target=work).start()

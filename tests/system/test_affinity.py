@@ -551,11 +551,20 @@ def test_objects_are_closed_when_their_client_ends(house: Daemon, tmp_path: Path
     until(lambda: "it cannot be closed" in house.log())
 
 
-def test_the_state_of_a_crowd_that_ended_without_a_word_is_freed(
-    new_daemon: NewDaemon, tmp_path: Path
+def test_what_is_left_after_the_session_has_ended_is_closed_at_once(
+    house: Daemon, tmp_path: Path
 ) -> None:
-    daemon = stateful(new_daemon, "limits.max_connections = 300")
-    note = tmp_path / "closed"
+    note, go_on = tmp_path / "closed", tmp_path / "go on"
+    with ClientProcess(house.path) as client:
+        client.call("c", "keep", [str(note), "before"])
+        client.call("c", "keep_later", [str(note), str(go_on)])
+    until(note.exists)
+    go_on.touch()
+    until(lambda: note.read_text() == "before\nlate\ntold\n")
+
+
+def freed_after(daemon: Daemon, note: Path) -> float:
+    """In how many seconds the state of 200 processes is closed that end without a word."""
     crowd = subprocess.Popen(
         [sys.executable, str(CROWD), daemon.path, "200", "c", "keep", str(note)],
         stdin=subprocess.PIPE,
@@ -568,11 +577,22 @@ def test_the_state_of_a_crowd_that_ended_without_a_word_is_freed(
     assert sessions(daemon) == 200
     crowd.stdin.write("\n")
     crowd.stdin.flush()
-    assert crowd.stdout.readline() == "killed\n"
+    killed = float(crowd.stdout.readline())
     until(lambda: note.exists() and len(note.read_text().split()) == 200)
     until(lambda: sessions(daemon) == 0)
     assert sorted(map(int, note.read_text().split())) == list(range(200))
     crowd.communicate()
+    return note.stat().st_mtime - killed
+
+
+def test_the_state_of_200_processes_that_end_without_a_word_is_freed_within_a_second(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    daemon = stateful(new_daemon, "limits.max_connections = 300")
+    for attempt in range(3):  # a busy machine may be late itself
+        if freed_after(daemon, tmp_path / f"closed{attempt}") < 1:
+            return
+    pytest.fail("never within a second")
 
 
 def test_silence_closes_what_a_client_left_and_it_is_told_once(
