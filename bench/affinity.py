@@ -8,6 +8,9 @@ One daemon with 2 workers has the same function in a module without affinity and
 That all calls are handed over is brought about by a reload: a process makes its first call, the
 daemon reloads, and the process becomes the load generator (exec keeps pid and start time, and so
 the session). Its owner drains and accepts nobody, so every call arrives in another worker.
+
+All calls of one client process run in one worker. So its throughput says how much one worker can
+do, whatever a hand-over costs; what that costs is the CPU time of the whole daemon for a call.
 """
 
 import argparse
@@ -20,15 +23,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import calls
+import psutil
 from load import build_load
-from servers import BenchError, daemon_config, exchange, find_cpanbridged, running
+from servers import BenchError, cpu_seconds, daemon_config, exchange, find_cpanbridged, running
 
 CONFIG = '[modules.kept]\nimport = "bench_echo"\nfunctions = ["echo"]\naffinity = "client"\n'
+
+SETTLING_SECONDS = 0.5
 
 Report = dict[str, Any]
 
@@ -43,53 +50,62 @@ def call_kept(path: Path) -> bool:
     return bool(json.loads(exchange(path, request_to("kept")))["success"])
 
 
-def load(
-    program: Path, path: Path, module: str, options: argparse.Namespace, form: str, clients: int
-) -> Report:
-    """One run of the load generator, as a client process without a past."""
-    return _report([], program, path, module, options, form, clients)
+class Bench:
+    """The daemon, and what is asked of it."""
+
+    def __init__(
+        self, program: Path, path: Path, master: psutil.Process, options: argparse.Namespace
+    ) -> None:
+        self._program = program
+        self._path = path
+        self._master = master
+        self._options = options
+
+    def plain(self, form: str, clients: int, module: str = "bench") -> Report:
+        """One run of the load generator, as a client process without a past."""
+        before = cpu_seconds(self._master)
+        return self._run([], module, form, clients, before)
+
+    def handed_over(self, form: str, clients: int) -> Report:
+        """One run in which the owner of the client's session accepts nobody."""
+        note = self._path.with_suffix(".cpu")
+        config = str(self._path.with_suffix(".toml"))
+        become = ["--become", str(self._path), config, str(self._master.pid), str(note)]
+        return self._run([sys.executable, __file__, *become], "kept", form, clients, note)
+
+    def _run(
+        self, become: list[str], module: str, form: str, clients: int, before: float | Path
+    ) -> Report:
+        """`before` is the daemon's CPU time when the load began, or who has noted it."""
+        seconds = self._options.seconds
+        command = [
+            *become,
+            *(str(self._program), f"--socket={self._path}", f"--clients={clients}"),
+            *(f"--seconds={seconds}", f"--form={form}", "--request=-"),
+        ]
+        done = subprocess.run(
+            command, input=request_to(module), stdout=subprocess.PIPE, check=False, timeout=90
+        )
+        if not done.stdout:
+            raise BenchError(f"{' '.join(command)}: exit status {done.returncode}")
+        report: Report = json.loads(done.stdout)
+        if report["errors"] or report["unanswered"]:
+            raise BenchError(f"{module}, {form}: {report}")
+        if isinstance(before, Path):
+            before = float(before.read_text())
+        report["cpu_us"] = (cpu_seconds(self._master) - before) / report["calls"] * 1e6
+        return report
 
 
-def load_handed_over(
-    program: Path, path: Path, options: argparse.Namespace, form: str, clients: int
-) -> Report:
-    """One run in which the owner of the client's session accepts nobody."""
-    become = [sys.executable, __file__, "--become", str(path), str(path.with_suffix(".toml"))]
-    return _report(become, program, path, "kept", options, form, clients)
-
-
-def _report(
-    before: list[str],
-    program: Path,
-    path: Path,
-    module: str,
-    options: argparse.Namespace,
-    form: str,
-    clients: int,
-) -> Report:
-    command = [
-        *before,
-        *(str(program), f"--socket={path}", f"--clients={clients}"),
-        *(f"--seconds={options.seconds}", f"--form={form}", "--request=-"),
-    ]
-    done = subprocess.run(
-        command, input=request_to(module), stdout=subprocess.PIPE, check=False, timeout=90
-    )
-    if not done.stdout:
-        raise BenchError(f"{' '.join(command)}: exit status {done.returncode}")
-    report: Report = json.loads(done.stdout)
-    if report["errors"] or report["unanswered"]:
-        raise BenchError(f"{module}, {form}: {report}")
-    return report
-
-
-def become(path: str, config: str, command: list[str]) -> None:
+def become(path: str, config: str, master: int, note: str, command: list[str]) -> None:
     """Begin a session, have the daemon reload, and become the load generator."""
     if not call_kept(Path(path)):
         raise BenchError("the first call failed")
     subprocess.run(
         [find_cpanbridged(), "reload", "--config", config], check=True, stdout=subprocess.DEVNULL
     )
+    time.sleep(SETTLING_SECONDS)  # workers without sessions end, and are waited for
+    Path(note).write_text(str(cpu_seconds(psutil.Process(master))))
     os.execv(command[0], command)
 
 
@@ -128,36 +144,35 @@ def show(title: str, rounds: list[tuple[Report, Report]], field: str, unit: str)
     )
 
 
-def measure(program: Path, path: Path, options: argparse.Namespace) -> None:
+def measure(bench: Bench, path: Path, options: argparse.Namespace) -> None:
     """Run all of it, and print a line for each question."""
     print(f"{'':44}{'without':>9}{'with':>9} {'':8}{'ratio':>6}")
 
     def rounds(form: str, clients: int, *, over: bool) -> list[tuple[Report, Report]]:
         pairs = []
         for _ in range(options.rounds):
-            plain = load(program, path, "bench", options, form, clients)
+            plain = bench.plain(form, clients)
             if over:
-                kept = load_handed_over(program, path, options, form, clients)
+                pairs.append((plain, bench.handed_over(form, clients)))
             else:
-                kept = load(program, path, "kept", options, form, clients)
-            pairs.append((plain, kept))
+                pairs.append((plain, bench.plain(form, clients, "kept")))
         return pairs
 
-    show("one-shot, all handed over, 1 client", rounds("oneshot", 1, over=True), "p50_us", "us p50")
+    pairs = rounds("oneshot", 1, over=True)
+    show("one-shot, all handed over, 1 client", pairs, "p50_us", "us p50")
+    show("", pairs, "cpu_us", "us CPU")
     pairs = rounds("oneshot", 16, over=True)
-    show("one-shot, all handed over, 16 clients", pairs, "calls_per_second", "calls/s")
+    show("one-shot, all handed over, 16 clients", pairs, "cpu_us", "us CPU")
+    show("  all to one worker", pairs, "calls_per_second", "calls/s")
     pairs = rounds("oneshot", 16, over=False)
-    show("one-shot, half of them handed over, 16", pairs, "calls_per_second", "calls/s")
+    show("one-shot, half of them handed over, 16", pairs, "cpu_us", "us CPU")
+    show("  all to one worker", pairs, "calls_per_second", "calls/s")
     pairs = rounds("framed", 1, over=True)
     show("framed, handed over once, 1 client", pairs, "p50_us", "us p50")
-    before = [
-        load(program, path, "kept", options, "oneshot", 16)["calls_per_second"]
-        for _ in range(options.rounds)
-    ]
+    before = [bench.plain("oneshot", 16, "kept")["calls_per_second"] for _ in range(options.rounds)]
     with crowd(path, options.sessions):
         after = [
-            load(program, path, "kept", options, "oneshot", 16)["calls_per_second"]
-            for _ in range(options.rounds)
+            bench.plain("oneshot", 16, "kept")["calls_per_second"] for _ in range(options.rounds)
         ]
     ratio = statistics.median(after) / statistics.median(before)
     print(
@@ -169,7 +184,7 @@ def measure(program: Path, path: Path, options: argparse.Namespace) -> None:
 def main() -> int:
     """Start the daemon, measure, print."""
     if sys.argv[1:2] == ["--become"]:
-        become(sys.argv[2], sys.argv[3], sys.argv[4:])
+        become(*sys.argv[2:4], int(sys.argv[4]), sys.argv[5], sys.argv[6:])
     parser = argparse.ArgumentParser(description="Measure what finding state again costs.")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
@@ -183,8 +198,8 @@ def main() -> int:
         config.write_text(text.replace("[limits]\n", f"{CONFIG}[limits]\n"))
         command = [find_cpanbridged(), "run", "--config", str(config)]
         path = folder / "daemon.sock"
-        with running(command, path, folder / "daemon.out"):
-            measure(program, path, options)
+        with running(command, path, folder / "daemon.out") as master:
+            measure(Bench(program, path, master, options), path, options)
         return 0
     except BenchError as error:
         print(f"affinity.py: {error}", file=sys.stderr)

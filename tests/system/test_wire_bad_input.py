@@ -219,10 +219,11 @@ def test_a_framed_client_that_sends_11_mb_and_then_reads_gets_the_refusal(daemon
 
 
 @pytest.mark.parametrize("white_space", [True, False])
-def test_the_limit_is_met_exactly(new_daemon: NewDaemon, white_space: bool) -> None:
-    daemon = new_daemon("limits.max_request_size = 200000").run()
+@pytest.mark.parametrize("limit", [200_000, 500])
+def test_the_limit_is_met_exactly(new_daemon: NewDaemon, limit: int, white_space: bool) -> None:
+    daemon = new_daemon(f"limits.max_request_size = {limit}").run()
     small = json.dumps(request("probe", "echo", {"x": ""})).encode()
-    room = 200_000 - len(small)
+    room = limit - len(small)
 
     def padded(size: int) -> bytes:
         if white_space:
