@@ -184,7 +184,8 @@ def measure(bench: Bench, path: Path, options: argparse.Namespace) -> None:
 def main() -> int:
     """Start the daemon, measure, print."""
     if sys.argv[1:2] == ["--become"]:
-        become(*sys.argv[2:4], int(sys.argv[4]), sys.argv[5], sys.argv[6:])
+        socket, toml, pid, cpu_note, *program_line = sys.argv[2:]
+        become(socket, toml, int(pid), cpu_note, program_line)
     parser = argparse.ArgumentParser(description="Measure what finding state again costs.")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
