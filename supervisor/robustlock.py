@@ -56,6 +56,7 @@ class SharedLock:
         return error == 0 or self._is_ours_all_the_same(error)
 
     def _is_ours_all_the_same(self, error: int) -> bool:
+        """Whether its last holder has died, of what `_trylock` has said."""
         if error == errno.EBUSY:
             return False
         if error != errno.EOWNERDEAD:
@@ -70,7 +71,8 @@ class SharedLock:
             raise OSError(error, os.strerror(error))
 
     def __enter__(self) -> None:
-        if not self.take():
+        error = _trylock(self._mutex)
+        if error != 0 and not self._is_ours_all_the_same(error):
             self._take_patiently()
 
     def _take_patiently(self) -> None:
@@ -92,7 +94,8 @@ class SharedLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.give_back()
+        if _unlock(self._mutex) != 0:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def _check(error: int) -> None:
