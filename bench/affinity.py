@@ -31,23 +31,24 @@ from typing import Any
 import calls
 import psutil
 from load import build_load
-from servers import BenchError, cpu_seconds, daemon_config, exchange, find_cpanbridged, running
-
-CONFIG = '[modules.kept]\nimport = "bench_echo"\nfunctions = ["echo"]\naffinity = "client"\n'
+from servers import (
+    KEPT_MODULE,
+    BenchError,
+    cpu_seconds,
+    daemon_config,
+    exchange,
+    find_cpanbridged,
+    running,
+)
 
 SETTLING_SECONDS = 0.5
 
 Report = dict[str, Any]
 
 
-def request_to(module: str) -> bytes:
-    """The benchmarks' call, to one of the two modules."""
-    return json.dumps({**json.loads(calls.request()), "module": module}).encode()
-
-
 def call_kept(path: Path) -> bool:
     """Call the module that keeps state; whether that succeeded."""
-    return bool(json.loads(exchange(path, request_to("kept")))["success"])
+    return bool(json.loads(exchange(path, calls.request(module="kept")))["success"])
 
 
 class Bench:
@@ -84,7 +85,11 @@ class Bench:
             *(f"--seconds={seconds}", f"--form={form}", "--request=-"),
         ]
         done = subprocess.run(
-            command, input=request_to(module), stdout=subprocess.PIPE, check=False, timeout=90
+            command,
+            input=calls.request(module=module),
+            stdout=subprocess.PIPE,
+            check=False,
+            timeout=90,
         )
         if not done.stdout:
             raise BenchError(f"{' '.join(command)}: exit status {done.returncode}")
@@ -194,9 +199,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="cpanbridged-bench-"))
     try:
         program = build_load(folder)
-        config = daemon_config(folder, 2, unlimited=True)
-        text = config.read_text()
-        config.write_text(text.replace("[limits]\n", f"{CONFIG}[limits]\n"))
+        config = daemon_config(folder, 2, unlimited=True, more=KEPT_MODULE)
         command = [find_cpanbridged(), "run", "--config", str(config)]
         path = folder / "daemon.sock"
         with running(command, path, folder / "daemon.out") as master:

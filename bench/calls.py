@@ -24,9 +24,9 @@ def params(size: int) -> dict[str, Any]:
     return value
 
 
-def request(size: int = SMALLEST) -> bytes:
+def request(size: int = SMALLEST, module: str = "bench") -> bytes:
     """The call of `bench.echo` as the daemon's clients send it, without a frame."""
-    call = {"module": "bench", "function": "echo", "params": params(size), "request_id": "bench-1"}
+    call = {"module": module, "function": "echo", "params": params(size), "request_id": "bench-1"}
     return _json(call)
 
 

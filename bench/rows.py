@@ -13,7 +13,15 @@ from typing import Any
 import calls
 import peerenv
 from load import load_command
-from servers import BENCH, call, call_framed, call_web, daemon_config, find_cpanbridged
+from servers import (
+    BENCH,
+    KEPT_MODULE,
+    call,
+    call_framed,
+    call_web,
+    daemon_config,
+    find_cpanbridged,
+)
 
 # Clients times bytes of payload. Pure Perl takes about a second to encode and decode 1 MB, and each
 # client makes at least one call: beyond this a run would take minutes, and measure Perl alone.
@@ -68,7 +76,7 @@ def _floor(form: str, folder: Path, workers: int) -> list[str]:
 
 
 def _daemon(folder: Path, workers: int) -> list[str]:
-    config = daemon_config(folder, workers, unlimited=True)
+    config = daemon_config(folder, workers, unlimited=True, more=KEPT_MODULE)
     return [find_cpanbridged(), "run", "--config", str(config)]
 
 
@@ -113,6 +121,7 @@ _TRY_HTTP = partial(_web, calls.http_request(calls.SMALLEST, keep=False))
 _TRY_UWSGI = partial(_web, calls.uwsgi_request(calls.SMALLEST))
 _CLOSING = partial(calls.http_request, keep=False)
 _KEEPING = partial(calls.http_request, keep=True)
+_KEPT = partial(calls.request, module="kept")
 
 FLOOR = Server("floor-oneshot", partial(_floor, "oneshot"))
 FRAMED_FLOOR = Server("floor-framed", partial(_floor, "framed"), call_framed)
@@ -146,6 +155,8 @@ ROWS = [  # the yardstick first
     Row("cpanbridged, one-shot", DAEMON, _ONESHOT, calls.request),
     Row("cpanbridged, framed", DAEMON, _FRAMED, calls.request),
     Row("cpanbridged, framed, pipelined", DAEMON, _PIPELINED, calls.request, PIPELINED_MOST_BYTES),
+    Row("cpanbridged, one-shot, state of one client", DAEMON, _ONESHOT, _KEPT),
+    Row("cpanbridged, framed, state of one client", DAEMON, _FRAMED, _KEPT),
     Row("Perl call_python", DAEMON, partial(_perl, "call_python"), calls.request, PERL_MOST_BYTES),
     Row("Perl call_many", DAEMON, partial(_perl, "call_many"), calls.request, PERL_MOST_BYTES),
     Row(

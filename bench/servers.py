@@ -56,6 +56,15 @@ def extract_revision(revision: str, folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
+# For `more`: the same function where a client's calls all go to the worker that has its state.
+KEPT_MODULE = (
+    "[modules.kept]",
+    'import = "bench_echo"',
+    'functions = ["echo"]',
+    'affinity = "client"',
+)
+
+
 def daemon_config(folder: Path, workers: int, *, unlimited: bool, more: Sequence[str] = ()) -> Path:
     """Write a configuration that listens in `folder`; `unlimited`: no limit is ever reached.
 
