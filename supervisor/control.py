@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from cpanbridge.supervisor.seats import KILL_MARGIN
 
 _STOP_MARGIN = 10.0
 _CONNECT_SECONDS = 5.0
+_TIMEVAL = struct.pack("ll", int(_CONNECT_SECONDS), 0)
 _STATUS_SECONDS = 3.0
 _LOOK_SECONDS = 0.2
 
@@ -62,9 +64,12 @@ class Conversation:
         self._path = settings.sockets[0] + listener.CONTROL
         self._lines = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(_CONNECT_SECONDS)
+        # Where the queue is full, connect(2) waits for a place in it, so long; with Python's own
+        # timeout, under which the descriptor does not block, it would fail at once.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
         try:
             self._socket.connect(self._path)
+            self._socket.settimeout(_CONNECT_SECONDS)
             self._socket.sendall(msgspec.json.encode(Question(command)) + b"\n")
         except OSError as error:
             self._socket.close()

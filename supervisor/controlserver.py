@@ -5,10 +5,14 @@ it works while the gate is shut, while every thread hangs, and while workers cra
 visitor sends one line of JSON and gets lines of JSON: what is waited for, as long as something is,
 and at the end one result or error.
 
-Nobody can hold the master up: nothing here waits for a visitor, each has little room and little
-time, there are few at a time, and those that come beyond wait in the listen queue. Who may not
-signal the master may not talk to it either: only its own user and root are heard, by the kernel's
-word for who they are. Called in the master.
+Nobody can hold the master up: nothing here waits for a visitor, and each has little room and little
+time. Nor can anybody keep others out: of those that ask nothing, only watch, or have their answer,
+the oldest makes room for who comes. Those that wait for a command's outcome stay; where they are
+too many, a further command is refused and not begun, and an inquiry is answered all the same. In
+each turn of the loop one visitor is let in, so a flood of them leaves time for everything else.
+
+Who may not signal the master may not talk to it: only its own user and root are heard, by the
+kernel's word for who they are. Called in the master.
 """
 
 import contextlib
@@ -26,7 +30,9 @@ from cpanbridge.supervisor.loop import WRITE, Loop, Timer
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-MOST_VISITORS = 16
+MOST_IDLE = 16  # visitors that make room
+MOST_WAITING = 64  # for the outcome of a command
+WATCH = "watch"  # to be told the progress, until the master ends
 _LONGEST_QUESTION = 4096  # bytes
 _MOST_UNREAD = 1 << 20  # bytes of answers that a visitor has not taken
 _ASK_SECONDS = 2.0
@@ -50,20 +56,30 @@ class Answer(msgspec.Struct, omit_defaults=True):
     error: str | None = None
 
 
+Inquiry = Callable[[], Any]
 Command = Callable[["Visitor"], None]
 
 
 class ControlServer:
-    """Listens, and keeps the visitors. `progress` says what the master is waiting for, if it is."""
+    """Listens, and keeps the visitors.
+
+    `inquiries` are answered at once, by what they return; `commands` are begun, and tell the
+    visitor when they have an outcome. `progress` says what the master is waiting for, if it is.
+    """
 
     def __init__(
-        self, loop: Loop, commands: Mapping[str, Command], progress: Callable[[], str | None]
+        self,
+        loop: Loop,
+        inquiries: Mapping[str, Inquiry],
+        commands: Mapping[str, Command],
+        progress: Callable[[], str | None],
     ) -> None:
         self.loop = loop
+        self.inquiries = inquiries
         self.commands = commands
         self.progress = progress
         self._listener: socket.socket | None = None
-        self._visitors: set[Visitor] = set()
+        self._visitors: dict[Visitor, None] = {}  # in the order in which they came
         self._pause: Timer | None = None
 
     def listen(self, listener: Listener) -> None:
@@ -74,19 +90,26 @@ class ControlServer:
 
     def stop_listening(self) -> None:
         """Let nobody else in. To be called before the socket is closed."""
-        if self._listener is not None and self._is_open():
-            self.loop.forget(self._listener.fileno())
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
+        elif self._listener is not None:
+            self.loop.forget(self._listener.fileno())
         self._listener = None
 
-    def _is_open(self) -> bool:
-        return self._pause is None and len(self._visitors) < MOST_VISITORS
+    @property
+    def is_full(self) -> bool:
+        """Whether too many would wait for an outcome with the one that asks now."""
+        return sum(visitor.waits for visitor in self._visitors) > MOST_WAITING
+
+    def has_left(self, visitor: "Visitor") -> None:
+        """Called by a visitor that is closed."""
+        del self._visitors[visitor]
 
     def _watch(self) -> None:
-        if self._listener is not None and self._is_open():
-            self.loop.watch(self._listener.fileno(), self._let_in)
+        self._pause = None
+        assert self._listener is not None
+        self.loop.watch(self._listener.fileno(), self._let_in)
 
     def _let_in(self) -> None:
         assert self._listener is not None
@@ -97,23 +120,18 @@ class ControlServer:
         except OSError as error:  # out of descriptors: who waits goes on waiting
             LOGGER.error("The control socket cannot accept: %s", error.strerror)
             self.loop.forget(self._listener.fileno())
-            self._pause = self.loop.after(_EXHAUSTED_SECONDS, self._after_pause)
+            self._pause = self.loop.after(_EXHAUSTED_SECONDS, self._watch)
             return
         client.setblocking(False)
-        self._visitors.add(Visitor(self, client))
-        if not self._is_open():
-            self.loop.forget(self._listener.fileno())
+        visitor = Visitor(self, client)
+        self._visitors[visitor] = None
+        visitor.receive()  # mostly it has asked by now, and nobody has to make room
+        self._make_room()
 
-    def _after_pause(self) -> None:
-        self._pause = None
-        self._watch()
-
-    def has_left(self, visitor: "Visitor") -> None:
-        """Called by a visitor that is closed."""
-        was_full = not self._is_open()
-        self._visitors.discard(visitor)
-        if was_full:
-            self._watch()
+    def _make_room(self) -> None:
+        idle = [visitor for visitor in self._visitors if not visitor.waits]
+        for visitor in idle[: max(0, len(idle) - MOST_IDLE)]:
+            visitor.close()
 
 
 class Visitor:
@@ -129,7 +147,12 @@ class Visitor:
         self._told = ""
         self._last = False  # nothing follows what is unsent
         self._timer = self._loop.after(_ASK_SECONDS, self.close)
-        self._loop.watch(client.fileno(), self._receive)
+        self._loop.watch(client.fileno(), self.receive)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be told the outcome of a command that was begun for it."""
+        return self._question not in (None, WATCH) and not self._last
 
     def tell(self, progress: str) -> None:
         """What is being waited for; told once as long as it is the same."""
@@ -153,7 +176,8 @@ class Visitor:
             self._socket.close()
             self._server.has_left(self)
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Hear what it has sent, if anything."""
         try:
             data = self._socket.recv(_LONGEST_QUESTION)
         except BlockingIOError:
@@ -180,18 +204,25 @@ class Visitor:
             return
         if not self._may_ask():
             return
-        command = self._server.commands.get(self._question)
-        if command is None:
-            allowed = ", ".join(sorted(self._server.commands))
-            self.fail(f"there is no command {self._question!r}; there are {allowed}")
-            return
         try:
-            command(self)
+            self._answer(self._question)
         except Exception:
             self.fail("a fault of the daemon's own; its log has more")
             raise
         if not self._last:
             self._tell_progress()
+
+    def _answer(self, question: str) -> None:
+        inquiries, commands = self._server.inquiries, self._server.commands
+        if question in inquiries:
+            self.finish(inquiries[question]())
+        elif question in commands and self._server.is_full:
+            self.fail(f"{MOST_WAITING} commands wait for their outcome already")
+        elif question in commands:
+            commands[question](self)
+        elif question != WATCH:
+            allowed = ", ".join(sorted({*inquiries, *commands, WATCH}))
+            self.fail(f"there is no command {question!r}; there are {allowed}")
 
     def _may_ask(self) -> bool:
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
@@ -241,4 +272,4 @@ class Visitor:
         elif self._unsent:
             self._loop.watch(self._socket.fileno(), self._write, WRITE)
         else:
-            self._loop.watch(self._socket.fileno(), self._receive)
+            self._loop.watch(self._socket.fileno(), self.receive)

@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import setproctitle
 
@@ -80,12 +81,8 @@ class Master:
         self._shared = shared
         self._control = ControlServer(
             self._loop,
-            {
-                "status": self._tell_status,
-                "reload": self._reload_for,
-                "upgrade": self._upgrade_for,
-                "watch": lambda _: None,  # it is told the progress until the master ends
-            },
+            {"status": self._status},
+            {"reload": self._reload_for, "upgrade": self._upgrade_for},
             self._progress,
         )
         self._succession = Succession(
@@ -328,9 +325,8 @@ class Master:
         coming = self._reloader.coming if self._started else self._reloader.generation
         return status.boot_progress(coming, seats) if coming is not None else None
 
-    def _tell_status(self, visitor: Visitor) -> None:
-        seats = self._workforce.seats
-        visitor.finish(status.status(self._state(), self._reloader, seats, self._shared))
+    def _status(self) -> dict[str, Any]:
+        return status.status(self._state(), self._reloader, self._workforce.seats, self._shared)
 
     def _reload_for(self, visitor: Visitor) -> None:
         def tell(reason: str | None) -> None:

@@ -1,17 +1,23 @@
 """The control socket: it answers whatever state the workers and the gate are in."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import stat
+import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Daemon, NewDaemon
-from plain_client import Framed, connect, until
+from plain_client import Framed, connect, read_to_end, until
+
+from cpanbridge.supervisor.controlserver import MOST_IDLE, MOST_WAITING
 
 
 def ask_bytes(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
@@ -126,6 +132,116 @@ def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -
     assert daemon.stop() == 0
 
 
+def hanging_module(daemon: Daemon, config: str) -> tuple[Path, Path]:
+    """Have the next workers boot until the second file is there; they make the first when they do.
+
+    With the same configuration as before, but for `config`.
+    """
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    note, go = daemon.folder / "hangs", daemon.folder / "go"
+    (helpers / "slow.py").write_text(
+        f"import os, time\nopen({str(note)!r}, 'w').close()\n"
+        f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
+    )
+    daemon.write_config(f'{config}\n[[module_dirs]]\npath = "{helpers}"')
+    return note, go
+
+
+def say(visitor: socket.socket, command: str) -> None:
+    visitor.sendall(json.dumps({"command": command}).encode() + b"\n")
+
+
+def outcome(visitor: socket.socket) -> dict[str, Any]:
+    """The last that a visitor is told."""
+    last: dict[str, Any] = json.loads(read_to_end(visitor).splitlines()[-1])
+    return last
+
+
+def test_visitors_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
+    with contextlib.ExitStack() as stack:
+        watchers = [
+            stack.enter_context(connect(f"{daemon.path}.ctl")) for _ in range(3 * MOST_IDLE)
+        ]
+        for watcher in watchers:
+            say(watcher, "watch")
+        for _ in range(3):
+            assert ask(daemon, "status")["result"]["state"] == "running"
+        assert daemon.command("reload").returncode == 0
+        assert read_to_end(watchers[0]) == b""  # the oldest has made room
+        watchers[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):  # the last one still watches
+            watchers[-1].recv(1)
+
+
+def test_who_waits_for_an_outcome_is_not_thrown_out(daemon: Daemon) -> None:
+    note, go = hanging_module(daemon, "workers = 2")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(connect(f"{daemon.path}.ctl"))
+        say(first, "reload")
+        until(note.exists)
+        for number in range(3 * MOST_IDLE):
+            visitor = stack.enter_context(connect(f"{daemon.path}.ctl"))
+            if number % 2:
+                say(visitor, "watch")
+        assert ask(daemon, "status")["result"]["state"] == "reloading"
+        go.touch()
+        assert outcome(first) == {"result": {"generation": 2, "workers": 2}}
+
+
+def test_when_too_many_wait_a_command_is_refused_and_a_question_answered(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon("workers = 1").run()
+    note, go = hanging_module(daemon, "workers = 1")
+    with contextlib.ExitStack() as stack:
+        waiting = []
+        for _ in range(MOST_WAITING):
+            waiting.append(stack.enter_context(connect(f"{daemon.path}.ctl")))
+            say(waiting[-1], "reload")
+        assert ask(daemon, "status")["result"]["state"] == "reloading"
+        until(note.exists)
+        assert ask(daemon, "reload") == {"error": "64 commands wait for their outcome already"}
+        go.touch()
+        told = [outcome(visitor) for visitor in waiting]
+    assert told == [{"result": {"generation": MOST_WAITING + 1, "workers": 1}}] * MOST_WAITING
+    assert ask(daemon, "reload")["result"]["generation"] == MOST_WAITING + 2
+
+
+def test_a_flood_of_visitors_keeps_neither_a_command_nor_the_daemon_back(daemon: Daemon) -> None:
+    over = threading.Event()
+    flooded = []
+
+    def flood() -> None:
+        kept: deque[socket.socket] = deque()
+        while not over.is_set():
+            visitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            visitor.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # the queue is full
+                visitor.connect(f"{daemon.path}.ctl")
+            kept.append(visitor)
+            if len(kept) > 100:
+                kept.popleft().close()
+            flooded.append(1)
+        for visitor in kept:
+            visitor.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            floods = [pool.submit(flood) for _ in range(2)]
+            for _ in range(3):
+                status = daemon.command("status")
+                assert (status.returncode, status.stderr) == (0, "")
+                assert status.stdout.startswith("running: pid ")
+            os.kill(daemon.workers()[0], signal.SIGKILL)
+            until(lambda: daemon.log().count("ready (pid") == 3)
+            assert daemon.command("reload").returncode == 0
+        finally:
+            over.set()
+    assert [each.result() for each in floods] == [None, None]
+    assert len(flooded) > 1000
+
+
 def test_a_visitor_that_leaves_while_it_waits_is_forgotten(daemon: Daemon) -> None:
     descriptors = Path(f"/proc/{daemon.pid}/fd")
     before = len(list(descriptors.iterdir()))
@@ -198,11 +314,7 @@ def test_reload_of_what_does_not_run_is_exit_status_3(new_daemon: NewDaemon) -> 
 
 
 def test_a_waiting_reload_is_told_when_the_daemon_stops_or_dies(daemon: Daemon) -> None:
-    helpers = daemon.folder / "helpers"
-    helpers.mkdir()
-    note = daemon.folder / "hangs"
-    (helpers / "slow.py").write_text(f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n")
-    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    note, _ = hanging_module(daemon, "workers = 2")
     with connect(f"{daemon.path}.ctl") as visitor:
         visitor.sendall(b'{"command": "reload"}\n')
         until(note.exists)
