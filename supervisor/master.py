@@ -64,7 +64,7 @@ class Master:
         else:
             shared, bells, number = inherited.shared, inherited.bells, inherited.estate.generation
         self._loop = Loop()
-        self._notifier = Notifier(self._loop)
+        self._notifier = Notifier(self._loop, silent=inherited is not None)
         self._workforce = Workforce(self, self._loop, shared, bells, worker_main)
         self._reloader = Reloader(
             load, loaded, self._loop, shared, sockets, self._workforce, number
@@ -235,12 +235,8 @@ class Master:
     def reload(self, tell: Callable[[str | None], None]) -> None:
         """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
         if self._stopping:
-            # The service manager is told nothing more but that it stops.
             self._reloader.refuse(tell, "the daemon is stopping")
-        elif self._succession.expected:
-            # A master that has not taken over does not speak for the daemon.
-            self._reloader.refuse(tell, "an upgrade is under way")
-        elif self._succession.successor:
+        elif self._succession.successor or self._succession.expected:
             self._notifier.reloading()  # whoever has sent the signal waits for this
             self._reloader.refuse(partial(self._reloaded, tell), "an upgrade is under way")
         elif not self._started:
@@ -251,8 +247,12 @@ class Master:
             self._reloader.begin(partial(self._reloaded, tell))
 
     def _reloaded(self, tell: Callable[[str | None], None], reason: str | None) -> None:
-        self._notifier.ready(self._summary() if reason is None else f"Not reloaded: {reason}")
+        self._tell_ready(self._summary() if reason is None else f"Not reloaded: {reason}")
         tell(reason)
+
+    def _tell_ready(self, status: str) -> None:
+        if not self._stopping:  # then the service manager is told nothing more but that
+            self._notifier.ready(status)
 
     def _summary(self) -> str:
         generation = self._reloader.generation
@@ -280,10 +280,17 @@ class Master:
         """Hand over to a new master; `tell` is called once: with None when it has taken over."""
         reason = self._cannot_upgrade()
         if reason is None:
-            self._succession.begin(tell)
-        else:
-            LOGGER.error("Not upgraded, nothing has changed: %s", reason)
-            tell(reason)
+            self._succession.begin(partial(self._upgraded, tell))
+            return
+        LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+        if not self._stopping:
+            self._notifier.status(f"Not upgraded: {reason}")
+        tell(reason)
+
+    def _upgraded(self, tell: Callable[[str | None], None], reason: str | None) -> None:
+        if reason is not None:
+            self._tell_ready(f"Not upgraded: {reason}")
+        tell(reason)
 
     def _cannot_upgrade(self) -> str | None:
         if self._stopping:
@@ -299,7 +306,7 @@ class Master:
     def _taken_over(self, reason: str | None) -> None:
         """The reload by which a new master takes over is over."""
         if reason is None:
-            self._notifier.ready(self._summary())
+            self._tell_ready(self._summary())
         else:
             self._succession.refuse(reason)
             self._exit_status = 1

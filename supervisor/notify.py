@@ -2,14 +2,18 @@
 
 `NOTIFY_SOCKET` names a datagram socket, and a message is some lines of NAME=VALUE (sd_notify(3)).
 Without it nothing is told. Nothing here waits: a manager that does not read its socket misses a
-message, and that is logged once. Called in the master.
+message, and that is logged once.
+
+A service has one main process, and the manager hears no other (NotifyAccess=main). So in an upgrade
+one master speaks at a time: the old one until it has named the new one, and the new one from when
+the old one has left. Called in the master.
 """
 
 import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cpanbridge.supervisor.loop import Loop
 
@@ -20,9 +24,11 @@ VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
-    """Speaks for one master."""
+    """Speaks for one master; with `silent`, not before `speak` is called."""
 
-    def __init__(self, loop: Loop, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, loop: Loop, environ: Mapping[str, str] = os.environ, *, silent: bool = False
+    ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket: socket.socket | None = None
@@ -30,6 +36,8 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
         self._loop = loop
+        self._silent = silent
+        self._state: Sequence[str] = ()  # what would have been told last
         self._complained = False
         self._pause = 0.0
         if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
@@ -38,11 +46,17 @@ class Notifier:
     def watch_dog(self) -> None:
         """Say that the loop turns, twice in each interval that the manager allows. Called once."""
         if self._pause:
-            self._say("WATCHDOG=1")
+            self._send("WATCHDOG=1")
             self._loop.after(self._pause, self.watch_dog)
 
+    def speak(self) -> None:
+        """This master is the main process from now on. It begins with how the daemon is."""
+        self._silent = False
+        if self._state:
+            self._send(*self._state)
+
     def ready(self, status: str) -> None:
-        """It serves: after the start, and when a reload is over, however that went."""
+        """It serves: after the start, and when a reload or upgrade is over, however that went."""
         self._say("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
@@ -61,12 +75,21 @@ class Notifier:
             "STATUS=Stopping: running requests finish",
         )
 
+    def status(self, status: str) -> None:
+        """Something to know, while it is as it was."""
+        self._send(f"STATUS={status}")
+
     def handed_over(self, pid: int) -> None:
-        """Another process is the master from now on."""
-        self._say(f"MAINPID={pid}", "STATUS=Upgraded")
+        """Another process is the main one from now on, and this one says nothing more."""
+        self._send(f"MAINPID={pid}", "STATUS=Upgraded")
+        self._silent = True
 
     def _say(self, *lines: str) -> None:
-        if self._socket is None:
+        self._state = lines
+        self._send(*lines)
+
+    def _send(self, *lines: str) -> None:
+        if self._socket is None or self._silent:
             return
         try:
             self._socket.sendto("\n".join(lines).encode(), self._address)

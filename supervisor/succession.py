@@ -163,7 +163,9 @@ class Succession:
         generation.stage = Stage.SERVES
         self._workforce.expect(generation, estate.occupied, estate.life)
         self._on_taken = on_taken
-        self._predecessor = Predecessor(self._loop, inherited.end, self._take_over)
+        self._predecessor = Predecessor(
+            self._loop, inherited.end, self._take_over, self._notifier.speak
+        )
 
     def ready(self) -> None:
         """The new generation has booted."""

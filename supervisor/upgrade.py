@@ -164,6 +164,7 @@ class Successor:
             self._over = True
             self._limit.cancel()
             self._on_taken(message.mine)
+            self._line.close()  # only now: the new master hears by it that the old one has left
         elif message.error is not None:
             self._fail(message.error)
 
@@ -187,11 +188,19 @@ class Inherited(NamedTuple):
 class Predecessor:
     """The old master, as the new one sees it. Called in the new master.
 
-    `on_yours` is called once after `ready`: when the old master stands still, or is gone.
+    `on_yours` is called once after `ready`: when the old master stands still, or is gone. `on_gone`
+    is called once after that, when the old master has said its last word to anybody.
     """
 
-    def __init__(self, loop: Loop, end: socket.socket, on_yours: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        end: socket.socket,
+        on_yours: Callable[[], None],
+        on_gone: Callable[[], None],
+    ) -> None:
         self._on_yours: Callable[[], None] | None = on_yours
+        self._on_gone = on_gone
         self._gone = False
         self._asked = False
         self._line = Line(loop, end, self._hear)
@@ -205,9 +214,10 @@ class Predecessor:
             self._line.say(Message(ready=True))
 
     def refuse(self, reason: str) -> None:
-        """Tell it that there will be no new master."""
+        """Tell it that there will be no new master, whatever becomes of it from now on."""
         if not self._gone:
             self._line.say(Message(error=reason))
+        self._line.close()
 
     def taken(self) -> None:
         """Let it leave."""
@@ -221,6 +231,8 @@ class Predecessor:
             self._gone = True
         if self._asked and (message is None or message.yours):
             self._take()
+        if message is None:
+            self._on_gone()
 
     def _take(self) -> None:
         on_yours, self._on_yours = self._on_yours, None

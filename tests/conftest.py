@@ -55,6 +55,17 @@ class Daemon:
         new.write_text(text)
         new.replace(self.config)
 
+    def will_run(self, patch: str) -> None:
+        """Have what is started from now on, in this daemon's environment, run this code at first.
+
+        It stands for code on disk that has changed. A running daemon must have been started with
+        some, or the next master will not look for it.
+        """
+        folder = self.folder / "changed"
+        folder.mkdir(exist_ok=True)
+        self.environment["PYTHONPATH"] = str(folder)
+        (folder / "sitecustomize.py").write_text(patch)
+
     def command(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run `cpanbridged ARGUMENTS --config ...` to its end."""
         return subprocess.run(

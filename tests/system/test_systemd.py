@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,38 +20,72 @@ from plain_client import connect, one_shot, until
 ETC = Path(__file__).parents[2] / "etc"
 
 
+CREDENTIALS = struct.Struct("3i")
+
+
 class Manager:
-    """Listens where systemd would, and keeps what it is told."""
+    """Listens where systemd would, and keeps what it is told, and by whom."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.messages: list[dict[str, str]] = []
+        self.speakers: list[int] = []  # the process ids, by the kernel's word
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._socket.bind(path)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        while message := self._socket.recv(4096):
+        while True:
+            message, ancillary, _, _ = self._socket.recvmsg(4096, 256)
+            if not message:
+                return
             lines = message.decode().splitlines()
+            self.speakers.append(CREDENTIALS.unpack(ancillary[0][2])[0])
             self.messages.append(dict(line.split("=", 1) for line in lines))
 
     def told(self, name: str, value: str | None = None) -> list[dict[str, str]]:
         """The messages so far that have a field."""
         return [m for m in self.messages if name in m and value in (None, m[name])]
 
+    def catch_up(self) -> None:
+        """Wait until all that has been sent is heard."""
+        before = len(self.told("TEST"))
+        self._send(b"TEST=1")
+        until(lambda: len(self.told("TEST")) > before)
+
+    def check_speakers(self) -> None:
+        """See that only the main process has spoken: systemd hears no other."""
+        self.catch_up()
+        main = self.speakers[0]
+        for speaker, message in zip(self.speakers, self.messages, strict=False):
+            if "TEST" not in message:
+                assert speaker == main, message
+            main = int(message.get("MAINPID", main))
+
     def close(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
-            last.sendto(b"", self.path)
+        self._send(b"")
+
+    def _send(self, message: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message, self.path)
 
 
 @pytest.fixture
-def managed(new_daemon: NewDaemon) -> Iterator[tuple[Daemon, Manager]]:
+def prepared(new_daemon: NewDaemon) -> Iterator[tuple[Daemon, Manager]]:
+    """A daemon that will have a manager, not started yet."""
     daemon = new_daemon("workers = 2")
     manager = Manager(str(daemon.folder / "notify"))
     daemon.environment["NOTIFY_SOCKET"] = manager.path
     daemon.environment["WATCHDOG_USEC"] = "400000"
-    yield daemon.run(), manager
+    yield daemon, manager
     manager.close()
+
+
+@pytest.fixture
+def managed(prepared: tuple[Daemon, Manager]) -> tuple[Daemon, Manager]:
+    daemon, manager = prepared
+    return daemon.run(), manager
 
 
 def test_it_says_when_it_is_ready_reloads_and_stops(managed: tuple[Daemon, Manager]) -> None:
@@ -94,6 +129,98 @@ def test_an_upgrade_tells_the_new_main_pid(managed: tuple[Daemon, Manager]) -> N
     count = len(manager.told("WATCHDOG"))
     until(lambda: len(manager.told("WATCHDOG")) > count)  # the new one goes on with that
     assert daemon.stop() == 0
+    manager.check_speakers()
+
+
+def test_a_new_master_says_nothing_before_the_old_one_has_named_it(
+    prepared: tuple[Daemon, Manager],
+) -> None:
+    daemon, manager = prepared
+    go = daemon.folder / "go"
+    daemon.will_run(
+        "import os, time\n"
+        "from cpanbridge.supervisor import notify, upgrade\n"
+        "handed_over = notify.Notifier.handed_over\n"
+        "def late(notifier, pid):\n"
+        f"    while not os.path.exists({str(go)!r}):\n"
+        "        time.sleep(0.01)\n"
+        "    handed_over(notifier, pid)\n"
+        "notify.Notifier.handed_over = late\n"
+    )
+    old = daemon.run().pid
+    os.kill(old, signal.SIGUSR2)
+    until(lambda: daemon.pid != old)
+    until(lambda: json.loads(daemon.command("status", "--json").stdout)["state"] == "running")
+    manager.check_speakers()
+    assert not manager.told("MAINPID")
+    go.touch()
+    (named,) = until(lambda: manager.told("MAINPID", str(daemon.pid)))
+    _, ready = until(lambda: len(manager.told("READY")) == 2 and manager.told("READY"))
+    assert ready["STATUS"] == "Serving with 2 workers, generation 2"
+    assert manager.messages.index(named) < manager.messages.index(ready)
+    assert daemon.stop() == 0
+    manager.check_speakers()
+
+
+def test_a_failed_upgrade_is_told_by_the_old_master_and_by_nobody_else(
+    managed: tuple[Daemon, Manager],
+) -> None:
+    daemon, manager = managed
+    working = daemon.config.read_text()
+    folder = daemon.folder / "helpers"
+    folder.mkdir()
+    (folder / "bad.py").write_text("def broken(:")
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{folder}"')
+    assert daemon.command("upgrade").returncode == 1
+    _, told = until(lambda: len(manager.told("READY")) == 2 and manager.told("READY"))
+    assert told["STATUS"].startswith("Not upgraded: ")
+    assert "SyntaxError" in told["STATUS"]
+    new = int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
+    until(lambda: not Path(f"/proc/{new}").exists())
+    manager.check_speakers()
+    assert not manager.told("STOPPING")
+    daemon.replace_config(working)
+    assert daemon.command("upgrade").returncode == 0
+    assert daemon.stop() == 0
+    manager.check_speakers()
+
+
+def hanging(daemon: Daemon, number: signal.Signals) -> Path:
+    """Begin a reload or an upgrade whose workers boot until the file is there."""
+    folder = daemon.folder / "helpers"
+    folder.mkdir()
+    note, go = daemon.folder / "hangs", daemon.folder / "go"
+    (folder / "slow.py").write_text(
+        f"import os, time\nopen({str(note)!r}, 'w').close()\n"
+        f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
+    )
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{folder}"')
+    os.kill(daemon.pid, number)
+    until(note.exists)
+    return go
+
+
+def test_an_upgrade_that_is_refused_at_once_ends_no_reload(managed: tuple[Daemon, Manager]) -> None:
+    daemon, manager = managed
+    go = hanging(daemon, signal.SIGHUP)
+    os.kill(daemon.pid, signal.SIGUSR2)
+    (told,) = until(lambda: manager.told("STATUS", "Not upgraded: the daemon is reloading"))
+    assert "READY" not in told  # by which systemd would take the reload as over
+    go.touch()
+    until(lambda: len(manager.told("READY")) == 2)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_nothing_is_told_after_a_stop_has_begun(
+    managed: tuple[Daemon, Manager], number: signal.Signals
+) -> None:
+    daemon, manager = managed
+    hanging(daemon, number)
+    assert daemon.stop() == 0
+    manager.check_speakers()
+    states = [m for m in manager.messages if {"READY", "RELOADING", "STOPPING"} & m.keys()]
+    assert "STOPPING" in states[-1]
 
 
 def test_a_reload_that_an_upgrade_refuses_is_told_and_logged(

@@ -43,16 +43,9 @@ def state(daemon: Daemon) -> dict[str, Any]:
     return found
 
 
-def code_of_another_version(daemon: Daemon, patch: str) -> None:
-    """What the next master and what it forks will run besides: the code on disk has changed."""
-    folder = daemon.folder / "changed"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(patch)
-
-
 def new_patchable_daemon(new_daemon: NewDaemon) -> Daemon:
     daemon = new_daemon(CONFIG)
-    daemon.environment["PYTHONPATH"] = str(daemon.folder / "changed")
+    daemon.will_run("")
     return daemon
 
 
@@ -62,8 +55,7 @@ def test_the_new_master_is_of_the_code_on_disk_and_has_the_counts(new_daemon: Ne
         daemon.call("test", "echo", [number])
     old = daemon.workers()
     started = state(daemon)["uptime_seconds"]
-    code_of_another_version(
-        daemon,
+    daemon.will_run(
         "from cpanbridge.supervisor import version\nversion.__version__ = '9.8.7'\n",
     )
     upgrade(daemon)
@@ -122,12 +114,12 @@ def broken_module(daemon: Daemon) -> str:
 
 
 def broken_code(daemon: Daemon) -> str:
-    code_of_another_version(daemon, "import os\nos._exit(9)\n")
+    daemon.will_run("import os\nos._exit(9)\n")
     return "the new master ended: exit status 9"
 
 
 def another_layout(daemon: Daemon) -> str:
-    code_of_another_version(daemon, "from cpanbridge.supervisor import shared\nshared.LAYOUT = -1")
+    daemon.will_run("from cpanbridge.supervisor import shared\nshared.LAYOUT = -1")
     return "cannot take the running one's memory over"
 
 
@@ -155,7 +147,7 @@ def test_an_upgrade_that_cannot_be_changes_nothing_and_says_why(
     assert daemon.call("test", "echo", [1]) == [1]
     # It can be upgraded, once what was wrong has been put right.
     daemon.config.write_text(config)
-    (daemon.folder / "changed" / "sitecustomize.py").unlink(missing_ok=True)
+    daemon.will_run("")
     upgrade(daemon)
     assert daemon.stop() == 0
 
