@@ -136,6 +136,7 @@ class Succession:
     def _stay(self) -> None:
         """There is no new master after all."""
         self._successor = None
+        self._workforce.dismiss_orphans(self._reloader.generation)
         self._workforce.confined = False
         if self._workforce.standing_still:
             self._workforce.standing_still = False

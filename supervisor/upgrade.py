@@ -32,6 +32,7 @@ LOGGER = logging.getLogger("cpanbridge.master")
 
 VARIABLE = "CPANBRIDGED_HANDOVER"  # in a new master's environment: its end of the pair
 READY_SECONDS = 90.0  # more than a generation may take to boot
+_END_SECONDS = 5.0  # for a new master that has said that it cannot take over
 _ESTATE_SECONDS = 30.0
 
 
@@ -106,7 +107,8 @@ class Successor:
 
     `on_ready` is called when it could take over: the old master must do nothing any more before it
     says so with `hand_over`. `on_taken` when it has taken over, and the old one is to leave;
-    `on_failed` with the reason when there will be none, and the old master goes on.
+    `on_failed` with the reason when there is none any more, and the old master goes on. That is
+    when its process has ended: before, it might still write to the slots of its workers.
     """
 
     def __init__(
@@ -135,9 +137,11 @@ class Successor:
             theirs.close()
         self.pid = self._process.pid
         self._line = Line(loop, ours, self._hear)
+        self._loop = loop
         self._over = False
+        self._reason: str | None = None  # why it cannot take over, as far as that is known
         late = f"the new master is not ready after {READY_SECONDS:g} s"
-        self._limit = loop.after(READY_SECONDS, lambda: self.give_up(late))
+        self._limit = loop.after(READY_SECONDS, lambda: self._end(late))
         self._line.say(Message(estate=estate))
 
     def hand_over(self) -> None:
@@ -145,15 +149,15 @@ class Successor:
         self._line.say(Message(yours=True))
 
     def give_up(self, reason: str) -> None:
-        """End it: something has come that matters more, or it takes too long."""
+        """End it, and do not wait for that: the daemon stops."""
         if not self._over:
-            os.kill(self.pid, signal.SIGKILL)  # it was not waited for, or this would be over
+            self._end(reason)
             self._fail(reason)
 
     def ended(self, how: str) -> None:
         """Its process has ended and was waited for, which is not this object's to do."""
         self._process.returncode = 0
-        self._fail(f"the new master ended: {how}")
+        self._fail(self._reason or f"the new master ended: {how}")
 
     def _hear(self, message: Message | None) -> None:
         if message is None or self._over:
@@ -166,7 +170,14 @@ class Successor:
             self._on_taken(message.mine)
             self._line.close()  # only now: the new master hears by it that the old one has left
         elif message.error is not None:
-            self._fail(message.error)
+            error = self._reason = message.error
+            self._limit.cancel()
+            self._limit = self._loop.after(_END_SECONDS, lambda: self._end(error))
+
+    def _end(self, reason: str) -> None:
+        """Kill it; it was not waited for, or this would be over."""
+        self._reason = reason
+        os.kill(self.pid, signal.SIGKILL)
 
     def _fail(self, reason: str) -> None:
         if not self._over:

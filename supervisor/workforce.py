@@ -111,6 +111,20 @@ class Workforce:
             if not seat.adopt(self._adopted_ended):
                 seat.free()
 
+    def dismiss_orphans(self, last: Generation) -> None:
+        """End the workers of a dead master that was to follow this one.
+
+        They have never been in service. Nobody takes their slots until they have ended. `last` is
+        the generation before theirs.
+        """
+        seats = [s for s in self.seats if s.generation is None and self._shared.slots[s.number].pid]
+        if seats:
+            orphans = Generation(last.number + 1, last.settings, (), last.log)
+            for seat in seats:
+                seat.generation = orphans
+            self.adopt(orphans)
+            self.dismiss(orphans)
+
     def _adopted_ended(self, seat: Seat) -> None:
         LOGGER.info("Worker %d (pid %d) has left", seat.number, seat.pid)
         seat.vacate()

@@ -1,7 +1,9 @@
 """Upgrade: a new master of the code that is on disk now, and no client notices."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Daemon, NewDaemon
 from hammer import Hammer
@@ -164,7 +167,7 @@ def hanging_upgrade(daemon: Daemon) -> int:
     daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
     os.kill(daemon.pid, signal.SIGUSR2)
     until(note.exists)
-    return int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
+    return new_master(daemon)
 
 
 def let_boot(daemon: Daemon) -> None:
@@ -180,6 +183,79 @@ def test_a_new_master_that_is_killed_leaves_the_old_one(daemon: Daemon) -> None:
     for number in range(20):
         assert daemon.call("test", "echo", [number]) == [number]
     until(lambda: len(daemon.workers()) == 2)
+    assert daemon.stop() == 0
+
+
+def lives(pid: int) -> bool:
+    """Whether it is more than what its parent has not waited for yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def new_master(daemon: Daemon) -> int:
+    """The pid of the last master that an upgrade has started."""
+    return int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
+
+
+def test_a_refused_new_master_takes_no_room_from_workers_that_came_after_it(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_patchable_daemon(new_daemon).run()
+    config = daemon.config.read_text()
+    # It stops when it has told the old one, before it has waited for the workers that it kills.
+    daemon.will_run(
+        "import os, signal\n"
+        "from cpanbridge.supervisor.upgrade import Predecessor\n"
+        "refuse = Predecessor.refuse\n"
+        "def refuse_and_stop(predecessor, reason):\n"
+        "    refuse(predecessor, reason)\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "Predecessor.refuse = refuse_and_stop\n"
+    )
+    said = broken_module(daemon)
+    assert said in refused_upgrade(daemon)
+    daemon.replace_config(config)
+    assert daemon.command("reload").returncode == 0
+    note = daemon.folder / "runs"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
+        until(note.exists)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(new_master(daemon), signal.SIGCONT)
+        until(lambda: not lives(new_master(daemon)))
+        assert state(daemon)["gate"]["running"] == 1
+        os.kill(int(note.read_text()), signal.SIGKILL)
+        assert isinstance(call.exception(20), ConnectionError | ValueError)
+    assert daemon.stop() == 0
+
+
+def test_no_slot_is_used_while_a_worker_of_a_killed_new_master_still_ends(daemon: Daemon) -> None:
+    config = daemon.config.read_text()
+    folder = daemon.folder / "helpers"
+    folder.mkdir()
+    once = daemon.folder / "once"
+    # One worker boots, and takes its time to leave; the other one hangs.
+    (folder / "slow.py").write_text(
+        f"import os, time\n"
+        f"try:\n    os.close(os.open({str(once)!r}, os.O_CREAT | os.O_EXCL))\n"
+        f"except FileExistsError:\n    time.sleep(600)\n"
+        f"def shutdown():\n    time.sleep(600)\n"
+    )
+    daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
+    began = len(daemon.log())
+    os.kill(daemon.pid, signal.SIGUSR2)
+    ready = until(lambda: re.search(r"Worker (\d+) ready \(pid (\d+)\)", daemon.log()[began:]))
+    slot, pid = int(ready[1]), int(ready[2])
+    os.kill(new_master(daemon), signal.SIGKILL)
+    until(lambda: "the new master ended: killed by signal 9" in daemon.log())
+    daemon.replace_config(config)
+    assert daemon.command("reload").returncode == 0
+    known = [each for each in state(daemon)["workers"] if "worker" in each]
+    workers = {each["worker"]: each["pid"] for each in known}
+    assert workers.get(slot, pid) == pid or not lives(pid)
+    until(lambda: not lives(pid))
+    assert daemon.call("test", "echo", [1]) == [1]
     assert daemon.stop() == 0
 
 
