@@ -282,6 +282,8 @@ def _have_done(options: argparse.Namespace, command: str, failure: str) -> Any:
             return None
         with control.shown_progress() as show:
             return control.ask(settings, command, None, show)
+    except control.EndedError as error:
+        raise CommandError(f"{failure}, as far as is known: {error}") from None
     except (config.ConfigError, control.ControlError, PrivilegeError) as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None
 

@@ -38,6 +38,10 @@ class ControlError(Exception):
     """The daemon could not be told, or did not do it; one line that says why, and what to do."""
 
 
+class EndedError(ControlError):
+    """The master has ended, and it is not known what came of the command."""
+
+
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Show]:
     """On a terminal: one line on standard error that says what is waited for, wiped at the end."""
@@ -99,7 +103,7 @@ class Conversation:
 def ask(settings: Settings, command: str, timeout: float | None, show: Show) -> Any:
     """The result of a command. `timeout` is in seconds between two lines; None: no limit.
 
-    Raises ControlError, with the reason when the master refuses or fails.
+    Raises ControlError, with the reason when the master refuses or fails; EndedError when it ends.
     """
     conversation = Conversation(settings, command)
     try:
@@ -108,7 +112,7 @@ def ask(settings: Settings, command: str, timeout: float | None, show: Show) -> 
         while poll.poll(timeout * 1000 if timeout is not None else None):
             answers = conversation.hear()
             if answers is None:
-                raise ControlError("the daemon ended before it answered; its log may say why")
+                raise EndedError("the master hung up before it answered; its log may say why")
             for answer in answers:
                 if answer.error is not None:
                     raise ControlError(answer.error)

@@ -2,7 +2,8 @@
 
 Beside each socket stand two files: `PATH.lock`, locked by the running master, and `PATH.pid` with
 its process id. Only the lock tells whether a daemon runs: the kernel frees it when the master dies,
-however it dies. The pid file is believed only while the lock is held.
+however it dies. The pid file is believed only while the lock is held. When a master dies while it
+is upgraded, the new one holds the lock, and says a moment later that it is the master.
 """
 
 import contextlib
@@ -87,14 +88,32 @@ def _lock(path: str, patience: float) -> int:
         except BlockingIOError:
             if time.monotonic() > until:
                 os.close(descriptor)
-                pid = _read_pid(f"{path}.pid")
-                raise InstanceError(
-                    f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
-                ) from None
+                raise InstanceError(_in_use(path)) from None
         except OSError as error:
             os.close(descriptor)
             raise InstanceError(f"{path}.lock: cannot be locked: {error.strerror}") from None
         time.sleep(_PAUSE)
+
+
+def _in_use(path: str) -> str:
+    pid = _read_pid(f"{path}.pid")
+    if pid is not None and not _lives(pid):
+        return f"{path}: in use: {_another(pid)}"
+    return f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
+
+
+def _another(dead: int) -> str:
+    return f"the master (pid {dead}) has died, and another one takes over; try again in a moment"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
 
 
 def running_pid(socket_path: str, owner: int | None = None) -> int | None:
@@ -110,10 +129,11 @@ def running_pid(socket_path: str, owner: int | None = None) -> int | None:
         if not _is_locked(f"{socket_path}.lock", owner):
             return None
         pid = _read_pid(f"{socket_path}.pid", owner)
-        if pid is not None:
+        if pid is not None and _lives(pid):
             return pid
         if time.monotonic() > until:
-            raise InstanceError(f"{socket_path}.lock is held, but {socket_path}.pid tells no pid")
+            why = f"{socket_path}.pid tells no pid" if pid is None else _another(pid)
+            raise InstanceError(f"{socket_path}.lock is held, but {why}")
         time.sleep(0.01)  # it has only just got the lock
 
 

@@ -97,6 +97,7 @@ class Master:
         )
         self._signals = Signals(self._loop, self._handle)
         self._started = inherited is not None
+        self._taking_over = inherited is not None  # until its own workers serve
         self._reload_when_started = False
         self._stopping = False
         self._exit_status = 0
@@ -131,7 +132,7 @@ class Master:
     def handle_term(self) -> None:
         """Stop gracefully: no new client, running requests finish."""
         if not self._stopping:
-            seconds = self._reloader.loaded.settings.limits.graceful_timeout
+            seconds = self._graceful_timeout
             LOGGER.info("Stopping: running requests may take %g s", seconds)
             self._stop(seconds)
 
@@ -305,12 +306,27 @@ class Master:
 
     def _taken_over(self, reason: str | None) -> None:
         """The reload by which a new master takes over is over."""
+        self._taking_over = False
         if reason is None:
             self._tell_ready(self._summary())
-        else:
+        elif self._succession.expected:
             self._succession.refuse(reason)
             self._exit_status = 1
             self._stop(None)
+        elif not self._stopping:
+            seconds = self._graceful_timeout
+            LOGGER.error(
+                "Stopping, because the old master is dead and this one cannot take its place; "
+                "running requests may take %g s: %s",
+                seconds,
+                reason,
+            )
+            self._exit_status = 1
+            self._stop(seconds)
+
+    @property
+    def _graceful_timeout(self) -> float:
+        return self._reloader.loaded.settings.limits.graceful_timeout
 
     # -- the control socket --
 
@@ -319,7 +335,7 @@ class Master:
             return "stopping"
         if not self._started:
             return "starting"
-        if self._succession.successor:
+        if self._succession.successor or self._taking_over:
             return "upgrading"
         return "reloading" if self._reloader.coming is not None else "running"
 

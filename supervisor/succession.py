@@ -2,7 +2,8 @@
 
 What the two masters say to each other is in `upgrade.py`. Here is what each does with its own parts
 meanwhile: the old one keeps to its slots, and stands still from when the new one is ready; the new
-one serves nothing until the old one does. Called in the master.
+one serves nothing until the old one does. When the old one dies, the new one is the master at once,
+with the old workers, whether or not its own have booted. Called in the master.
 """
 
 import logging
@@ -16,7 +17,6 @@ from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.notify import Notifier
 from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import Stage
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.sockets import Sockets
 from cpanbridge.supervisor.text import describe_exit
@@ -58,6 +58,7 @@ class Succession:
         self._predecessor: Predecessor | None = None
         self._on_taken: Callable[[], None] = lambda: None
         self._put_off: list[int] = []
+        self._booted = False
         self.left = False
 
     @property
@@ -161,7 +162,7 @@ class Succession:
     def expect(self, inherited: Inherited, on_taken: Callable[[], None]) -> None:
         """This master is to take over, and calls `on_taken` when it has."""
         estate, generation = inherited.estate, self._reloader.generation
-        generation.stage = Stage.SERVES
+        generation.put_in_service()
         self._workforce.expect(generation, estate.occupied, estate.life)
         self._on_taken = on_taken
         self._predecessor = Predecessor(
@@ -171,6 +172,7 @@ class Succession:
     def ready(self) -> None:
         """The new generation has booted."""
         assert self._predecessor is not None
+        self._booted = True
         self._predecessor.ready()
 
     def refuse(self, reason: str) -> None:
@@ -179,7 +181,10 @@ class Succession:
             self._predecessor.refuse(reason)
 
     def _take_over(self) -> None:
-        """The old master does nothing any more: the daemon is this one's."""
+        """The old master does nothing any more: the daemon is this one's, and its workers.
+
+        None of them that dies before the new generation serves is replaced: that boots already.
+        """
         coming = self._reloader.coming
         if self._predecessor is None or coming is None:
             return  # it has been refused meanwhile
@@ -195,7 +200,8 @@ class Succession:
         self.watch_control()
         LOGGER.info("cpanbridged %s takes over: pid %d", __version__, os.getpid())
         self._on_taken()
-        self._reloader.ready(coming)
+        if self._booted:
+            self._reloader.ready(coming)
 
     # -- in both --
 

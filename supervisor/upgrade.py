@@ -9,7 +9,8 @@ the old workers over, completes the reload, and the old one leaves. Until that m
 serves on, and whatever goes wrong with the new one changes nothing.
 
 The two talk over a pair of sockets, a line of JSON at a time. When the old master dies meanwhile,
-the new one, which has all that is needed, takes over by itself.
+the new one, which has all that is needed, is the master at once, and completes the reload when its
+generation has booted.
 """
 
 import logging
@@ -199,8 +200,9 @@ class Inherited(NamedTuple):
 class Predecessor:
     """The old master, as the new one sees it. Called in the new master.
 
-    `on_yours` is called once after `ready`: when the old master stands still, or is gone. `on_gone`
-    is called once after that, when the old master has said its last word to anybody.
+    `on_yours` is called once: when the old master stands still, which follows `ready`, or is gone,
+    which may come at any time. `on_gone` is called once, when it is gone: it has said its last word
+    to anybody.
     """
 
     def __init__(
@@ -213,16 +215,11 @@ class Predecessor:
         self._on_yours: Callable[[], None] | None = on_yours
         self._on_gone = on_gone
         self._gone = False
-        self._asked = False
         self._line = Line(loop, end, self._hear)
 
     def ready(self) -> None:
         """The new generation has booted: ask for the daemon."""
-        self._asked = True
-        if self._gone:
-            self._take()
-        else:
-            self._line.say(Message(ready=True))
+        self._line.say(Message(ready=True))
 
     def refuse(self, reason: str) -> None:
         """Tell it that there will be no new master, whatever becomes of it from now on."""
@@ -236,19 +233,15 @@ class Predecessor:
             self._line.say(Message(mine=os.getpid()))
 
     def _hear(self, message: Message | None) -> None:
-        if message is None:
-            if not self._gone and self._on_yours is not None:
-                LOGGER.error("The old master is gone; this one takes over when it is ready")
-            self._gone = True
-        if self._asked and (message is None or message.yours):
-            self._take()
-        if message is None:
-            self._on_gone()
-
-    def _take(self) -> None:
-        on_yours, self._on_yours = self._on_yours, None
-        if on_yours is not None:
+        gone = message is None
+        self._gone = self._gone or gone
+        if (message is None or message.yours) and self._on_yours is not None:
+            on_yours, self._on_yours = self._on_yours, None
+            if gone:
+                LOGGER.error("The old master is gone: this one is the master now")
             on_yours()
+        if gone:
+            self._on_gone()
 
 
 def inherit(descriptor: int) -> Inherited:

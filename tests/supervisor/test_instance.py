@@ -74,6 +74,21 @@ def test_its_pid_is_told_while_it_runs_and_not_after(path: str) -> None:
     assert not os.path.exists(f"{path}.pid")
 
 
+def test_a_dead_pid_is_told_as_nobodys_while_the_lock_is_held(path: str, holder: Holder) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    Path(f"{path}.pid").write_text(f"{ended.pid}\n")
+    said = (
+        f"the master (pid {ended.pid}) has died, and another one takes over; try again in a moment"
+    )
+    with pytest.raises(InstanceError) as caught:
+        running_pid(path)
+    assert str(caught.value) == f"{path}.lock is held, but {said}"
+    with pytest.raises(InstanceError) as caught:
+        Instance().acquire([path])
+    assert str(caught.value) == f"{path}: in use: {said}"
+
+
 def test_a_second_one_is_refused_with_the_firsts_pid(path: str, holder: Holder) -> None:
     with pytest.raises(InstanceError) as caught:
         Instance().acquire([path])

@@ -156,23 +156,50 @@ def test_an_upgrade_that_cannot_be_changes_nothing_and_says_why(
 
 
 def hanging_upgrade(daemon: Daemon) -> int:
-    """Begin an upgrade whose workers boot until `let_boot`; the new master's pid."""
+    """Begin an upgrade whose workers boot until `let_boot` or `let_fail`; the new master's pid."""
+    note, _ = hanging_module(daemon)
+    os.kill(daemon.pid, signal.SIGUSR2)
+    until(note.exists)
+    return new_master(daemon)
+
+
+def hanging_module(daemon: Daemon) -> tuple[Path, Path]:
+    """Have the next workers boot until the second file is there; they make the first when they do.
+
+    They run what is in it.
+    """
     folder = daemon.folder / "helpers"
     folder.mkdir()
     note, go = daemon.folder / "hangs", daemon.folder / "go"
     (folder / "slow.py").write_text(
         f"import os, time\nopen({str(note)!r}, 'w')\n"
         f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
+        f"exec(open({str(go)!r}).read())\n"
     )
     daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
-    os.kill(daemon.pid, signal.SIGUSR2)
-    until(note.exists)
-    return new_master(daemon)
+    return note, go
 
 
 def let_boot(daemon: Daemon) -> None:
     """Let the workers of a hanging upgrade boot."""
     (daemon.folder / "go").touch()
+
+
+def let_fail(daemon: Daemon) -> None:
+    """Let them fail at that."""
+    new = daemon.folder / "go.new"
+    new.write_text("raise RuntimeError('spoilt')\n")
+    new.replace(daemon.folder / "go")
+
+
+def orphaned_upgrade(daemon: Daemon) -> int:
+    """Begin an upgrade as `hanging_upgrade`, and kill the old master; the new one's pid."""
+    new = hanging_upgrade(daemon)
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert daemon.process is not None
+    daemon.process.wait()
+    until(lambda: daemon.pid == new)
+    return new
 
 
 def test_a_new_master_that_is_killed_leaves_the_old_one(daemon: Daemon) -> None:
@@ -259,16 +286,84 @@ def test_no_slot_is_used_while_a_worker_of_a_killed_new_master_still_ends(daemon
     assert daemon.stop() == 0
 
 
-def test_an_old_master_that_is_killed_is_followed_by_the_new_one(daemon: Daemon) -> None:
-    old, new = daemon.pid, hanging_upgrade(daemon)
-    os.kill(old, signal.SIGKILL)
-    assert daemon.process is not None
-    daemon.process.wait()
-    assert daemon.call("test", "echo", [1]) == [1]
+def test_an_old_master_that_is_killed_is_followed_by_the_new_one_at_once(daemon: Daemon) -> None:
+    new = orphaned_upgrade(daemon)
+    found = state(daemon)
+    assert (found["state"], found["pid"], found["generation"]) == ("upgrading", new, 1)
+    started = daemon.command("start")
+    assert started.returncode == 1
+    assert f"in use by a running cpanbridged (pid {new})" in started.stderr
+    upgraded = daemon.command("upgrade")
+    assert "not upgraded, nothing has changed: the daemon is upgrading" in upgraded.stderr
+    for number in range(5):
+        assert daemon.call("test", "echo", [number]) == [number]
     let_boot(daemon)
-    until(lambda: daemon.pid == new)
     until(lambda: state(daemon)["state"] == "running")
+    found = state(daemon)
+    assert (found["pid"], found["generation"]) == (new, 2)
     assert daemon.call("test", "echo", [2]) == [2]
+    until(lambda: len(state(daemon)["workers"]) == 2)
+    assert daemon.command("reload").returncode == 0
+    assert daemon.command("stop").returncode == 0
+    assert not any(Path(f"{daemon.path}{suffix}").exists() for suffix in ("", ".pid", ".ctl"))
+
+
+def test_a_new_master_without_an_old_one_stops_well_when_it_cannot_boot(daemon: Daemon) -> None:
+    config = daemon.config.read_text()
+    old = daemon.workers()
+    note = daemon.folder / "runs"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [3, str(note)])
+        until(note.exists)
+        new = orphaned_upgrade(daemon)
+        let_fail(daemon)
+        assert call.result()["success"]
+    until(lambda: not any(lives(pid) for pid in (new, *old)), 60)
+    assert "the old master is dead and this one cannot take its place" in daemon.log()
+    assert "RuntimeError: spoilt" in daemon.log()
+    assert not any(Path(f"{daemon.path}{suffix}").exists() for suffix in ("", ".pid", ".ctl"))
+    daemon.replace_config(config)
+    started = daemon.command("start")
+    assert (started.returncode, started.stderr) == (0, "")
+    assert daemon.call("test", "echo", [1]) == [1]
+    assert daemon.command("stop").returncode == 0
+
+
+def test_a_new_master_without_an_old_one_can_be_stopped_while_it_boots(daemon: Daemon) -> None:
+    old = daemon.workers()
+    new = orphaned_upgrade(daemon)
+    stopped = daemon.command("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, f"Stopped: pid {new}\n")
+    assert not any(lives(pid) for pid in (new, *old))
+    assert not any(Path(f"{daemon.path}{suffix}").exists() for suffix in ("", ".pid", ".ctl"))
+
+
+def test_a_reload_puts_right_what_a_new_master_without_an_old_one_hangs_at(daemon: Daemon) -> None:
+    config = daemon.config.read_text()
+    new = orphaned_upgrade(daemon)
+    daemon.replace_config(config)
+    done = daemon.command("reload")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = state(daemon)
+    assert (found["state"], found["pid"], found["generation"]) == ("running", new, 3)
+    assert daemon.call("test", "echo", [1]) == [1]
+    assert daemon.command("stop").returncode == 0
+
+
+def test_an_upgrade_whose_old_master_is_killed_does_not_say_that_nothing_changed(
+    daemon: Daemon,
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        note, go = hanging_module(daemon)
+        command = pool.submit(daemon.command, "upgrade")
+        until(note.exists)
+        os.kill(daemon.pid, signal.SIGKILL)
+        done = command.result()
+        go.touch()
+    assert done.returncode == 1
+    assert "not upgraded, as far as is known: the master hung up" in done.stderr
+    until(lambda: daemon.pid == new_master(daemon))
+    until(lambda: state(daemon)["state"] == "running")
     assert daemon.command("stop").returncode == 0
 
 
