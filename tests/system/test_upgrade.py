@@ -287,6 +287,7 @@ def test_no_slot_is_used_while_a_worker_of_a_killed_new_master_still_ends(daemon
 
 
 def test_an_old_master_that_is_killed_is_followed_by_the_new_one_at_once(daemon: Daemon) -> None:
+    first, second = daemon.workers()
     new = orphaned_upgrade(daemon)
     found = state(daemon)
     assert (found["state"], found["pid"], found["generation"]) == ("upgrading", new, 1)
@@ -295,8 +296,11 @@ def test_an_old_master_that_is_killed_is_followed_by_the_new_one_at_once(daemon:
     assert f"in use by a running cpanbridged (pid {new})" in started.stderr
     upgraded = daemon.command("upgrade")
     assert "not upgraded, nothing has changed: the daemon is upgrading" in upgraded.stderr
+    os.kill(first, signal.SIGKILL)
+    until(lambda: f"(pid {first}) has left" in daemon.log())
     for number in range(5):
         assert daemon.call("test", "echo", [number]) == [number]
+    assert daemon.call("probe", "worker_pid") == second
     let_boot(daemon)
     until(lambda: state(daemon)["state"] == "running")
     found = state(daemon)
