@@ -48,6 +48,13 @@ def span(seconds: float, note: str | None = None) -> list[float]:
     return [began, time.monotonic()]
 
 
+def run_until(file: str, note: str) -> None:
+    """Ends when the file is there. Before, it writes its pid to the file `note`."""
+    span(0, note)
+    while not os.path.exists(file):
+        time.sleep(0.02)
+
+
 def hold_interpreter(seconds: int, note: str) -> None:
     """As `span`, in C code that never lets another thread of the process run."""
     span(0, note)

@@ -160,11 +160,10 @@ def outcome(visitor: socket.socket) -> dict[str, Any]:
 
 def test_visitors_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
     with contextlib.ExitStack() as stack:
-        watchers = [
-            stack.enter_context(connect(f"{daemon.path}.ctl")) for _ in range(3 * MOST_IDLE)
-        ]
-        for watcher in watchers:
-            say(watcher, "watch")
+        watchers = []
+        for _ in range(3 * MOST_IDLE):
+            watchers.append(stack.enter_context(connect(f"{daemon.path}.ctl")))
+            say(watchers[-1], "watch")
         for _ in range(3):
             assert ask(daemon, "status")["result"]["state"] == "running"
         assert read_to_end(watchers[0]) == b""  # the oldest has made room

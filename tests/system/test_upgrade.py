@@ -315,15 +315,16 @@ def test_an_old_master_that_is_killed_is_followed_by_the_new_one_at_once(daemon:
 def test_a_new_master_without_an_old_one_stops_well_when_it_cannot_boot(daemon: Daemon) -> None:
     config = daemon.config.read_text()
     old = daemon.workers()
-    note = daemon.folder / "runs"
+    note, end = daemon.folder / "runs", daemon.folder / "end"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [3, str(note)])
+        call = pool.submit(one_shot, daemon.path, "probe", "run_until", [str(end), str(note)])
         until(note.exists)
         new = orphaned_upgrade(daemon)
         let_fail(daemon)
+        until(lambda: "the old master is dead and this one cannot take its place" in daemon.log())
+        end.touch()
         assert call.result()["success"]
     until(lambda: not any(lives(pid) for pid in (new, *old)), 60)
-    assert "the old master is dead and this one cannot take its place" in daemon.log()
     assert "RuntimeError: spoilt" in daemon.log()
     assert not any(Path(f"{daemon.path}{suffix}").exists() for suffix in ("", ".pid", ".ctl"))
     daemon.replace_config(config)
@@ -391,12 +392,12 @@ def test_neither_a_reload_nor_another_upgrade_gets_in_between(daemon: Daemon) ->
 
 
 def test_calls_and_kept_connections_of_old_workers_end_well(daemon: Daemon) -> None:
-    note = daemon.folder / "runs"
+    note, end = daemon.folder / "runs", daemon.folder / "end"
     body = json.dumps({"module": "test", "function": "echo", "params": [1]}).encode()
     with ThreadPoolExecutor(1) as pool, Framed(daemon.path) as kept, connect(daemon.path) as begun:
         assert kept.call("test", "ping") is not None
         begun.sendall(body[:10])
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [8, str(note)])
+        call = pool.submit(one_shot, daemon.path, "probe", "run_until", [str(end), str(note)])
         until(note.exists)
         until(lambda: daemon.metrics()["gate"]["connections"] == 4)
         upgrade(daemon)
@@ -406,6 +407,7 @@ def test_calls_and_kept_connections_of_old_workers_end_well(daemon: Daemon) -> N
         begun.settimeout(20)
         assert json.loads(begun.recv(65536))["result"] == [1]
         assert state(daemon)["gate"]["running"] == 1
+        end.touch()
         assert call.result()["success"]
     until(lambda: len(state(daemon)["workers"]) == 2)
     assert state(daemon)["gate"]["running"] == state(daemon)["gate"]["connections"] == 0
