@@ -21,9 +21,9 @@ import logging
 import math
 import os
 import select
-import socket
 import time
 from collections.abc import Callable, Sequence
+from socket import SocketType
 from typing import NamedTuple
 
 from cpanbridge.supervisor import postbox
@@ -82,7 +82,7 @@ class Affinity:
         self.sessions = Sessions(shared.slots[slot], limits.stale_timeout, self._forget)
         self.outgoing = Outgoing(shared, slot, bells, taken)
 
-    def may_be_here(self, connection: socket.socket) -> bool:
+    def may_be_here(self, connection: SocketType) -> bool:
         """Whether a client's process has a session here: a guess that costs little."""
         return self.sessions.has_pid(credentials(connection).pid)
 

@@ -17,7 +17,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Limits
@@ -44,11 +43,6 @@ class Stops(NamedTuple):
 
     door: int  # nobody is let in any more, and a kept connection takes up no further request
     all: int  # no request is taken up any more
-
-
-def _unread(frame: bytes, rest: bytearray) -> bytes:
-    """A framed client's bytes from one request on, as they were read."""
-    return protocol.to_frame(frame) + bytes(rest)
 
 
 class Connections:
@@ -352,19 +346,22 @@ class Connections:
 
         `deadline` is when the first must be complete, 0.0: `read_timeout` from now.
         """
-        buffer = bytearray(data)
+        at = 0  # where the request begins
         try:
             while True:
-                frame = self._reader.next_frame(peer, buffer, deadline)
-                if frame is None:
-                    return False
-                reply = self._reply_to(peer, frame, buffer, call)
+                end = self._reader.frame_end(data, at)
+                if end > len(data):
+                    data, at = self._reader.read_frame(peer, data[at:], deadline), 0
+                    if not data:
+                        return False
+                    continue
+                reply = self._reply_to(peer, data, at, end, call)
                 self._send(peer, protocol.to_frame(reply))
                 if self._leaving and not self._stays(peer):
                     raise Draining
-                if not buffer:
+                if end == len(data):
                     return self._rest(peer)
-                call, deadline = None, 0.0
+                at, call, deadline = end, None, 0.0
         except Draining:
             self._send(peer, NO_MORE_REQUESTS)
         except Refusal as refusal:
@@ -375,13 +372,13 @@ class Connections:
             peer.linger(LINGER_SECONDS)
         return False
 
-    def _reply_to(self, peer: Peer, frame: bytes, rest: bytearray, call: Call | None) -> bytes:
-        """The reply to one request. Raises Draining, HandedOver."""
+    def _reply_to(self, peer: Peer, data: bytes, at: int, end: int, call: Call | None) -> bytes:
+        """The reply to the request that stands at `at` in `data`. Raises Draining, HandedOver."""
         try:
             if call is None:
-                call = self._calls.resolve(frame)
+                call = self._calls.resolve(data[at + protocol.FRAME_HEADER.size : end])
             stop = self._stops.all if self._stays(peer) else self._stops.door
-            return self._run(peer, call, partial(_unread, frame, rest), stop)
+            return self._run(peer, call, lambda: data[at:], stop)
         except Refusal as refusal:
             return self._calls.refuse(refusal, peer)
 

@@ -28,6 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from socket import SocketType
 from typing import NamedTuple
 
 from cpanbridge.supervisor import postbox
@@ -324,7 +325,7 @@ class Incoming:
             self._refuse(sender, ticket)
             if not complete:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=descriptors[0])
+        client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0])
         if client.gettimeout() is not None:
             client.settimeout(None)  # a module has called socket.setdefaulttimeout
         data = _from_memory(descriptors[1]) if in_memory else message[_HEADER.size :]

@@ -29,7 +29,7 @@ class KeepAlive:
         self.descriptor = self._epoll.fileno()
 
     def rest(self, peer: Peer) -> None:
-        """Put a connection to rest; from then on it is of whoever `next` returns it to.
+        """Put a connection to rest; from then on it is of whoever takes it out of `awake`.
 
         Called in the thread that has served it. Raises OSError when there is no memory for it; it
         is the caller's still.
@@ -53,17 +53,15 @@ class KeepAlive:
         except FileExistsError:  # another process has it too, and it was here before
             self._epoll.modify(descriptor, _ONCE)
 
-    def next(self) -> Peer | None:
-        """One that has sent something, or has ended, and rests no longer; None: there is none.
+    def look(self) -> None:
+        """See which have sent something, or have ended: they rest no longer, and are `awake`.
 
         Called by the thread at the door.
         """
-        if not self.awake:
-            for descriptor, _ in self._epoll.poll(0, MOST_AT_ONCE):
-                peer = self._resting.pop(descriptor, None)
-                if peer is not None:
-                    self.awake.append(peer)
-        return self.awake.popleft() if self.awake else None
+        for descriptor, _ in self._epoll.poll(0, MOST_AT_ONCE):
+            peer = self._resting.pop(descriptor, None)
+            if peer is not None:
+                self.awake.append(peer)
 
     def wake_any(self) -> Peer | None:
         """One that rests, whether it has sent something or not; None when there is none.

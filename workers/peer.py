@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 from fcntl import ioctl
+from socket import SocketType
 from termios import FIONREAD
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Credentials(NamedTuple):
     gid: int
 
 
-def credentials(connection: socket.socket) -> Credentials:
+def credentials(connection: SocketType) -> Credentials:
     """The other end's (SO_PEERCRED); -1 each for a socket that is broken already."""
     try:
         told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
@@ -72,7 +73,7 @@ class Peer:
         "taken_over",
     )
 
-    def __init__(self, client: socket.socket, entry: int) -> None:
+    def __init__(self, client: SocketType, entry: int) -> None:
         self.socket = client
         self.entry = entry  # in the worker's roster
         self.dismissed = False  # no further request of it is taken up
@@ -187,7 +188,7 @@ class Peer:
             self.socket.shutdown(socket.SHUT_RD)
 
 
-def _set_timeout(client: socket.socket, option: int, seconds: float) -> None:
+def _set_timeout(client: SocketType, option: int, seconds: float) -> None:
     # 0 would mean forever, so a time that is over becomes the shortest there is.
     microseconds = max(1, int(seconds * 1e6))
     timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))

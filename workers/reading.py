@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.roster import READING, RosterWriter
-from cpanbridge.workers import protocol
 from cpanbridge.workers.calls import Draining
 from cpanbridge.workers.peer import Peer
-from cpanbridge.workers.protocol import Refusal
+from cpanbridge.workers.protocol import FRAME_HEADER, Refusal
 from cpanbridge.workers.scanner import ObjectScanner
 
 
@@ -52,27 +51,33 @@ class Reader:
             raise self._too_large(f"over {self._limits.max_request_size}")
         return b"".join(pieces)
 
-    def next_frame(self, peer: Peer, buffer: bytearray, deadline: float) -> bytes | None:
-        """Take the next request out of `buffer`; read what is missing of it.
+    def frame_end(self, data: bytes | bytearray, at: int) -> int:
+        """Where a framed request ends that begins at `at`; beyond `data` if that is not all of it.
 
-        None when the client has ended the connection. `deadline` (CLOCK_MONOTONIC seconds) is when
-        it must be complete; 0.0: `read_timeout` from now. Raises Refusal, Draining.
+        Raises Refusal when it is too large.
         """
-        length = -1
-        while True:
-            if length < 0 and len(buffer) >= 4:
-                (length,) = protocol.FRAME_HEADER.unpack_from(buffer)
-                if length > self._limits.max_request_size:
-                    raise self._too_large(f"{length}")
-            if 0 <= length <= len(buffer) - 4:
-                frame = bytes(memoryview(buffer)[4 : 4 + length])
-                del buffer[: 4 + length]
-                return frame
-            deadline = deadline or time.monotonic() + self._limits.read_timeout
+        if len(data) < at + FRAME_HEADER.size:
+            return at + FRAME_HEADER.size + 1
+        (length,) = FRAME_HEADER.unpack_from(data, at)
+        if length > self._limits.max_request_size:
+            raise self._too_large(f"{length}")
+        end: int = at + FRAME_HEADER.size + length
+        return end
+
+    def read_frame(self, peer: Peer, data: bytes, deadline: float) -> bytes:
+        """Read to the end of a framed request, which begins with `data`, or a little further.
+
+        Nothing when the client has ended the connection. `deadline` (CLOCK_MONOTONIC seconds) is
+        when it must be complete; 0.0: `read_timeout` from now. Raises Refusal, Draining.
+        """
+        deadline = deadline or time.monotonic() + self._limits.read_timeout
+        buffer = bytearray(data)
+        while self.frame_end(buffer, 0) > len(buffer):
             data = self._receive_more(peer, deadline)
             if not data:
-                return None
+                return b""
             buffer += data
+        return bytes(buffer)
 
     def _receive_more(self, peer: Peer, deadline: float) -> bytes:
         """More bytes of a request that has begun. Raises Refusal when none come, Draining."""

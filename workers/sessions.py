@@ -13,11 +13,11 @@ import logging
 import os
 import secrets
 import select
-import socket
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from socket import SocketType
 from typing import Any
 
 from cpanbridge.supervisor.owners import BY_CONNECTION, Client
@@ -184,7 +184,7 @@ class Sessions:
         session = self._sessions.get(client) if client is not None else None
         return session is not None and not session.expired
 
-    def enter(self, client: Client, connection: socket.socket) -> Session:
+    def enter(self, client: Client, connection: SocketType) -> Session:
         """The client's session, for one call; it begins if there is none. `leave` must follow.
 
         Raises ProcessLookupError when the client process has ended, another OSError when there is
@@ -204,7 +204,7 @@ class Sessions:
             session.running += 1
             return session
 
-    def _begin(self, client: Client, connection: socket.socket) -> Session:
+    def _begin(self, client: Client, connection: SocketType) -> Session:
         if self._watch is None:
             watch = threading.Thread(target=self._watch_ends, name="sessions", daemon=True)
             try:

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from socket import SocketType
 
 from cpanbridge.supervisor.gate import MOST_TURNED_AWAY, Obstacle
 from cpanbridge.workers import protocol
@@ -34,7 +35,7 @@ Answer = Callable[[Obstacle, str | None], bytes]
 class _Guest:
     """A client on its way out."""
 
-    def __init__(self, client: socket.socket, obstacle: Obstacle) -> None:
+    def __init__(self, client: SocketType, obstacle: Obstacle) -> None:
         client.setblocking(False)
         self.socket = client
         self._since = time.monotonic()
@@ -92,7 +93,7 @@ class Turnstile:
         """Whether one more can be taken."""
         return self._guests < MOST_TURNED_AWAY
 
-    def take(self, client: socket.socket, obstacle: Obstacle) -> None:
+    def take(self, client: SocketType, obstacle: Obstacle) -> None:
         """Answer a client and see it out. Called by the thread at the door."""
         with self._lock:
             self._guests += 1
