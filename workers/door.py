@@ -23,6 +23,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
+from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.handover import FEW, Incoming, Outgoing
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
@@ -62,6 +63,7 @@ class _Nobody(Enum):
     OUTSIDE = "nobody waits there"
     FOR_NOW = "somebody waits, but is not to be had for want of a descriptor, memory, or a place"
     BUT_LOOK_AGAIN = "somebody was turned away"
+    OTHERS_FIRST = "other workers have fewer clients"
 
 
 class Door(Generic[C]):
@@ -69,8 +71,8 @@ class Door(Generic[C]):
 
     `prepare` turns the first bytes into a call that can run at once, or None; it is told when they
     arrived, if that was in another worker. `incoming` has the clients that other workers put there,
-    `outgoing` those on their way to them, `keep_alive` those at rest. With a `turnstile` nobody is
-    left to wait outside.
+    `outgoing` those on their way to them, `keep_alive` those at rest; `balance` spreads those from
+    outside over the workers. With a `turnstile` nobody is left to wait outside.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Door(Generic[C]):
         incoming: Incoming,
         outgoing: Outgoing,
         keep_alive: KeepAlive,
+        balance: Balance,
         turnstile: Turnstile | None = None,
     ) -> None:
         self._listeners = list(listeners)
@@ -91,6 +94,7 @@ class Door(Generic[C]):
         self._incoming = incoming
         self._outgoing = outgoing
         self._keep_alive = keep_alive
+        self._balance = balance
         # How many may be let in from there in a row, while somebody may wait on the other side.
         self._turns_inside = 0
         self._turns_outside = MOST_IN_A_ROW
@@ -127,9 +131,12 @@ class Door(Generic[C]):
             outcome = _Nobody.OUTSIDE
             if self._shut:
                 self.is_shut = True
+            elif look_outside and self._balance.holds_back():
+                outcome = _Nobody.OTHERS_FIRST
             elif look_outside:
                 found = self._let_in()
                 if isinstance(found, Arrival):
+                    self._balance.let_in()
                     self._turns_outside -= 1
                     if self._turns_outside <= 0:
                         self._turns_outside = MOST_IN_A_ROW
@@ -149,7 +156,8 @@ class Door(Generic[C]):
         elif outcome is _Nobody.OUTSIDE:
             ready = self._arrivals.poll()
         else:
-            ready = self._interrupts.poll(A_LITTLE_SECONDS)
+            others_first = outcome is _Nobody.OTHERS_FIRST
+            ready = self._interrupts.poll(A_MOMENT if others_first else A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
             self._turns_inside = MOST_IN_A_ROW

@@ -38,6 +38,7 @@ from cpanbridge.supervisor.place import Place, send_report
 from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, PLEA_HANGS, PLEA_NONE, PLEA_WORN
 from cpanbridge.workers import builtin, modules
 from cpanbridge.workers.affinity import Affinity
+from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
@@ -53,6 +54,9 @@ from cpanbridge.workers.watch import Watch
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 TITLE_SECONDS = 1.0
+# After so long a thread that computes gives others the interpreter lock, who ask for it after each
+# system call. Python's own 5 ms make a quick call beside slow ones take many times as long.
+SWITCH_SECONDS = 0.0005
 LAST_WORDS_SECONDS = 0.5
 _FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP)
 
@@ -65,6 +69,7 @@ def run(place: Place) -> NoReturn:
         end_with_master(True)
         if select.select([place.lifeline], [], [], 0)[0]:
             os._exit(1)  # it has ended before that
+        sys.setswitchinterval(SWITCH_SECONDS)
         setproctitle.setproctitle(f"cpanbridged: worker {place.slot} gen {place.generation} boots")
         faulthandler.enable()
         # What each thread is at, written to the log without the interpreter's help: the master asks
@@ -160,7 +165,7 @@ class Worker:
         self._door: Door[Call] = Door(
             *(place.listeners, self._gate, calls.prepare),
             Incoming(place.shared, place.slot, place.bells, self._gate),
-            *(self._affinity.outgoing, keep_alive),
+            *(self._affinity.outgoing, keep_alive, Balance(place.shared, place.slot)),
             self._turnstile,
         )
         self._bell = place.bells[place.slot].watch
