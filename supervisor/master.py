@@ -19,6 +19,7 @@ from cpanbridge.supervisor import logs, status
 from cpanbridge.supervisor.config import Load, Loaded
 from cpanbridge.supervisor.controlserver import ControlServer, Visitor
 from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.hangs import HangDetector
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.monitor import Monitor
@@ -78,6 +79,7 @@ class Master:
             [each.socket for each in sockets.listeners],
             self._workforce.retire_for_memory,
         )
+        self._hangs = HangDetector(self._loop, shared, self._workforce)
         self._shared = shared
         self._control = ControlServer(
             self._loop,
@@ -102,7 +104,7 @@ class Master:
         self._stopping = False
         self._exit_status = 0
         if inherited is not None:
-            self._succession.expect(inherited, self._monitor.start)
+            self._succession.expect(inherited, self._start_watching)
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
@@ -206,7 +208,7 @@ class Master:
             return
         self._workforce.put_in_service(generation)
         self._started = True
-        self._monitor.start()
+        self._start_watching()
         LOGGER.info(
             "cpanbridged %s ready: pid %d, %d workers, listening on %s",
             __version__,
@@ -218,6 +220,11 @@ class Master:
         self._notifier.ready(self._summary())
         if self._reload_when_started:
             self.handle_hup()
+
+    def _start_watching(self) -> None:
+        """The daemon is this master's from now on, and clients are served."""
+        self._monitor.start()
+        self._hangs.start()
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
         """A worker does not boot: before the daemon was ready there is no daemon then."""

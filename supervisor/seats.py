@@ -121,10 +121,10 @@ class Seat:
         """Why the worker asks to be retired: PLEA_..."""
         return int(self._slot.plea)
 
-    @property
-    def may_stay(self) -> bool:
-        """Whether the worker has been told to leave in its own time."""
-        return self.told and not self._slot.leave_by
+    def leaves_within(self, seconds: float) -> bool:
+        """Whether the worker was given a time to leave that is over by then."""
+        leave_by = int(self._slot.leave_by)
+        return 0 < leave_by <= time.monotonic_ns() + int(seconds * 1e9)
 
     @property
     def lets_in(self) -> bool:

@@ -37,7 +37,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 9
+LAYOUT = 10
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -138,11 +138,16 @@ class Slot(ctypes.Structure):
         ("memory", ctypes.c_int64),  # bytes, with all that the worker has started
         # Changes when a worker has ended: what its state was is lost. See owners.py.
         ("incarnation", ctypes.c_int64),
-        # Written by the worker's main thread, and by the master once it is dead.
+        # Set by the worker's main thread; cleared by it too, and by the master when it hangs or is
+        # dead.
         ("serves", ctypes.c_int64),  # 1: it may become the owner of new state
         # Written by the worker's main thread.
         ("shut", ctypes.c_int64),  # 1: it lets nobody in any more
         ("plea", ctypes.c_int64),  # PLEA_...: why it asks to be retired
+        # Written by the worker under its watch's lock: which of its calls is the first whose time
+        # will be over. See hangs.py.
+        ("call_deadline", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: it has none
+        ("call_function", ctypes.c_int64),  # that call's: see tally.py
         # Written by the worker under the gate's lock.
         ("admitted", ctypes.c_int64),  # requests let through to run
         # 1: there is room for a client that the thread at the door may be accepting. Taken under
@@ -334,6 +339,7 @@ class Shared:
         slot.leave_by = 0
         slot.shut = 0
         slot.plea = PLEA_NONE
+        slot.call_deadline = 0
         slot.reserved = 0
         slot.closed = slot.opened
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost

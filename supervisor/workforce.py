@@ -24,7 +24,6 @@ from cpanbridge.supervisor.shared import (
     ORDER_RETIRE,
     ORDER_STOP,
     PLEA_HANGS,
-    PLEA_NONE,
     PLEA_WORN,
     Shared,
 )
@@ -35,8 +34,6 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 30.0
 SETTLED_SECONDS = 1.0  # one that was ready for so long did not die of its start
 PAUSE_AFTER_READY = 0.5  # for one that was not
-
-_PLEAS = {PLEA_HANGS: "a call hangs", PLEA_WORN: "it has run max_requests"}
 
 
 class Owner(Protocol):
@@ -70,7 +67,7 @@ class Workforce:
         self.seats = [Seat(company, number) for number in range(len(shared.slots))]
         self._stopping = False
         self._adopted: Generation | None = None  # of another master
-        loop.watch(company.plea, self._hear_pleas)
+        loop.watch(company.plea, self._rung)
         self.standing_still = False  # another master is about to take over: nobody is forked
         self.confined = False  # to the seats it has: another master uses the others
 
@@ -268,16 +265,32 @@ class Workforce:
             self._give_up(seat, "one worker fewer")
         return True
 
-    def _hear_pleas(self) -> None:
+    def _rung(self) -> None:
         os.eventfd_read(self._company.plea)
+        self.hear_pleas()
+
+    def hear_pleas(self) -> None:
+        """Retire the workers that ask for it; those that are told already are not told again."""
         for seat in self.seats:
-            hangs = seat.plea == PLEA_HANGS
-            if hangs and seat.may_stay:
-                seat.hurry = True
-                self._tell_to_retire(seat)  # it drains, which must not take as long as it hangs
-            elif seat.plea != PLEA_NONE:
-                reason = _PLEAS[seat.plea]
-                self.retire(seat.number, reason, replace_first=True, hurry=hangs)
+            if seat.plea == PLEA_HANGS:
+                self.retire_hung(seat.number)
+            elif seat.plea == PLEA_WORN:
+                self.retire(seat.number, "it has run max_requests", replace_first=True, hurry=False)
+
+    def retire_hung(self, slot: int) -> None:
+        """As `retire`, for a worker with a call that does not end, which may be leaving already.
+
+        It must not take as long to drain as it hangs: it has `graceful_timeout` from now. Without
+        effect when it was told so before.
+        """
+        seat = self.seats[slot]
+        if not seat.leaving:
+            self.retire(slot, "a call hangs", replace_first=True)
+        elif seat.generation is not None and not self._stopping and not self.standing_still:
+            seat.hurry = True
+            seconds = seat.generation.settings.limits.graceful_timeout
+            if seat.told and not seat.leaves_within(seconds):
+                self._tell_to_retire(seat)
 
     def _tell_to_retire(self, seat: Seat) -> None:
         assert seat.generation is not None

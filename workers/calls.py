@@ -146,14 +146,14 @@ class Calls:
         """Seconds until a client with a timeout of its own waits no longer."""
         return (call.request.timeout or 0.0) - (time.monotonic() - call.arrived)
 
-    def _watch_if_limited(self, call: Call, peer: Peer) -> Running | None:
+    def _watch_if_limited(self, call: Call, function: int, peer: Peer) -> Running | None:
         """Have the call watched, if it may take only so long: the module's time or the client's."""
         limit = seconds = call.target.request_timeout
         if call.request.timeout is not None:
             left = max(0.001, self._left(call))
             if not limit or left < limit:
                 limit, seconds = call.request.timeout, left
-        return self._watch.begin(call.request, peer, limit, seconds)
+        return self._watch.begin(call.request, function, peer, limit, seconds)
 
     def run(self, call: Call, peer: Peer) -> bytes:
         """Run an admitted request and return the reply; its room is given back in any case."""
@@ -162,7 +162,7 @@ class Calls:
         if function < 0:
             function = self._number(call)
         self.roster.runs(peer.entry)
-        watched = self._watch_if_limited(call, peer)
+        watched = self._watch_if_limited(call, function, peer)
         started = time.monotonic_ns()
         problem: str | None = "the daemon's own fault"
         try:

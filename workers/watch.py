@@ -10,7 +10,8 @@ once, not when its thread returns or its worker ends, which may take `graceful_t
 
 A call without a limit costs nothing here. While there are some with one, the main thread looks
 every `LOOK_SECONDS`; there is no alarm for each. A call that never gives up the interpreter lock,
-in a C library, keeps the main thread from looking as well.
+in a C library, keeps the main thread from looking as well. So the worker's slot says which call's
+time is over first, and the master looks whether it was looked after (supervisor/hangs.py).
 """
 
 import logging
@@ -22,6 +23,7 @@ import traceback
 from types import FrameType
 
 from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.shared import Slot
 from cpanbridge.workers import modules, protocol
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Request
@@ -36,19 +38,29 @@ class AnsweredError(OSError):
 
 
 class Running:
-    """A call under way. Times are CLOCK_MONOTONIC seconds, 0.0: none."""
+    """A call under way. Times are CLOCK_MONOTONIC nanoseconds, 0: none."""
 
-    __slots__ = ("answered", "deadline", "limit", "peer", "request", "slow_at", "started", "thread")
+    __slots__ = (
+        *("answered", "deadline", "function", "limit", "peer"),
+        *("request", "slow_at", "started", "thread"),
+    )
 
     def __init__(
-        self, request: Request, peer: Peer, limit: float, seconds: float, slow: float
+        self,
+        request: Request,
+        function: int,
+        peer: Peer,
+        limit: float,
+        seconds: float,
+        slow: float,
     ) -> None:
         self.request = request
+        self.function = function  # its number in the table of names
         self.peer = peer
         self.limit = limit  # as it was set, of which some may have passed before the start
-        self.started = time.monotonic()
-        self.deadline = self.started + seconds if seconds else 0.0
-        self.slow_at = self.started + slow if slow else 0.0
+        self.started = time.monotonic_ns()
+        self.deadline = self.started + int(seconds * 1e9) if seconds else 0
+        self.slow_at = self.started + int(slow * 1e9) if slow else 0
         self.thread = threading.get_ident()
         self.answered = False  # by the watch; written under its lock
 
@@ -65,26 +77,36 @@ class Running:
 class Watch:
     """One worker's watch. `wake` is an eventfd that makes the main thread call `look` soon."""
 
-    def __init__(self, worker: int, slow: float, wake: int, gate: Gate) -> None:
+    def __init__(self, worker: int, slot: Slot, slow: float, wake: int, gate: Gate) -> None:
         self._worker = worker
+        self._slot = slot
         self._slow = slow
         self._wake = wake
         self._gate = gate
         self._lock = threading.Lock()
         self._running: set[Running] = set()
+        self._first: Running | None = None  # of those with a deadline; the slot says so too
         self._looking = False
         self.hangs = False  # a call has not ended in its time: the worker is to be retired
 
-    def begin(self, request: Request, peer: Peer, limit: float, seconds: float) -> Running | None:
+    def begin(
+        self, request: Request, function: int, peer: Peer, limit: float, seconds: float
+    ) -> Running | None:
         """A call starts that may take so many seconds, 0.0: any time. Called in its thread.
 
         `limit` is the time as its client is told it.
         """
         if not seconds and not self._slow:
             return None
-        running = Running(request, peer, limit, seconds, self._slow)
+        running = Running(request, function, peer, limit, seconds, self._slow)
+        deadline = running.deadline
         with self._lock:
             self._running.add(running)
+            first = self._first
+            if deadline and (first is None or deadline < first.deadline):
+                self._first = running
+                self._slot.call_function = function  # before the time, which makes it valid
+                self._slot.call_deadline = deadline
             looking, self._looking = self._looking, True
         if not looking:
             os.eventfd_write(self._wake, 1)
@@ -94,14 +116,29 @@ class Watch:
         """It has returned; False when its client was answered meanwhile. Called in its thread."""
         with self._lock:
             self._running.discard(running)
+            if running is self._first:
+                self._find_first()
             return not running.answered
+
+    def _find_first(self) -> None:
+        """Say which call's time is over first, now that another one's is not. Under the lock."""
+        first = None
+        for each in self._running:
+            if each.deadline and (first is None or each.deadline < first.deadline):
+                first = each
+        self._first = first
+        if first is None:
+            self._slot.call_deadline = 0
+        else:
+            self._slot.call_function = first.function
+            self._slot.call_deadline = first.deadline
 
     def look(self) -> float | None:
         """Answer for calls whose time is over; returns in how many seconds to look again.
 
         None when there is nothing to look at. Called in the worker's main thread.
         """
-        now = time.monotonic()
+        now = time.monotonic_ns()
         with self._lock:
             if not self._running:
                 self._looking = False
@@ -110,10 +147,12 @@ class Watch:
             for each in overdue:
                 # Who sets these gives the room back, once: the call's thread sees them in `end`.
                 each.answered = each.peer.given_up = True
-                each.deadline = each.slow_at = 0.0
+                each.deadline = each.slow_at = 0
+            if overdue:
+                self._find_first()
             slow = [each for each in self._running if each.slow_at and each.slow_at <= now]
             for each in slow:
-                each.slow_at = 0.0
+                each.slow_at = 0
         frames = sys._current_frames() if overdue or slow else {}
         for each in overdue:
             try:
@@ -140,14 +179,14 @@ class Watch:
         running.peer.say_last(reply)
 
     def _tell(
-        self, level: int, running: Running, now: float, what: str, frame: FrameType | None
+        self, level: int, running: Running, now: int, what: str, frame: FrameType | None
     ) -> None:
         LOGGER.log(
             level,
             "Worker %d: %s has been running for %.1f s %s%s",
             self._worker,
             running.describe(),
-            now - running.started,
+            (now - running.started) / 1e9,
             what,
             "; it is at" if frame is not None else "",
             extra={"trace": _stack(frame)},

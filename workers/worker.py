@@ -147,9 +147,11 @@ class Worker:
         self._stops = Stops(os.eventfd(0, flags), os.eventfd(0, flags))
         self._gate = Gate(place.shared, place.slot, place.bells)
         self._attention = os.eventfd(0, flags)  # the watch has something to look at
-        self._watch = Watch(place.slot, self._limits.slow_request, self._attention, self._gate)
-        calls = Calls(place.settings, place.slot, place.shared, self._gate, registry, self._watch)
         self._slot = place.shared.slots[place.slot]
+        self._watch = Watch(
+            *(place.slot, self._slot, self._limits.slow_request, self._attention, self._gate)
+        )
+        calls = Calls(place.settings, place.slot, place.shared, self._gate, registry, self._watch)
         self._affinity = Affinity(
             *(place.shared, place.slot, place.bells, self._limits, calls.roster),
             lambda peer: self._connections.let_go(peer),

@@ -7,6 +7,7 @@ import decimal
 import enum
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -292,3 +293,19 @@ def hide() -> int:
 
 def points(text: str) -> list[int]:
     return [ord(each) for each in text]
+
+
+def backtrack(note: str | None = None) -> bool:
+    """As `span`, for ever: a regular expression that tries all ways to cut the text."""
+    span(0, note)
+    return re.match(r"(a+)+$", "a" * 64 + "b") is not None
+
+
+def hold_gate(note: str) -> None:
+    """Takes the gate's lock and hangs, as a call may do that gets to run in the wrong moment."""
+    frame = sys._getframe()
+    while not hasattr(frame.f_locals.get("self"), "_gate"):  # of the worker's code that calls this
+        assert frame.f_back is not None
+        frame = frame.f_back
+    with frame.f_locals["self"]._gate._lock:
+        backtrack(note)
