@@ -389,14 +389,28 @@ class Shared:
         keeps = max(limit, old.count() if old is not None else 0)
         os.ftruncate(self.fd, at + _in_pages(8 * entries_for(limit, keeps)))
         ring = self.header.rings[number % 2]
-        ring.at, ring.limit, ring.keeps = at, limit, keeps
+        if ring.at:
+            self._give_back(ring)
+            ring.at = 0
+        ring.limit, ring.keeps, ring.at = limit, keeps, at  # in this order: `at` makes it valid
         if old is not None:
             self._map_ring(ring).inherit(old)
         self.header.ring_number = number
 
+    def _give_back(self, ring: Ring) -> None:
+        """Free the memory of a ring that was replaced twice. The file keeps its size, with a hole.
+
+        Who reads there yet, without the lock, finds times of long ago.
+        """
+        with mmap.mmap(self.fd, self._size_of(ring), offset=ring.at) as memory:
+            memory.madvise(mmap.MADV_REMOVE)
+
+    @staticmethod
+    def _size_of(ring: Ring) -> int:
+        return 8 * entries_for(ring.limit, ring.keeps)
+
     def _map_ring(self, ring: Ring) -> Window:
-        size = 8 * entries_for(ring.limit, ring.keeps)
-        memory = mmap.mmap(self.fd, size, offset=ring.at)
+        memory = mmap.mmap(self.fd, self._size_of(ring), offset=ring.at)
         return Window(self.header, memoryview(memory).cast("q"), ring.limit, ring.keeps)
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import time
 from typing import Any
 
 import pytest
@@ -135,6 +136,21 @@ def test_another_process_finds_everything_by_the_descriptor_alone() -> None:
     other.resize_window(30)
     assert shared.slots[1].failed == 9
     assert shared.window.limit == 30
+
+
+def test_limits_that_change_again_and_again_take_no_more_memory() -> None:
+    shared = create(2, 100_000)
+    for _ in range(50_000):
+        shared.window.record(time.monotonic_ns())
+
+    def blocks_after(changes: int) -> int:
+        for change in range(changes):
+            shared.resize_window((200_000, 100_000)[change % 2])
+        assert shared.window.count() == 50_000
+        return os.fstat(shared.fd).st_blocks
+
+    few = blocks_after(2)
+    assert blocks_after(20) <= 1.1 * few
 
 
 def test_memory_of_another_layout_is_refused() -> None:

@@ -1,0 +1,34 @@
+"""What a daemon holds, and what it leaves behind when it has ended."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+from conftest import Daemon
+
+MEMORY = "/memfd:cpanbridged (deleted)"
+
+
+def memory_of(daemon: Daemon) -> int:
+    """Bytes that the daemon's shared memory takes."""
+    for each in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        if os.readlink(each) == MEMORY:
+            return 512 * each.stat().st_blocks
+    raise AssertionError("it has none")
+
+
+def users_of(folder: Path) -> list[int]:
+    """Processes that have a file of a daemon's folder open, as all processes of a daemon have."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            links = Path(f"/proc/{process.pid}/fd").iterdir()
+            if any(str(folder) in os.readlink(each) for each in links):
+                found.append(process.pid)
+    return found
+
+
+def left_in(folder: Path) -> set[str]:
+    """The files in a daemon's folder."""
+    return {each.name for each in folder.iterdir()}
