@@ -65,7 +65,8 @@ class HangDetector:
         self._look()
 
     def _look(self) -> None:
-        self._workforce.hear_pleas()  # some may have been put to another master
+        if any(slot.plea for slot in self._shared.used_slots):
+            self._workforce.hear_pleas()  # it may have been put to another master
         now = time.monotonic_ns()
         next_look = now + LOOK_NS
         known, self._overdue = self._overdue, {}

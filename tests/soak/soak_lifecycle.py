@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from collections import Counter
 from typing import Any
@@ -20,11 +21,12 @@ import pytest
 from conftest import Daemon, NewDaemon
 from hammer import Hammer
 from leftovers import left_in, memory_of, users_of
-from plain_client import until
+from plain_client import connect, request, until
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
 SEED = int(os.environ.get("SOAK_SEED", str(time.time_ns())))
-CONFIG = "limits.max_connections = 90\nlimits.drain_timeout = 20"
+CONFIG = "limits.max_connections = 90\nlimits.drain_timeout = 20\nlimits.graceful_timeout = 3"
+HANG_SECONDS = 8  # over graceful_timeout and what comes on top of it
 NO_RATE = "limits.max_requests_per_minute = 0"
 
 
@@ -57,6 +59,7 @@ class Tormentor:
         self._daemon = daemon
         self.chance = chance
         self.done: dict[str, int] = {}
+        self._hung: list[socket.socket] = []
 
     def do_something(self) -> None:
         deeds = {
@@ -66,6 +69,7 @@ class Tormentor:
             self.upgrade: 2,
             self.kill_a_worker: 6,
             self.kill_the_master: 2,
+            self.hang_a_worker: 2,
             self.send_a_signal: 6,
             self.ask: 3,
         }
@@ -108,6 +112,19 @@ class Tormentor:
             assert "in use by a running cpanbridged" in started.stderr, started.stderr
             until(lambda: "pid" in status(self._daemon), 60, "a master")
 
+    def hang_a_worker(self) -> None:
+        """By a call that keeps the interpreter lock; it ends, for its master may be killed."""
+        params = [HANG_SECONDS, str(self._daemon.folder / "note")]
+        call = request("probe", "hold_interpreter", params, timeout=0.5)
+        client = connect(self._daemon.path)
+        client.sendall(json.dumps(call).encode())
+        self._hung.append(client)
+
+    def let_go(self) -> None:
+        """Close what is open."""
+        while self._hung:
+            self._hung.pop().close()
+
     def send_a_signal(self) -> None:
         name = self.chance.choice(["HUP", "USR1", "USR2", "TTIN", "TTOU", "CHLD"])
         with contextlib.suppress(ProcessLookupError):
@@ -131,6 +148,7 @@ def test_a_long_torment_ends_with_the_right_counts_and_nothing_left(
             time.sleep(tormentor.chance.uniform(0, 1.0))
     finally:
         hammer.stop()
+        tormentor.let_go()
     errors = Counter(kind_of(error) for error in hammer.errors)
     with capsys.disabled():
         print(f"\nseed {SEED}: {hammer.answered} answered, {dict(errors)}", tormentor.done)
@@ -138,8 +156,9 @@ def test_a_long_torment_ends_with_the_right_counts_and_nothing_left(
     # A killed process ends connections, and nobody listens until the next master; nothing else may
     # go wrong.
     assert errors.keys() <= {"connection lost", "not run", "nobody listens"}, errors
-    kills, masters = (tormentor.done.get(f"kill_{who}", 0) for who in ("a_worker", "the_master"))
-    assert errors["connection lost"] <= 16 * (kills + masters)
+    deeds = ("kill_a_worker", "kill_the_master", "hang_a_worker")
+    kills, masters, hangs = (tormentor.done.get(deed, 0) for deed in deeds)
+    assert errors["connection lost"] <= 16 * (kills + masters + hangs)
     assert masters or not errors["not run"] + errors["nobody listens"]
     until(lambda: settled(daemon), 60, "peace")
     gate = status(daemon)["gate"]
@@ -151,7 +170,7 @@ def test_a_long_torment_ends_with_the_right_counts_and_nothing_left(
     assert "step of the master" not in daemon.log()
     assert daemon.command("stop").returncode == 0
     until(lambda: users_of(daemon.folder) == [], 30, "the end of all processes")
-    assert left_in(daemon.folder) <= {"c.toml", "d.log", "d.sock.lock", "journal"}
+    assert left_in(daemon.folder) <= {"c.toml", "d.log", "d.sock.lock", "journal", "note"}
     assert daemon.command("start").returncode == 0  # nothing is in its way
     assert daemon.command("stop").returncode == 0
 
