@@ -104,7 +104,7 @@ class Sockets:
         try:
             missing = [path for path in settings.sockets if path not in there]
             self.listeners = [*lent, *self._listen(settings, missing)]
-            self.control = _listen_for_control(settings)
+            self.control = self._listen_for_control(settings)
         except ListenError:
             self.close()
             self.release()
@@ -129,7 +129,7 @@ class Sockets:
         try:
             added = self._listen(settings, missing)
             if control is None or settings.sockets[0] + listener.CONTROL != control.path:
-                control = _listen_for_control(settings)
+                control = self._listen_for_control(settings)
             gid = listener.group_id(settings.socket_group)
             for each in (each for each in kept if not each.lent):
                 access.append((each, *each.set_access(int(settings.socket_mode, 8), gid)))
@@ -148,6 +148,17 @@ class Sockets:
             self.close(made)
             raise
         return made
+
+    def _listen_for_control(self, settings: Settings) -> Listener:
+        """The control socket beside the first path, whose lock is held: nobody else may use it.
+
+        Where the path's last owner died, so did this one's. Workers of it may still have copies,
+        and would seem to answer.
+        """
+        first = settings.sockets[0]
+        path = first + listener.CONTROL
+        stale = {path} if first in self._instance.unclean else ()
+        return listener.listen(path, 0o600, None, stale)
 
     def close(self, listeners: Sequence[Listener] | None = None) -> None:
         """Take the files away and listen no more. Workers have their own copies of the sockets."""
@@ -210,11 +221,6 @@ class Change:
 def _prepare_folders(paths: Sequence[str], *, create: bool) -> None:
     for path in paths:
         listener.prepare_folder(path, create=create)
-
-
-def _listen_for_control(settings: Settings) -> Listener:
-    """The control socket beside the first path, whose lock is held: nobody else may use it."""
-    return listener.listen(settings.sockets[0] + listener.CONTROL, 0o600, None, ())
 
 
 def _held(each: Listener) -> HeldListener:

@@ -6,6 +6,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from conftest import Daemon, NewDaemon
 from plain_client import Framed, connect, one_shot, read_to_end, until
 
@@ -72,6 +73,23 @@ def test_a_full_disk_under_the_log_costs_lines_and_nothing_else(new_daemon: NewD
     assert daemon.command("reload").returncode == 0
     assert daemon.command("upgrade").returncode == 0
     assert daemon.call("test", "ping")["message"] == "pong"
+    assert daemon.command("stop").returncode == 0
+
+
+@pytest.mark.parametrize("change", ["reload", "upgrade"])
+def test_a_daemon_starts_at_once_after_a_masters_death_whatever_its_workers_still_run(
+    daemon: Daemon, change: str
+) -> None:
+    assert daemon.command(change).returncode == 0
+    note = daemon.folder / "runs"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [5, str(note)])
+        until(note.exists)
+        os.kill(daemon.pid, signal.SIGKILL)
+        started = daemon.command("start")
+        assert started.returncode == 0, started.stderr
+        assert daemon.call("test", "ping")["message"] == "pong"
+        assert call.result()["success"]
     assert daemon.command("stop").returncode == 0
 
 
