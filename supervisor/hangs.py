@@ -90,17 +90,16 @@ class HangDetector:
     def _see_to(self, overdue: Overdue) -> None:
         seat, slot = self._workforce.seats[overdue.slot], self._shared.slots[overdue.slot]
         was_free, overdue.gate_was_free = overdue.gate_was_free, self._gate_is_free()
-        if not overdue.told:
-            overdue.told = True
+        told, overdue.told = overdue.told, True
+        if not told:
             LOGGER.error(
                 "Worker %d (pid %d): the time of %s is over, and nothing in the worker gets to run "
                 "that could see to it: a call holds the interpreter lock, or the process is "
-                "stopped. Its threads are at:",
+                "stopped. What its threads are at follows",
                 seat.number,
                 seat.pid,
                 self._shared.names.all()[slot.call_function],
             )
-            seat.signal(signal.SIGUSR2)  # it writes that to the log, see workers/worker.py
         elif not (was_free or overdue.gate_was_free):
             LOGGER.error(
                 "Worker %d (pid %d) is killed: it hangs, and the gate's lock does not come free, "
@@ -111,6 +110,8 @@ class HangDetector:
             seat.kill()
         slot.serves = 0  # if it goes on after all, it is to leave, and does not set this again
         self._workforce.retire_hung(overdue.slot)
+        if not told:  # at last, for these lines are written in pieces
+            seat.signal(signal.SIGUSR2)  # see workers/worker.py
 
     def _gate_is_free(self) -> bool:
         """Whether the gate's lock can be had. It is held for microseconds."""
