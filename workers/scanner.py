@@ -2,7 +2,7 @@ r"""Finding the end of a one-shot request: one JSON object, in however many piec
 
 Parsing again after each piece would take time quadratic in the size, and a loop over the bytes in
 Python would be slow. `ObjectScanner` sees each byte once, and only with operations that run in C:
-drop the escapes, split at the quotes that are left, keep every other part, and follow the braces.
+drop the escapes, keep the quotes and braces alone, and follow those braces that are in no string.
 
 It finds where the object ends, not whether it is valid: `{]}` is complete, and the parser says what
 is wrong with it. UTF-8 needs no decoding here: its bytes beyond ASCII are all above 0x7F.
@@ -11,8 +11,9 @@ is wrong with it. UTF-8 needs no decoding here: its bytes beyond ASCII are all a
 from itertools import accumulate
 
 _WHITE_SPACE = b" \t\r\n"
-_NOT_BRACES = bytes(byte for byte in range(256) if byte not in b"{}")
+_NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'{}"')
 _STEPS = bytes.maketrans(b"{}", b"\x01\xff")  # +1 and -1 as signed bytes
+_LEVELS = 8  # that are taken away at once, before the braces are followed one by one
 
 
 class ObjectScanner:
@@ -20,7 +21,7 @@ class ObjectScanner:
 
     def __init__(self) -> None:
         self._begun = False
-        self._depth = 0
+        self._depth = 1  # inside the object
         self._in_string = False
         self._escape_open = False  # the last byte escapes the one to come
 
@@ -33,15 +34,20 @@ class ObjectScanner:
             self._begun = True
             if not piece.startswith(b"{"):
                 return True
+            piece = piece[1:]
         if self._escape_open:
             piece = piece[1:]
         # Backslashes in a row pair up from the left, as `replace` does.
-        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
         self._escape_open = plain.endswith(b"\\")
-        parts = plain.split(b'"')
+        # Two quotes with nothing between them that counts are a string, or the end of one and the
+        # beginning of the next: what follows is as much inside or outside without them.
+        parts = plain.translate(None, _NOT_STRUCTURE).replace(b'""', b"").split(b'"')
         structure = b"".join(parts[1 if self._in_string else 0 :: 2])
         self._in_string ^= len(parts) % 2 == 0
-        steps = memoryview(structure.translate(_STEPS, _NOT_BRACES)).cast("b")
+        for _ in range(_LEVELS):
+            structure = structure.replace(b"{}", b"")  # it goes as deep without them
+        steps = memoryview(structure.translate(_STEPS)).cast("b")
         depths = list(accumulate(steps, initial=self._depth))
         self._depth = depths[-1]
-        return len(depths) > 1 and min(depths[1:]) <= 0
+        return min(depths) <= 0
