@@ -316,3 +316,17 @@ def hold_gate(note: str) -> None:
         frame = frame.f_back
     with frame.f_locals["self"]._gate._lock:
         backtrack(note)
+
+
+def fork_bomb() -> list[int]:
+    """Forks until the kernel refuses; the pids of the children, which do nothing."""
+    children: list[int] = []
+    while True:
+        try:
+            child = os.fork()
+        except BlockingIOError:
+            return children
+        if child == 0:
+            while True:
+                signal.pause()
+        children.append(child)

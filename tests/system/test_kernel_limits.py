@@ -1,0 +1,82 @@
+"""What the kernel does to a daemon in a control group: no more processes, no more memory."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Daemon, NewDaemon
+from plain_client import one_shot, until
+
+ROOT = Path("/sys/fs/cgroup")
+MEGABYTE = 1 << 20
+
+# Sets one limit for the daemon and all that it starts, by the name of its file.
+SetLimit = Callable[[Daemon, str, int], None]
+
+
+@pytest.fixture
+def set_limit() -> Iterator[SetLimit]:
+    groups: list[Path] = []
+
+    def set_to(daemon: Daemon, name: str, value: int) -> None:
+        controller = name.split(".")[0]
+        version1 = (ROOT / controller).is_dir()
+        group = (ROOT / controller if version1 else ROOT) / f"cpanbridged-test-{os.getpid()}"
+        if version1 and name == "memory.max":
+            name = "memory.limit_in_bytes"
+        try:
+            group.mkdir()
+            groups.append(group)
+            (group / name).write_text(str(value))
+            for pid in (daemon.pid, *daemon.workers()):
+                (group / "cgroup.procs").write_text(str(pid))
+        except OSError as error:
+            pytest.skip(f"no control group to be had here: {error}")
+
+    yield set_to
+    for group in groups:
+        with contextlib.suppress(OSError):
+            for pid in (group / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        until(lambda group=group: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_a_fork_bomb_takes_no_other_worker_with_it(
+    new_daemon: NewDaemon, set_limit: SetLimit
+) -> None:
+    daemon = new_daemon("workers = 2\nlimits.max_memory_mb = 4096").run()
+    set_limit(daemon, "pids.max", 60)
+    bomb = daemon.call("probe", "fork_bomb")
+    assert len(bomb) > 20
+    for _ in range(20):
+        assert one_shot(daemon.path, "test", "ping")["success"]
+    # A worker that dies now is replaced when there is room for it again.
+    victim = daemon.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: "died: killed by signal 9 (SIGKILL); replacing it" in daemon.log())
+    assert one_shot(daemon.path, "test", "ping")["success"]
+    for pid in bomb:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: len(set(daemon.workers()) - {victim}) == 2)
+    until(lambda: daemon.call("system", "health")["checks"]["workers"]["status"] != "fail")
+    for _ in range(20):
+        assert one_shot(daemon.path, "test", "ping")["success"]
+
+
+def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(
+    new_daemon: NewDaemon, set_limit: SetLimit
+) -> None:
+    daemon = new_daemon("workers = 2\nlimits.max_memory_mb = 8192").run()
+    set_limit(daemon, "memory.max", 300 * MEGABYTE)
+    before = set(daemon.workers())
+    with pytest.raises(ValueError, match="Expecting value"):  # its connection ends without a reply
+        one_shot(daemon.path, "probe", "hoard", [1000])
+    until(lambda: "died: killed by signal 9 (SIGKILL); replacing it" in daemon.log())
+    until(lambda: len(daemon.workers()) == 2)
+    assert len(before & set(daemon.workers())) == 1
+    assert one_shot(daemon.path, "test", "ping")["success"]
+    assert daemon.metrics()["gate"]["connections"] == 1
