@@ -23,7 +23,6 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
-from socket import SocketType
 from typing import NamedTuple
 
 from cpanbridge.supervisor import postbox
@@ -37,7 +36,7 @@ from cpanbridge.workers.handover import Outgoing
 from cpanbridge.workers.identity import Identities, start_time
 from cpanbridge.workers.journey import Fate, Journey, Passenger
 from cpanbridge.workers.modules import FOR_CLIENT
-from cpanbridge.workers.peer import Peer, credentials
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal
 from cpanbridge.workers.sessions import Session, Sessions
 
@@ -81,10 +80,6 @@ class Affinity:
         self._identities = Identities()
         self.sessions = Sessions(shared.slots[slot], limits.stale_timeout, self._forget)
         self.outgoing = Outgoing(shared, slot, bells, taken)
-
-    def may_be_here(self, connection: SocketType) -> bool:
-        """Whether a client's process has a session here: a guess that costs little."""
-        return self.sessions.has_pid(credentials(connection).pid)
 
     def join(self, call: Call, peer: Peer, data: Callable[[], bytes], stop: int) -> Session:
         """The client's session, for one call of a module that has an affinity; `leave` must follow.

@@ -151,10 +151,9 @@ class Connections:
         if peer is not None and peer.journey is not None:
             return False  # its owner may not be there any more: that takes a while to see to
         target = arrival.call.target
-        if target.is_quick:
-            return True
-        # Putting a client into another worker's postbox is quick, whatever the call takes there.
-        return target.owned_as is not None and not self._affinity.may_be_here(arrival.client)
+        # Putting a client into another worker's postbox is quick, whatever the call takes there; if
+        # it is to run here after all, `_run` sees to that.
+        return target.is_quick or target.owned_as is not None
 
     def serve(self, arrival: Arrival[Call]) -> None:
         """Serve a client that was let in, or one that has sent something after a rest."""
@@ -422,6 +421,8 @@ class Connections:
             return self._calls.run(call, peer)
         session = self._affinity.join(call, peer, data, stop)
         try:
+            if not call.target.is_quick:
+                self._step_aside()
             self._calls.admit(call, peer, stop, self._step_aside)
             run_in(session)
             return self._calls.run(call, peer)

@@ -47,6 +47,8 @@ FEW = 8
 # The receiver's incarnation, the sender's slot and ticket, when the client was accepted, its
 # requests so far, when this one arrived, data in a memfd.
 _HEADER = struct.Struct("=qqqqqqd?")
+_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
 _BUSY = (
     errno.EAGAIN,
@@ -303,11 +305,10 @@ class Incoming:
             ring(self._bells[sender].watch)
 
     def _take_out(self) -> Parcel | None:
-        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         while True:
             try:
                 message, ancillary, told, _ = self._box.recvmsg(
-                    _HEADER.size + MOST_INLINE, _SPACE, flags
+                    _HEADER.size + MOST_INLINE, _SPACE, _FLAGS
                 )
             except BlockingIOError:
                 return None
@@ -316,7 +317,7 @@ class Incoming:
                 _HEADER.unpack_from(message)
             )
             ticket = Ticket(place, number)
-            complete = not told & socket.MSG_CTRUNC and len(descriptors) == 1 + in_memory
+            complete = not told & _TRUNCATED and len(descriptors) == 1 + in_memory
             if complete and incarnation == self._incarnation:
                 break
             # Meant for the worker that had this slot before, or there was no room for it.

@@ -169,10 +169,6 @@ class Sessions:
         """How many there are; those that silence has ended do not count."""
         return int(self._slot.sessions)
 
-    def has_pid(self, pid: int) -> bool:
-        """Whether a process that has or had this pid has a session."""
-        return pid in self._by_pid
-
     def of_process(self, pid: int) -> Session | None:
         """The session of the process that has this pid now."""
         session = self._by_pid.get(pid)
