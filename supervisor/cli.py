@@ -22,14 +22,18 @@ from cpanbridge.supervisor.daemon import serve, take_over
 from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError
+from cpanbridge.supervisor.place import Mains
 from cpanbridge.supervisor.privileges import PrivilegeError, identity
 from cpanbridge.supervisor.reports import format_duration
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.status import load_lines, when
 from cpanbridge.supervisor.upgrade import VARIABLE, UpgradeError
 from cpanbridge.supervisor.version import __version__
-from cpanbridge.workers import builtin, modules, worker
-from cpanbridge.workers.modules import ModuleLoadError
+from cpanbridge.workers import builtin, template, worker
+from cpanbridge.workers.loading import Loader, ModuleLoadError
+from cpanbridge.workers.modules import Registry
+
+MAINS = Mains(worker.run, template.run)
 
 DONE, FAILED, WRONG_USAGE, NOT_RUNNING = 0, 1, 2, 3
 
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if VARIABLE in os.environ:
             load = _load if options.command == "run" else _load_for_background
-            return take_over(partial(load, options), worker.run)
+            return take_over(partial(load, options), MAINS)
         status = COMMANDS[options.command](options)
         sys.stdout.flush()
         return status
@@ -176,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         status = serve(
             lambda: _load(options),
-            worker.run,
+            MAINS,
             lambda reason: reasons.append(reason) if reason else None,
         )
     finally:
@@ -217,7 +221,7 @@ def _load_for_background(options: argparse.Namespace) -> config.Loaded:
 
 def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> int:
     try:
-        return serve(load, worker.run, tell)
+        return serve(load, MAINS, tell)
     except (config.ConfigError, InstanceError, ListenError, LogError, PrivilegeError) as error:
         tell(str(error))
         return FAILED
@@ -310,6 +314,8 @@ def _print_status(state: dict[str, Any]) -> None:
     if "gate" in state:
         for line in load_lines(state["gate"], state["resource_status"]):
             print(f"  {line}")
+    if state.get("template"):
+        print(f"  pid {state['template']}: template, which forks the workers")
     for each in state["workers"]:
         print(f"  pid {each['pid']}: {each['title']}")
     if "problem" in state:
@@ -348,10 +354,10 @@ def check(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _load_modules(settings: config.Settings) -> modules.Registry:
+def _load_modules(settings: config.Settings) -> Registry:
     """Import all that is exposed, as a worker would. Raises ModuleLoadError."""
-    return modules.load(
-        settings, builtin.built_in(Shared.create(1, settings.limits), settings, list)
+    return Loader(settings, builtin.NAMES).load(
+        builtin.built_in(Shared.create(1, settings.limits), settings, list)
     )
 
 

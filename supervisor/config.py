@@ -84,6 +84,7 @@ class Module(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     functions: Functions
     affinity: Affinity = "none"
     request_timeout: SecondsOrNever | None = None
+    preload: bool | None = None
 
 
 class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +94,7 @@ class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     functions: Functions = "*"
     affinity: Affinity = "module"
     request_timeout: SecondsOrNever | None = None
+    preload: bool | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_format: Literal["text", "json"] = "text"
     debug: bool = False
     overload: Literal["wait", "reject"] = "wait"
+    preload: bool = True
     python_path: list[Path_] = msgspec.field(default_factory=list)
     modules: dict[ModuleName, Module] = msgspec.field(default_factory=dict)
     module_dirs: list[ModuleDir] = msgspec.field(default_factory=list)
@@ -132,6 +135,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             return module.request_timeout
         return self.limits.request_timeout
 
+    def preloads(self, module: Module | ModuleDir) -> bool:
+        """Whether a module is imported once for all workers, if it can be."""
+        return self.preload if module.preload is None else module.preload
+
+    @property
+    def preloads_any(self) -> bool:
+        """Whether there is a module to be imported for all workers."""
+        tables: list[Module | ModuleDir] = [*self.modules.values(), *self.module_dirs]
+        return any(map(self.preloads, tables))
+
     @property
     def thread_count(self) -> int:
         """Connections that one worker serves at a time: as set, or all that there may be."""
@@ -150,12 +163,13 @@ _RULES = {
     "affinity": 'must be "none", "client" or "module"',
     "functions": 'must be "*" or a list of function names',
     "debug": "must be true or false",
+    "preload": "must be true or false",
 }
 
 # The environment's names that are not the prefix and the key's last part.
 _ENVIRONMENT_NAMES = {"listen": "SOCKET", "limits.idle_timeout": "TIMEOUT"}
 _ENVIRONMENT_KEYS = (
-    *("listen", "workers", "threads", "max_requests", "debug", "overload"),
+    *("listen", "workers", "threads", "max_requests", "debug", "overload", "preload"),
     *(f"limits.{name}" for name in Limits.__struct_fields__),
 )
 ENVIRONMENT = {

@@ -10,12 +10,12 @@ from cpanbridge.supervisor import descriptors, listener, logs, privileges, upgra
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.master import Master
-from cpanbridge.supervisor.place import WorkerMain
+from cpanbridge.supervisor.place import Mains
 from cpanbridge.supervisor.shared import slot_capacity
 from cpanbridge.supervisor.sockets import Sockets
 
 
-def serve(load: Load, worker_main: WorkerMain, on_ready: Callable[[str | None], None]) -> int:
+def serve(load: Load, mains: Mains, on_ready: Callable[[str | None], None]) -> int:
     """Be the master, from locking the socket paths to giving them back; the exit status.
 
     `load` reads the configuration, now and for each reload. `on_ready` is called once: with None
@@ -38,7 +38,7 @@ def serve(load: Load, worker_main: WorkerMain, on_ready: Callable[[str | None], 
         for note in loaded.notes:
             logs.LOGGER.warning("%s", note)
         descriptors.raise_limit(settings.limits, slot_capacity(settings.worker_count))
-        return Master(load, loaded, sockets, worker_main, on_ready).run()
+        return Master(load, loaded, sockets, mains, on_ready).run()
     finally:
         sockets.close()
         sockets.close_control()
@@ -54,7 +54,7 @@ def _at_lent_paths(load: Load, paths: list[str]) -> Loaded:
     return msgspec.structs.replace(loaded, settings=settings)
 
 
-def take_over(load: Load, worker_main: WorkerMain) -> int:
+def take_over(load: Load, mains: Mains) -> int:
     """Be the new master that another one has started; the exit status.
 
     The other one has said in the environment where it is to be heard. Raises UpgradeError.
@@ -73,7 +73,7 @@ def take_over(load: Load, worker_main: WorkerMain) -> int:
         return 1
     sockets = Sockets(inherited.estate.sockets)
     try:
-        return Master(load, loaded, sockets, worker_main, lambda _: None, inherited).run()
+        return Master(load, loaded, sockets, mains, lambda _: None, inherited).run()
     finally:
         sockets.close()
         sockets.close_control()

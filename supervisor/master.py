@@ -19,14 +19,15 @@ from cpanbridge.supervisor import logs, status
 from cpanbridge.supervisor.config import Load, Loaded
 from cpanbridge.supervisor.controlserver import ControlServer, Visitor
 from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.generation import Generation
 from cpanbridge.supervisor.hangs import HangDetector
 from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.monitor import Monitor
 from cpanbridge.supervisor.notify import Notifier
-from cpanbridge.supervisor.place import WorkerMain
+from cpanbridge.supervisor.place import Mains
 from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import KILL_MARGIN, Generation
+from cpanbridge.supervisor.seats import KILL_MARGIN
 from cpanbridge.supervisor.shared import Shared, slot_capacity
 from cpanbridge.supervisor.signals import Signals
 from cpanbridge.supervisor.sockets import Sockets
@@ -50,7 +51,7 @@ class Master:
         load: Load,
         loaded: Loaded,
         sockets: Sockets,
-        worker_main: WorkerMain,
+        mains: Mains,
         on_ready: Callable[[str | None], None],
         inherited: Inherited | None = None,
     ) -> None:
@@ -66,7 +67,7 @@ class Master:
             shared, bells, number = inherited.shared, inherited.bells, inherited.estate.generation
         self._loop = Loop()
         self._notifier = Notifier(self._loop, silent=inherited is not None)
-        self._workforce = Workforce(self, self._loop, shared, bells, worker_main)
+        self._workforce = Workforce(self, self._loop, shared, bells, mains)
         self._reloader = Reloader(
             load, loaded, self._loop, shared, sockets, self._workforce, number
         )
@@ -353,10 +354,10 @@ class Master:
         if self._succession.successor:
             return f"the new master (pid {self._succession.successor}) boots"
         coming = self._reloader.coming if self._started else self._reloader.generation
-        return status.boot_progress(coming, seats) if coming is not None else None
+        return status.boot_progress(coming, self._workforce) if coming is not None else None
 
     def _status(self) -> dict[str, Any]:
-        return status.status(self._state(), self._reloader, self._workforce.seats, self._shared)
+        return status.status(self._state(), self._reloader, self._workforce, self._shared)
 
     def _reload_for(self, visitor: Visitor) -> None:
         def tell(reason: str | None) -> None:

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from cpanbridge.supervisor import descriptors, logs
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, Settings
+from cpanbridge.supervisor.generation import Generation
 from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.listener import ListenError
 from cpanbridge.supervisor.logs import LogError, LogSettings
 from cpanbridge.supervisor.loop import Loop
-from cpanbridge.supervisor.seats import Generation
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.sockets import Change, Sockets
 from cpanbridge.supervisor.workforce import Workforce

@@ -2,91 +2,33 @@
 
 A seat is free, or belongs to a generation. Its worker boots, serves, and at some time leaves: it is
 told to by an order in its slot and a TERM, and killed when it does not go. Which workers there
-should be is not decided here but in `workforce.py`. Called in the master, but where it says
-otherwise.
+should be is not decided here but in `workforce.py`.
+
+The master forks the worker itself, or has a template do it: then the worker says its pid at first,
+and begins when the master knows it. Called in the master, but where it says otherwise.
 """
 
 import contextlib
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Sequence
-from enum import Enum
-from typing import NoReturn
+from collections.abc import Callable
 
-from cpanbridge.supervisor import logs, notify, postbox
-from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.gate import Bells
-from cpanbridge.supervisor.listener import Listener
-from cpanbridge.supervisor.logs import LogSettings
-from cpanbridge.supervisor.loop import Loop, Timer
-from cpanbridge.supervisor.place import Place, Report, WorkerMain, read_report
-from cpanbridge.supervisor.shared import ORDER_NONE, Shared
+from cpanbridge.supervisor import postbox
+from cpanbridge.supervisor.generation import BOOT_SECONDS, DUMP_SECONDS, Company, Generation
+from cpanbridge.supervisor.loop import Timer
+from cpanbridge.supervisor.place import BEGIN, Place, Report, read_report
+from cpanbridge.supervisor.shared import ORDER_NONE
 from cpanbridge.supervisor.text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-# A module that takes longer to import is taken to hang.
-BOOT_SECONDS = 60.0
-_DUMP_SECONDS = 0.5  # to write where it hangs
+_BIRTH_SECONDS = 10.0  # a template forks a worker in some milliseconds
 # A worker ends by itself when its time is over, but its shutdown hooks have a second at least; one
 # that cannot end is killed after this.
 KILL_MARGIN = 3.0
-
-
-class Stage(Enum):
-    """How far a generation has come."""
-
-    BOOTS = "boots"
-    SERVES = "serves"
-    OVER = "over"  # another one has taken over, or it has never been wanted
-
-
-class Generation:
-    """What all workers of one start or reload have in common."""
-
-    def __init__(
-        self, number: int, settings: Settings, listeners: Sequence[Listener], log: LogSettings
-    ) -> None:
-        self.number = number
-        self.settings = settings
-        self.listeners = listeners
-        self.log = log
-        self.wanted = settings.worker_count  # workers
-        self.stage = Stage.BOOTS
-        self.opening = os.eventfd(0, os.EFD_CLOEXEC)
-
-    @property
-    def in_service(self) -> bool:
-        """Whether its workers may accept, and those that die are replaced."""
-        return self.stage is Stage.SERVES
-
-    def put_in_service(self) -> None:
-        """Let its workers accept."""
-        self.stage = Stage.SERVES
-        os.eventfd_write(self.opening, 1)
-
-    def close(self) -> None:
-        """No worker belongs to it any more."""
-        os.close(self.opening)
-
-
-class Company:
-    """What all workers of a master have in common."""
-
-    def __init__(
-        self, loop: Loop, shared: Shared, bells: Sequence[Bells], worker_main: WorkerMain
-    ) -> None:
-        self.loop = loop
-        self.shared = shared
-        self.bells = bells
-        self.worker_main = worker_main
-        # Workers hold the read end only, so it ends when the master does, however that happens.
-        self.lifeline, self.life = os.pipe()
-        # Rung by a worker that asks to be retired.
-        self.plea = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.inherited_life: list[int] = []  # the same of masters before this one
 
 
 class Seat:
@@ -131,31 +73,78 @@ class Seat:
         """Whether its worker may still accept a client."""
         return self.ready and not self._slot.shut
 
+    @property
+    def unborn(self) -> bool:
+        """Whether a template has been told to fork a worker, which has not said its pid yet."""
+        return self.pid == 0 and self._report >= 0
+
     def fork(self, generation: Generation, on_report: "Callable[[Seat, Report], None]") -> None:
         """Put a worker here. Raises OSError when there cannot be one."""
         read_end, write_end = os.pipe()
         # Before there is a worker that could take room in this slot, the others look at it.
         self._company.shared.use_slot(self.number)
-        # A signal between the fork and the child's own handlers would be told to the master.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+        def main(place: Place) -> None:
+            os.close(read_end)
+            self._company.mains.worker(place._replace(slot=self.number, report=write_end))
+
         try:
-            pid = os.fork()
+            pid = self._company.fork(f"Worker {self.number}", generation, main)
         except OSError:
             os.close(read_end)
-            os.close(write_end)
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             raise
-        if pid == 0:
-            os.close(read_end)
-            self._become_worker(generation, write_end)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.close(write_end)
+        finally:
+            os.close(write_end)
         os.set_blocking(read_end, False)
-        self.generation, self.pid, self.ready_at, self._report = generation, pid, None, read_end
+        self._report = read_end
+        self._occupy(generation, pid, on_report)
+
+    def have_forked(
+        self,
+        generation: Generation,
+        order: Callable[[int, int], None],
+        on_birth: "Callable[[Seat, int], None]",
+    ) -> None:
+        """Have a template put a worker here: `order` tells it the slot and the report's descriptor.
+
+        `on_birth` is called with the worker's pid, or with 0 when there will be none. Raises
+        OSError when the template cannot be told.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._company.shared.use_slot(self.number)
+        try:
+            order(self.number, theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        self.generation, self.ready_at, self._report = generation, None, ours.detach()
+        self._company.loop.watch(self._report, lambda: self._read_birth(on_birth))
+        self._set_timer(_BIRTH_SECONDS, lambda: on_birth(self, 0))
+
+    def _read_birth(self, on_birth: "Callable[[Seat, int], None]") -> None:
+        try:
+            on_birth(self, int(os.read(self._report, 64) or b"0"))
+        except BlockingIOError:
+            return
+
+    def let_begin(self, pid: int, on_report: "Callable[[Seat, Report], None]") -> None:
+        """The worker that a template has forked is this process: let it boot."""
+        assert self.generation is not None
+        self._occupy(self.generation, pid, on_report)
+        with contextlib.suppress(OSError):  # it is gone already, as SIGCHLD tells
+            os.write(self._report, BEGIN)
+
+    def _occupy(
+        self, generation: Generation, pid: int, on_report: "Callable[[Seat, Report], None]"
+    ) -> None:
+        self.generation, self.pid, self.ready_at = generation, pid, None
         self._slot.since = time.monotonic_ns()
         self._slot.admitted_before = self._slot.admitted
         self._slot.pid, self._slot.generation = pid, generation.number
-        self._company.loop.watch(read_end, lambda: self._read_report(on_report))
+        self._company.loop.watch(self._report, lambda: self._read_report(on_report))
         self._set_timer(BOOT_SECONDS, self._boot_hangs)
 
     def adopt(self, on_end: "Callable[[Seat], None]") -> bool:
@@ -188,38 +177,6 @@ class Seat:
         elif self.pid:
             os.kill(self.pid, number)  # it is there until this process waits for it
 
-    def _become_worker(self, generation: Generation, report: int) -> NoReturn:
-        """Called in the child: let go of what is the master's alone, and never come back."""
-        company = self._company
-        try:
-            plea = os.dup(company.plea)
-            company.loop.let_go()
-            for life in (company.life, *company.inherited_life):
-                os.close(life)
-            logs.configure(generation.log)
-            for name in notify.VARIABLES:
-                os.environ.pop(name, None)
-            company.worker_main(
-                Place(
-                    slot=self.number,
-                    generation=generation.number,
-                    settings=generation.settings,
-                    shared=company.shared,
-                    bells=company.bells,
-                    listeners=[listener.socket for listener in generation.listeners],
-                    lent=any(listener.lent for listener in generation.listeners),
-                    lifeline=company.lifeline,
-                    report=report,
-                    opening=generation.opening,
-                    plea=plea,
-                    reopen_logs=logs.reopen,
-                )
-            )
-        except BaseException:
-            LOGGER.exception("Worker %d cannot begin", self.number)
-        finally:
-            os._exit(1)
-
     def _read_report(self, on_report: "Callable[[Seat, Report], None]") -> None:
         report = self.take_report()
         if report is not None:
@@ -231,11 +188,9 @@ class Seat:
             return None
         try:
             data = os.read(self._report, 65536)
-        except BlockingIOError:
-            data = b""  # the worker is gone, but left a child that holds the pipe
-        self._company.loop.forget(self._report)
-        os.close(self._report)
-        self._report = -1
+        except (BlockingIOError, ConnectionResetError):
+            data = b""  # the worker is gone; it may have left a child that holds the pipe
+        self._close_report()
         if not data:
             return None  # SIGCHLD says how it ended
         report = read_report(data)
@@ -244,10 +199,15 @@ class Seat:
             self.ready_at = time.monotonic()
         return report
 
+    def _close_report(self) -> None:
+        self._company.loop.forget(self._report)
+        os.close(self._report)
+        self._report = -1
+
     def _boot_hangs(self) -> None:
         self._overdue = True
         self.signal(signal.SIGUSR2)  # it writes where it is to the log, see workers/worker.py
-        self._set_timer(_DUMP_SECONDS, self.kill)
+        self._set_timer(DUMP_SECONDS, self.kill)
 
     def describe_end(self, status: int) -> str:
         """How the worker ended, in words."""
@@ -290,12 +250,15 @@ class Seat:
 
     def free(self) -> None:
         """Nobody is to sit here any more, until a generation takes the seat."""
-        self.cancel_refill()
+        self.cancel_start()
         self.generation, self.replaces = None, None
         self.failures, self.refill_after = 0, False
 
-    def cancel_refill(self) -> None:
-        """Start nobody here."""
+    def cancel_start(self) -> None:
+        """Start nobody here. A worker that has not begun ends when it hears nothing more."""
+        if self.unborn:
+            self._close_report()
+            self._cancel_timer()
         if self.refill is not None:
             self.refill.cancel()
             self.refill = None

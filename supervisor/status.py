@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpanbridge.supervisor import reports, totals
+from cpanbridge.supervisor.generation import Generation
 from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import Generation, Seat
+from cpanbridge.supervisor.seats import Seat
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.workforce import Workforce
 
 
-def status(state: str, reloader: Reloader, seats: Sequence[Seat], shared: Shared) -> dict[str, Any]:
+def status(state: str, reloader: Reloader, workforce: Workforce, shared: Shared) -> dict[str, Any]:
     """The daemon as one object."""
-    last = reloader.last
+    last, seats = reloader.last, workforce.seats
+    template = workforce.templates.of(reloader.generation)
     counts, per_minute = totals.count(shared), shared.admitted_in_window()
     return {
         "state": state,
@@ -30,6 +33,7 @@ def status(state: str, reloader: Reloader, seats: Sequence[Seat], shared: Shared
         "generation": reloader.generation.number,
         "workers_wanted": reloader.generation.wanted,
         "workers": [_worker(seat, shared) for seat in seats if seat.generation is not None],
+        "template": template.pid if template is not None and template.pid else None,
         "worker_deaths": shared.header.deaths,
         "resource_status": reports.resource_status(shared, counts, per_minute),
         "gate": reports.gate(shared, reloader.loaded.settings, counts, per_minute),
@@ -77,8 +81,11 @@ def _state(seat: Seat) -> str:
     return "serves" if seat.ready else "boots"
 
 
-def boot_progress(generation: Generation, seats: Sequence[Seat]) -> str:
-    """Which workers of a generation are waited for."""
+def boot_progress(generation: Generation, workforce: Workforce) -> str:
+    """Which workers of a generation are waited for, or its template."""
+    template, seats = workforce.templates.of(generation), workforce.seats
+    if template is not None and template.imports:
+        return f"the template (pid {template.pid}) imports the modules"
     staff = [seat for seat in seats if seat.generation is generation and not seat.leaving]
     missing = [seat for seat in staff if not seat.ready]
     text = f"{len(staff) - len(missing)} of {generation.wanted} workers ready"

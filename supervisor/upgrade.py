@@ -32,7 +32,7 @@ from cpanbridge.supervisor.sockets import HeldSockets
 LOGGER = logging.getLogger("cpanbridge.master")
 
 VARIABLE = "CPANBRIDGED_HANDOVER"  # in a new master's environment: its end of the pair
-READY_SECONDS = 90.0  # more than a generation may take to boot
+READY_SECONDS = 150.0  # more than a generation may take to boot: its template, then its workers
 _END_SECONDS = 5.0  # for a new master that has said that it cannot take over
 _ESTATE_SECONDS = 30.0
 

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.generation import Company, Generation, Stage
 from cpanbridge.supervisor.loop import Loop
-from cpanbridge.supervisor.place import Report, WorkerMain
-from cpanbridge.supervisor.seats import Company, Generation, Seat, Stage
+from cpanbridge.supervisor.place import Mains, Report
+from cpanbridge.supervisor.seats import Seat
 from cpanbridge.supervisor.shared import (
     ORDER_RETIRE,
     ORDER_STOP,
@@ -27,6 +28,7 @@ from cpanbridge.supervisor.shared import (
     PLEA_WORN,
     Shared,
 )
+from cpanbridge.supervisor.templates import Template, Templates
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -58,13 +60,16 @@ class Workforce:
         loop: Loop,
         shared: Shared,
         bells: Sequence[Bells],
-        worker_main: WorkerMain,
+        mains: Mains,
     ) -> None:
         self._owner = owner
         self._shared = shared
-        self._company = company = Company(loop, shared, bells, worker_main)
+        self._company = company = Company(loop, shared, bells, mains)
         self._loop = loop
         self.seats = [Seat(company, number) for number in range(len(shared.slots))]
+        self.templates = Templates(company, self.hire, owner.generation_failed)
+        # Children that have ended while it was not known yet what they were: pid, wait status.
+        self._early: dict[int, int] = {}
         self._stopping = False
         self._adopted: Generation | None = None  # of another master
         loop.watch(company.plea, self._rung)
@@ -72,13 +77,18 @@ class Workforce:
         self.confined = False  # to the seats it has: another master uses the others
 
     def is_gone(self) -> bool:
-        """Whether there is no worker at all."""
-        return not any(seat.pid for seat in self.seats)
+        """Whether there is no worker at all, and no template."""
+        return not self.templates.any_left and not any(seat.pid for seat in self.seats)
 
     # -- generations --
 
     def hire(self, generation: Generation) -> None:
-        """Fork the workers that a generation lacks, as far as there are free seats for them."""
+        """Fork the workers that a generation lacks, as far as there are free seats for them.
+
+        Its template comes first, and calls this again.
+        """
+        if self._stopping or self.templates.must_be_awaited(generation):
+            return
         for _ in range(generation.wanted - len(self._staff(generation))):
             seat = self._free_seat()
             if seat is None or self._stopping or generation.stage is Stage.OVER:
@@ -136,6 +146,7 @@ class Workforce:
     def dismiss(self, generation: Generation) -> None:
         """End a generation that has never been in service."""
         generation.stage = Stage.OVER
+        self.templates.end(generation)
         for seat in self._of(generation):
             self._give_up(seat, "its generation is given up")
         self._close_if_empty(generation)
@@ -143,6 +154,7 @@ class Workforce:
     def retire_generation(self, generation: Generation) -> None:
         """Another one has taken over: its workers finish what they run, within `drain_timeout`."""
         generation.stage = Stage.OVER
+        self.templates.end(generation)
         for seat in self._of(generation):
             seat.refill_after = False
             if not seat.ready:
@@ -176,15 +188,17 @@ class Workforce:
     def stop(self, seconds: float | None) -> None:
         """End all workers: in so many seconds, or None: at once. Nobody is replaced any more."""
         self._stopping = True
+        self.templates.end_all()
         for seat in self.seats:
-            seat.cancel_refill()
+            seat.cancel_start()
             if seat.pid and seconds is None:
                 seat.kill()
             elif seat.pid and seconds is not None:
                 seat.tell_to_leave(ORDER_STOP, seconds)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every worker."""
+        """Send a signal to every worker and template."""
+        self.templates.signal(number)
         for seat in self.seats:
             seat.signal(number)
 
@@ -305,6 +319,9 @@ class Workforce:
         if self.standing_still:
             self._refill_in(seat, generation, FIRST_PAUSE)
             return
+        template = self.templates.of(generation)
+        if template is not None and template.forks and self._have_forked(seat, template):
+            return
         try:
             seat.fork(generation, self._reported)
         except OSError as error:
@@ -315,6 +332,34 @@ class Workforce:
             else:
                 reason = f"cannot fork a worker: {error.strerror}"
                 self._owner.generation_failed(generation, reason)
+
+    def _have_forked(self, seat: Seat, template: Template) -> bool:
+        """Have a template fork a worker; whether it could be told."""
+        try:
+            seat.have_forked(template.generation, template.order, self._born)
+        except OSError as error:
+            LOGGER.warning("Worker %d is not forked by its template: %s", seat.number, error)
+            return False
+        return True
+
+    def _born(self, seat: Seat, pid: int) -> None:
+        """A template has forked a worker, or 0: it has not, and is of no use then."""
+        generation = seat.generation
+        assert generation is not None
+        if self.standing_still or not pid:
+            seat.cancel_start()
+            template = self.templates.of(generation)
+            if template is not None and not self.standing_still:
+                LOGGER.error("Worker %d was not forked by its template", seat.number)
+                template.end()
+            self._fork(seat, generation)
+        else:
+            seat.let_begin(pid, self._reported)
+        status = self._early.pop(pid, None)
+        if not any(each.unborn for each in self.seats):
+            self._early.clear()
+        if status is not None and seat.pid == pid:
+            self._ended(seat, status)
 
     def _reported(self, seat: Seat, report: Report) -> None:
         if report.error is not None:
@@ -338,10 +383,15 @@ class Workforce:
             self._owner.generation_failed(generation, error)
 
     def ended(self, pid: int, status: int) -> None:
-        """A child has ended; ignored when it was no worker."""
+        """A child has ended; ignored when it was neither worker nor template."""
+        if self.templates.ended(pid, status):
+            return
         for seat in self.seats:
             if seat.pid == pid:
                 self._ended(seat, status)
+                return
+        if any(seat.unborn for seat in self.seats):
+            self._early[pid] = status
 
     def _ended(self, seat: Seat, status: int) -> None:
         how = seat.describe_end(status)

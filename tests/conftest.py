@@ -19,6 +19,7 @@ from plain_client import one_shot, until
 
 COMMAND = str(Path(sys.executable).with_name("cpanbridged"))
 MODULES = Path(__file__).parent / "modules"
+TEMPLATE = "cpanbridged: template"  # a template's title begins so
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -107,8 +108,17 @@ class Daemon:
         return self.process.pid
 
     def workers(self) -> list[int]:
-        """The process ids of the master's children."""
-        return [child.pid for child in psutil.Process(self.pid).children()]
+        """The process ids of the master's children, but for templates."""
+        return [pid for pid, title in self._children() if not title.startswith(TEMPLATE)]
+
+    def templates(self) -> list[int]:
+        """The process ids of its templates."""
+        return [pid for pid, title in self._children() if title.startswith(TEMPLATE)]
+
+    def _children(self) -> Iterator[tuple[int, str]]:
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                yield child.pid, " ".join(child.cmdline())
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

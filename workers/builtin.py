@@ -20,6 +20,7 @@ from cpanbridge.workers.modules import Exposed
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import PYTHON_VERSION, Refusal, Request
 
+NAMES = ("test", "system")
 # For the workers to close their stale connections after they were asked to.
 CLEANUP_SECONDS = 2.0
 

@@ -7,7 +7,9 @@ descriptor. So in such a child the signals go back to their defaults, and every 
 the listening ones give way to /dev/null, which keeps their numbers taken: the objects that own
 them are still about.
 
-Called in the child of a worker, by the interpreter.
+A template forks workers, which are to keep all of that: `fork_worker` is for them.
+
+Called in the child of a worker or a template, by the interpreter.
 """
 
 import os
@@ -17,6 +19,21 @@ import threading
 from collections.abc import Collection
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Now:
+    """What this process is at."""
+
+    forks_a_worker = False
+
+
+def fork_worker() -> int:
+    """As os.fork, for a child that goes on as a part of the daemon."""
+    _Now.forks_a_worker = True
+    try:
+        return os.fork()
+    finally:
+        _Now.forks_a_worker = False
 
 
 def let_go_in_children(sockets: Collection[str]) -> None:
@@ -32,7 +49,8 @@ def let_go_in_children(sockets: Collection[str]) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.kept)
 
     def after_in_child() -> None:
-        _let_go(paths)
+        if not _Now.forks_a_worker:
+            _let_go(paths)
         after()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)

@@ -61,6 +61,10 @@ class HelperFolder(MetaPathFinder):
                 self._names[file.stem] = name
                 self._files[name] = file
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a file of the folder is imported under this name."""
+        return name in self._files
+
     def install(self) -> None:
         """From now on they are found, before other files of these names."""
         sys.meta_path.insert(0, self)
@@ -101,6 +105,8 @@ def _is_taken(file: Path) -> bool:
     name = file.stem
     if name in sys.stdlib_module_names:
         return True
+    if any(name in each for each in sys.meta_path if isinstance(each, HelperFolder)):
+        return True  # another folder's, imported or not
     there = sys.modules.get(name)
     if there is not None:
         return not _is(getattr(there, "__file__", None), file)

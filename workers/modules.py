@@ -1,45 +1,23 @@
-"""What clients may call: importing it, finding it, calling it.
+"""What clients may call: finding it, calling it.
 
-Everything that is exposed is imported when the worker boots, so a broken module is one clear line
-at start, and a call is two dictionary look-ups. What the tables do not hold does not exist for a
-client: no name that it sends ever reaches an import or an attribute.
+Everything that is exposed has been imported when the worker serves (`loading.py`), so a call is two
+dictionary look-ups. What the tables do not hold does not exist for a client: no name that it sends
+ever reaches an import or an attribute.
 """
 
-import difflib
 import hashlib
-import importlib
 import inspect
-import os
-import re
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable
-from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from cpanbridge.supervisor.config import (
-    MAX_MODULE_NAME,
-    NAME_PATTERN,
-    Affinity,
-    Functions,
-    Settings,
-)
-from cpanbridge.workers.helpers import HelperFolder
+from cpanbridge.supervisor.config import Affinity
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
 
 # Less than it costs to change over to another thread and back under load.
 QUICK_NS = 250_000
 _NAMES_SHOWN = 30
-_IMPORTLIB = os.path.dirname(importlib.__file__)
-_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
-
-
-class ModuleLoadError(Exception):
-    """A module cannot be exposed as configured; one line that says which, where and why."""
 
 
 class Exposed(NamedTuple):
@@ -228,120 +206,6 @@ def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> b
     except TypeError:
         return True
     return False
-
-
-def load(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
-    """Import all that the settings expose. Raises ModuleLoadError at the first that fails.
-
-    A folder's file that lacks what it imports is left out, and the others go on: such folders have
-    helpers for libraries that not every host has. So is one whose name is of no use to clients.
-    """
-    for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
-        if not Path(folder).is_dir():
-            raise ModuleLoadError(f"{folder}: not a folder")
-        if os.path.abspath(folder) not in sys.path:
-            sys.path.append(os.path.abspath(folder))
-    exposed: dict[str, Exposed] = {}
-    left_out: dict[str, str] = {}
-    for directory in settings.module_dirs:
-        helpers = HelperFolder(directory.path)
-        helpers.install()
-        for file in sorted(Path(directory.path).glob("*.py")):
-            name = file.stem
-            if name.startswith("_") or name in settings.modules or not file.is_file():
-                continue  # an editor's lock, a link that leads nowhere, a folder
-            if name in exposed or name in left_out:
-                raise ModuleLoadError(f"{file}: another folder has a module {name!r} already")
-            if name in built_in:
-                left_out[name] = f"{file}: the name {name!r} is taken by a built-in module"
-                continue
-            if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
-                left_out[name] = f"{file}: clients cannot name a module {name!r}; rename it"
-                continue
-            try:
-                module = _import(str(file), partial(helpers.import_helper, name))
-            except ModuleLoadError as error:
-                if not isinstance(error.__cause__, ImportError):
-                    raise
-                left_out[name] = str(error)
-                continue
-            exposed[name] = Exposed(
-                _select(module, directory.functions, str(file)),
-                module,
-                request_timeout=settings.timeout_of(directory),
-                affinity=directory.affinity,
-            )
-    for name, table in settings.modules.items():
-        label = f"modules.{name}"
-        if name in built_in:
-            raise ModuleLoadError(f"{label}: the name is taken by a built-in module")
-        importing = partial(importlib.import_module, table.import_)
-        module = _import(f"{label}: import of {table.import_!r}", importing)
-        functions = _select(module, table.functions, label)
-        if table.functions == "*" and not functions:
-            raise ModuleLoadError(
-                f'{label}: "*" finds no function of {table.import_!r}\'s own; name them'
-            )
-        exposed[name] = Exposed(
-            functions,
-            module,
-            request_timeout=settings.timeout_of(table),
-            affinity=table.affinity,
-        )
-    return Registry(built_in | exposed, left_out)
-
-
-def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
-    try:
-        return importing()
-    except BaseException as error:  # a module may raise anything, or call sys.exit
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
-        # The line in the operator's own code tells more than the one in a library that it called.
-        own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or [
-            f for f in theirs if not f.filename.startswith(_IMPORTLIB)
-        ]
-        at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-        if isinstance(error, SyntaxError):
-            at = f" ({error.filename}:{error.lineno})"
-            error = SyntaxError(error.msg)
-        text = " ".join(str(error).split())
-        raise ModuleLoadError(f"{label} failed: {type(error).__name__}: {text}{at}") from error
-
-
-def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, Callable[..., Any]]:
-    if functions == "*":
-        return dict(_public_functions(module))
-    selected = {}
-    for name in functions:
-        function = getattr(module, name, None)
-        if not callable(function):
-            problem = "is not callable" if hasattr(module, name) else "does not exist"
-            close = difflib.get_close_matches(name, [n for n, _ in _public_functions(module)], 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ModuleLoadError(
-                f"{label}: function {name!r} {problem} in {module.__name__}{hint}"
-            )
-        if inspect.iscoroutinefunction(function):
-            raise ModuleLoadError(f"{label}: {name!r} is a coroutine function; expose a plain one")
-        selected[name] = function
-    return selected
-
-
-def _public_functions(module: ModuleType) -> Iterable[tuple[str, Callable[..., Any]]]:
-    """What `"*"` exposes: functions that the module defines, or declares in `__all__`.
-
-    Not: names with a leading underscore, classes, coroutine functions, the hooks, and what was
-    merely imported from elsewhere.
-    """
-    declared = set(getattr(module, "__all__", ()))
-    for name, value in vars(module).items():
-        if not re.match(NAME_PATTERN, name) or name in ("cleanup_stale_resources", "shutdown"):
-            continue
-        if not inspect.isroutine(value) or inspect.iscoroutinefunction(value):
-            continue
-        if name in declared or getattr(value, "__module__", None) == module.__name__:
-            yield name, value
 
 
 def _listed(names: Iterable[str]) -> str:

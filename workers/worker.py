@@ -1,9 +1,10 @@
 """One worker process: boot, serve, drain.
 
-Everything here runs in the worker process, in its main thread. It imports the modules, reports
-ready, sends a first thread to the door, and from then on only watches: for the master's death (the
-lifeline pipe ends), for signals, and for the time to run the modules' clean-up hooks. Client
-threads run everything else, so a module that hangs cannot keep the worker from hearing of a stop.
+Everything here runs in the worker process, in its main thread. It imports the modules, as far as
+the template that it was forked from has not, reports ready, sends a first thread to the door, and
+from then on only watches: for the master's death (the lifeline pipe ends), for signals, and for the
+time to run the modules' clean-up hooks. Client threads run everything else, so a module that hangs
+cannot keep the worker from hearing of a stop.
 
 It lets the first client in when the master opens the door to its whole generation.
 
@@ -15,38 +16,32 @@ terminal; they are for the master, which tells its workers what to do.
 """
 
 import contextlib
-import faulthandler
 import gc
 import logging
 import math
 import os
 import random
-import select
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import NoReturn
 
-import setproctitle
-
 from cpanbridge.supervisor.gate import Gate
-from cpanbridge.supervisor.logs import LogError
 from cpanbridge.supervisor.place import Place, send_report
 from cpanbridge.supervisor.shared import ORDER_RETIRE, ORDER_STOP, PLEA_HANGS, PLEA_NONE, PLEA_WORN
-from cpanbridge.workers import builtin, modules
+from cpanbridge.workers import boot, builtin
 from cpanbridge.workers.affinity import Affinity
 from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
-from cpanbridge.workers.forks import let_go_in_children
 from cpanbridge.workers.handover import Incoming
 from cpanbridge.workers.keepalive import KeepAlive
-from cpanbridge.workers.modules import ModuleLoadError, Registry
+from cpanbridge.workers.loading import Loader, ModuleLoadError
+from cpanbridge.workers.modules import Registry
 from cpanbridge.workers.orphans import end_with_master
 from cpanbridge.workers.turnstile import Turnstile
 from cpanbridge.workers.watch import Watch
@@ -58,70 +53,52 @@ TITLE_SECONDS = 1.0
 # system call. Python's own 5 ms make a quick call beside slow ones take many times as long.
 SWITCH_SECONDS = 0.0005
 LAST_WORDS_SECONDS = 0.5
-_FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP)
 
 
 def run(place: Place) -> NoReturn:
     """Be a worker. Called in the child, right after the fork; ends the process."""
-    status = 1
+
+    def work() -> int:
+        boot.begin(place, _boot_title(place))
+        return _work(place, Loader(place.settings, builtin.NAMES))
+
+    boot.run_to_the_end(f"Worker {place.slot}", work)
+
+
+def run_forked(place: Place, loader: Loader) -> NoReturn:
+    """Be a worker that a template has forked, with what that has loaded; ends the process."""
+
+    def work() -> int:
+        boot.begin_forked(place, _boot_title(place))
+        return _work(place, loader)
+
+    boot.run_to_the_end(f"Worker {place.slot}", work)
+
+
+def _boot_title(place: Place) -> str:
+    return f"worker {place.slot} gen {place.generation} boots"
+
+
+def _work(place: Place, loader: Loader) -> int:
+    """Boot and serve; the exit status."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        _reset_signals(place)
-        end_with_master(True)
-        if select.select([place.lifeline], [], [], 0)[0]:
-            os._exit(1)  # it has ended before that
-        sys.setswitchinterval(SWITCH_SECONDS)
-        setproctitle.setproctitle(f"cpanbridged: worker {place.slot} gen {place.generation} boots")
-        faulthandler.enable()
-        # What each thread is at, written to the log without the interpreter's help: the master asks
-        # for it when a worker does not boot, and whoever looks into a worker may.
-        faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
-        # What modules print goes where the log goes, never to a client or the terminal's reader.
-        os.dup2(2, 1)
-        sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
-        let_go_in_children([str(each.getsockname()) for each in place.listeners])
-        try:
-            registry = _boot(place)
-        except ModuleLoadError as error:
-            send_report(place.report, str(error))
-        else:
-            worker = Worker(place, registry)
-            end_with_master(False)  # from now on it finishes what it runs
-            send_report(place.report, None)
-            os.close(place.report)
-            worker.watch()
-            status = 1 if worker.broken else 0
-    except BaseException:
-        LOGGER.exception("Worker %d ends by a fault of the daemon's own", place.slot)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)  # never back into the master's code
+        registry = _boot(place, loader)
+    except ModuleLoadError as error:
+        send_report(place.report, str(error))
+        return 1
+    worker = Worker(place, registry)
+    end_with_master(False)  # from now on it finishes what it runs
+    send_report(place.report, None)
+    os.close(place.report)
+    worker.watch()
+    return 1 if worker.broken else 0
 
 
-def _reset_signals(place: Place) -> None:
-    """Undo the master's handlers. Ignored signals would be inherited by what modules start."""
-
-    def reopen_logs(*_: object) -> None:
-        try:
-            place.reopen_logs()
-        except LogError as error:
-            LOGGER.error("Worker %d: the log stays where it is: %s", place.slot, error)
-
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGUSR1, reopen_logs)
-    for number in _FOR_THE_MASTER:
-        signal.signal(number, lambda *_: None)
-    for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _boot(place: Place) -> Registry:
-    settings = place.settings
+def _boot(place: Place, loader: Loader) -> Registry:
     names: list[str] = []
-    built_in = builtin.built_in(place.shared, settings, lambda: names, place.bells)
-    registry = modules.load(settings, built_in)
+    built_in = builtin.built_in(place.shared, place.settings, lambda: names, place.bells)
+    registry = loader.load(built_in)
     names.extend(registry.names)
     for name, reason in registry.left_out.items():
         LOGGER.warning("Worker %d: module %s is left out: %s", place.slot, name, reason)
@@ -411,9 +388,8 @@ class Worker:
     def _show_title(self) -> None:
         busy = min(self._crew.serving, self._threads)
         title = (
-            f"cpanbridged: worker {self._place.slot} gen {self._place.generation} "
-            f"busy {busy}/{self._threads}"
+            f"worker {self._place.slot} gen {self._place.generation} busy {busy}/{self._threads}"
         )
         if title != self._title:
             self._title = title
-            setproctitle.setproctitle(title)
+            boot.show_title(title)

@@ -50,6 +50,7 @@ KEYS: list[tuple[str, Any, Any]] = [
     ("log_format", "text", "json"),
     ("debug", False, True),
     ("overload", "wait", "wait"),
+    ("preload", True, False),
     ("python_path", [], ["/opt/a", "/opt/b"]),
     *((f"limits.{name}", default, other) for name, default, other in LIMITS),
 ]
@@ -60,6 +61,7 @@ IN_ENVIRONMENT = {
     "CPAN_BRIDGE_MAX_REQUESTS": "max_requests",
     "CPAN_BRIDGE_DEBUG": "debug",
     "CPAN_BRIDGE_OVERLOAD": "overload",
+    "CPAN_BRIDGE_PRELOAD": "preload",
     "CPAN_BRIDGE_TIMEOUT": "limits.idle_timeout",
     **{f"CPAN_BRIDGE_{n.upper()}": f"limits.{n}" for n, _, _ in LIMITS if n != "idle_timeout"},
 }

@@ -43,7 +43,7 @@ def test_every_value_in_it_is_the_default(tmp_path: Path) -> None:
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name
     assert settings.modules["stats"].import_ == "statistics"
     (folder,) = settings.module_dirs
-    assert folder == ModuleDir(path=folder.path, request_timeout=0.0)
+    assert folder == ModuleDir(path=folder.path, request_timeout=0.0, preload=True)
     assert settings.modules["stats"].affinity == "none"
 
 
@@ -56,5 +56,5 @@ def test_its_socket_is_where_root_has_it() -> None:
 
 def test_it_names_every_variable_that_is_not_named_like_its_option() -> None:
     text = EXAMPLE.read_text()
-    for name in ("SOCKET", "WORKERS", "THREADS", "DEBUG", "OVERLOAD", "TIMEOUT"):
+    for name in ("SOCKET", "WORKERS", "THREADS", "DEBUG", "OVERLOAD", "PRELOAD", "TIMEOUT"):
         assert f"CPAN_BRIDGE_{name}" in text

@@ -13,12 +13,14 @@ from conftest import take_down
 
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.generation import Generation
 from cpanbridge.supervisor.logs import LogSettings
 from cpanbridge.supervisor.loop import Loop
-from cpanbridge.supervisor.place import Place, WorkerMain, send_report
-from cpanbridge.supervisor.seats import Generation
+from cpanbridge.supervisor.place import Mains, Place, TemplatePlace, send_report
 from cpanbridge.supervisor.shared import ORDER_RETIRE, Shared
 from cpanbridge.supervisor.workforce import Workforce
+
+WorkerMain = Callable[[Place], None]
 
 
 def obedient(place: Place) -> None:
@@ -45,6 +47,11 @@ def slow(place: Place) -> None:
     select.select([place.lifeline], [], [], 60)
 
 
+def no_template(place: TemplatePlace) -> None:
+    """These generations have no modules."""
+    raise AssertionError(place)
+
+
 class Firm:
     """A workforce and whoever owns it."""
 
@@ -53,7 +60,9 @@ class Firm:
         self.shared = Shared.create(slots, Limits(), used=wanted)
         bells = [Bells.hang() for _ in range(slots)]
         weakref.finalize(self, take_down, bells)
-        self.workforce = Workforce(self, self.loop, self.shared, bells, worker_main)
+        self.workforce = Workforce(
+            self, self.loop, self.shared, bells, Mains(worker_main, no_template)
+        )
         settings = Settings(workers=wanted, limits=Limits(**limits))  # type: ignore[arg-type]
         self.generation = Generation(1, settings, [], LogSettings("stderr", "-", "text", False))
         self.failed: list[str] = []

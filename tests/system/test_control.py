@@ -77,7 +77,7 @@ def test_it_answers_while_workers_die_at_their_start(new_daemon: NewDaemon) -> N
     (helpers / "fragile.py").write_text(
         f"import os\nif os.path.exists({str(flag)!r}):\n    os._exit(7)\n"
     )
-    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    daemon.write_config(f'workers = 2\npreload = false\n[[module_dirs]]\npath = "{helpers}"')
     daemon.run()
     flag.touch()
     for pid in daemon.workers():
@@ -318,7 +318,7 @@ def test_a_waiting_reload_is_told_when_the_daemon_stops_or_dies(daemon: Daemon) 
         visitor.sendall(b'{"command": "reload"}\n')
         until(note.exists)
         heard = b""
-        while b"waiting for worker" not in heard:
+        while b"imports the modules" not in heard:
             heard += visitor.recv(65536)
         assert ask(daemon, "status")["result"]["state"] == "reloading"
         assert daemon.stop() == 0

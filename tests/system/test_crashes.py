@@ -220,7 +220,7 @@ def test_a_module_that_breaks_later_is_retried_with_growing_pauses(new_daemon: N
         f"import os\nif os.path.exists({str(flag)!r}):\n    os._exit(7)\n"
         "def fine() -> int:\n    return 1\n"
     )
-    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    daemon.write_config(f'workers = 2\npreload = false\n[[module_dirs]]\npath = "{helpers}"')
     daemon.run()
     settled_workers(daemon, 2)
     flag.touch()
@@ -255,7 +255,7 @@ def test_one_death_at_boot_is_not_paused_for_what_came_after_earlier_boots(
     (helpers / "slow.py").write_text(
         f"import os, time\nif os.path.exists({str(flag)!r}):\n    time.sleep(30)\n"
     )
-    daemon.write_config(f'workers = 1\n[[module_dirs]]\npath = "{helpers}"')
+    daemon.write_config(f'workers = 1\npreload = false\n[[module_dirs]]\npath = "{helpers}"')
     daemon.run()
     seen: set[int] = set()
 

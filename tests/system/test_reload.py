@@ -129,17 +129,22 @@ def test_a_reload_that_cannot_be_changes_nothing_and_says_why(
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("preload", ["true", "false"])
 def test_a_module_that_hangs_at_import_leaves_the_old_workers_and_a_later_reload_helps(
-    daemon: Daemon,
+    daemon: Daemon, preload: str
 ) -> None:
     before = set(daemon.workers())
     note = daemon.folder / "hangs"
     text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n"
-    daemon.write_config(f"workers = 2\n{helpers(daemon, slow=text)}")
+    daemon.write_config(f"workers = 2\npreload = {preload}\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
     until(note.exists)
     assert daemon.call("test", "echo", [1]) == [1]
-    assert before < set(daemon.workers())
+    if preload == "true":
+        assert len(daemon.templates()) == 2
+        assert before == set(daemon.workers())
+    else:
+        assert before < set(daemon.workers())
     helpers(daemon, slow="def now():\n    return 'quick'\n")
     reload(daemon)
     assert daemon.call("slow", "now") == "quick"
@@ -171,20 +176,28 @@ def test_a_stop_during_a_reload_stops(daemon: Daemon) -> None:
     assert "Not reloaded, nothing has changed: the daemon is stopping" in daemon.log()
 
 
-def test_a_killed_master_in_a_reload_leaves_nothing_that_a_start_minds(daemon: Daemon) -> None:
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_a_killed_master_in_a_reload_leaves_nothing_that_a_start_minds(
+    daemon: Daemon, preload: str
+) -> None:
     note = daemon.folder / "hangs"
     text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(3)\n"
-    daemon.write_config(f"workers = 2\n{helpers(daemon, slow=text)}")
+    daemon.write_config(f"workers = 2\npreload = {preload}\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
     until(note.exists)
-    workers = until(lambda: len(pids := daemon.workers()) == 4 and pids)
+    count = 4 if preload == "true" else 5  # two workers and a template, and what boots
+    children = until(lambda: len(pids := children_of(daemon)) == count and pids)
     assert daemon.process is not None
     os.kill(daemon.pid, signal.SIGKILL)
     daemon.process.wait()
     daemon.run()
     assert daemon.call("test", "echo", [1]) == [1]
-    until(lambda: not any(map(runs, workers)), 30, "the end of the dead master's workers")
+    until(lambda: not any(map(runs, children)), 30, "the end of the dead master's workers")
     assert daemon.stop() == 0
+
+
+def children_of(daemon: Daemon) -> list[int]:
+    return [*daemon.workers(), *daemon.templates()]
 
 
 def runs(pid: int) -> bool:
@@ -194,15 +207,17 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_workers_that_boot_for_ever_end_with_a_killed_master(daemon: Daemon) -> None:
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_what_boots_for_ever_ends_with_a_killed_master(daemon: Daemon, preload: str) -> None:
     note = daemon.folder / "hangs"
     text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n"
-    daemon.write_config(f"workers = 2\n{helpers(daemon, slow=text)}")
+    daemon.write_config(f"workers = 2\npreload = {preload}\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
-    workers = until(lambda: len(pids := daemon.workers()) == 4 and pids)
+    count = 4 if preload == "true" else 5  # two workers and a template, and what boots
+    children = until(lambda: len(pids := children_of(daemon)) == count and pids)
     until(note.exists)
     os.kill(daemon.pid, signal.SIGKILL)
-    until(lambda: not any(map(runs, workers)), what="the end of all workers")
+    until(lambda: not any(map(runs, children)), what="the end of all processes")
 
 
 def test_a_running_call_is_finished_by_the_old_worker_however_long_it_takes(

@@ -458,6 +458,6 @@ def test_workers_of_the_old_master_are_watched_by_the_new_one(daemon: Daemon) ->
             return float(old["memory_mb"])
 
         until(lambda: memory() > 1)
-        until(lambda: daemon.metrics()["system_stats"]["processes"] == 4)
+        until(lambda: daemon.metrics()["system_stats"]["processes"] == 5)
         os.kill(pid, signal.SIGKILL)
         assert isinstance(call.exception(20), ConnectionError | ValueError)

@@ -13,7 +13,8 @@ import pytest
 
 from cpanbridge.supervisor.config import Settings, load
 from cpanbridge.workers import modules
-from cpanbridge.workers.modules import Exposed, ModuleLoadError, Registry
+from cpanbridge.workers.loading import Loader, ModuleLoadError
+from cpanbridge.workers.modules import Exposed, Registry
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
 
@@ -38,17 +39,21 @@ def settings(folder: Path, config: str) -> Settings:
     return load(str(file), environ={}).settings
 
 
+def load_all(settings: Settings, built_in: dict[str, Exposed]) -> Registry:
+    return Loader(settings, built_in).load(built_in)
+
+
 def expose(folder: Path, functions: str = '"*"', **files: str) -> Registry:
     """The registry of a folder with the given files."""
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     config = f'[[module_dirs]]\npath = "{folder}"\nfunctions = {functions}\n'
-    return modules.load(settings(folder, config), {})
+    return load_all(settings(folder, config), {})
 
 
 def expose_module(folder: Path, name: str, functions: str) -> Registry:
     config = f'[modules.m]\nimport = "{name}"\nfunctions = {functions}\n'
-    return modules.load(settings(folder, f'python_path = ["{folder}"]\n{config}'), {})
+    return load_all(settings(folder, f'python_path = ["{folder}"]\n{config}'), {})
 
 
 def call(registry: Registry, module: str, function: str, params: Any = None) -> Any:
@@ -204,7 +209,7 @@ def test_a_module_that_cannot_be_imported_is_named_by_its_table(tmp_path: Path) 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     config = f'[[module_dirs]]\npath = "{tmp_path}/none"\n'
     with pytest.raises(ModuleLoadError, match="none: not a folder"):
-        modules.load(settings(tmp_path, config), {})
+        load_all(settings(tmp_path, config), {})
 
 
 @pytest.mark.parametrize("name", ["with-dash", "1st", "n" * 51, "\u00e4"])
@@ -222,13 +227,13 @@ def test_files_with_a_leading_underscore_are_not_exposed(tmp_path: Path) -> None
 def test_the_built_in_modules_cannot_be_replaced(tmp_path: Path) -> None:
     config = '[modules.system]\nimport = "os"\nfunctions = "*"\n'
     with pytest.raises(ModuleLoadError, match="taken by a built-in module"):
-        modules.load(settings(tmp_path, config), {"system": Exposed({}, None)})
+        load_all(settings(tmp_path, config), {"system": Exposed({}, None)})
 
 
 def test_a_file_with_the_name_of_a_built_in_module_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "system.py").write_text("raise RuntimeError('it is not even imported')")
     config = f'[[module_dirs]]\npath = "{tmp_path}"\n'
-    registry = modules.load(settings(tmp_path, config), {"system": Exposed({}, None)})
+    registry = load_all(settings(tmp_path, config), {"system": Exposed({}, None)})
     assert "taken by a built-in module" in registry.left_out["system"]
     assert registry.names == ["system"]
 
@@ -240,7 +245,7 @@ def test_two_folders_with_a_module_of_one_name_are_told(tmp_path: Path) -> None:
         (tmp_path / folder / "same.py").write_text("")
         config += f'[[module_dirs]]\npath = "{tmp_path / folder}"\n'
     with pytest.raises(ModuleLoadError, match="another folder has a module 'same'"):
-        modules.load(settings(tmp_path, config), {})
+        load_all(settings(tmp_path, config), {})
 
 
 # -- folders --
@@ -252,7 +257,7 @@ def test_a_table_beats_the_folders_file_of_its_name(tmp_path: Path) -> None:
         '[modules.stats]\nimport = "statistics"\nfunctions = ["mean"]\n'
         f'[[module_dirs]]\npath = "{tmp_path}"\n'
     )
-    registry = modules.load(settings(tmp_path, config), {})
+    registry = load_all(settings(tmp_path, config), {})
     assert registry.functions_of("stats") == ["mean"]
     assert call(registry, "stats", "mean", [[1, 3]]) == 2
 
@@ -294,7 +299,7 @@ def test_hooks_are_found_once_for_each_python_module(tmp_path: Path) -> None:
         f'[modules.{name}]\nimport = "{target}"\nfunctions = []\n'
         for name, target in (("one", "helper"), ("two", "helper"), ("three", "plain"))
     )
-    registry = modules.load(settings(tmp_path, config), {})
+    registry = load_all(settings(tmp_path, config), {})
     assert [name for name, _ in registry.hooks("shutdown")] == ["one"]
     assert [name for name, _ in registry.hooks("cleanup_stale_resources")] == ["one"]
 

@@ -1,0 +1,102 @@
+"""From the master's process to a worker's or a template's: the first steps after the fork.
+
+Called in the child.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import setproctitle
+
+from cpanbridge.supervisor.logs import LogError
+from cpanbridge.supervisor.place import Place, wait_to_begin
+from cpanbridge.workers.forks import let_go_in_children
+from cpanbridge.workers.orphans import end_with_master
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+_FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP)
+
+
+def run_to_the_end(name: str, main: Callable[[], int]) -> NoReturn:
+    """Run all that the process is for, and end with the status that it returns."""
+    status = 1
+    try:
+        status = main()
+    except BaseException:
+        LOGGER.exception("%s ends by a fault of the daemon's own", name)
+    finally:
+        flush_output()
+        os._exit(status)  # never back into the master's code
+
+
+def begin(place: Place, title: str) -> None:
+    """Let go of what the master has set up for itself, and get ready to import modules."""
+    _reset_signals(place)
+    _end_with_a_master_that_is_there(place)
+    show_title(title)
+    faulthandler.enable()
+    # What each thread is at, written to the log without the interpreter's help: the master asks
+    # for it when a process does not boot, and whoever looks into a worker may.
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
+    # What modules print goes where the log goes, never to a client or the terminal's reader.
+    os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
+    let_go_in_children([str(each.getsockname()) for each in place.listeners])
+
+
+def begin_forked(place: Place, title: str) -> None:
+    """The same in a child of a template, which has done most of it; all signals are blocked."""
+    _end_with_a_master_that_is_there(place)
+    if not wait_to_begin(place.report):
+        os._exit(0)
+    show_title(title)
+    reopen_logs(place)  # the master may have sent USR1 before it knew of this process
+    # Python's own generator does so by itself.
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def show_title(title: str) -> None:
+    """What ps(1) is to show."""
+    setproctitle.setproctitle(f"cpanbridged: {title}")
+
+
+def flush_output() -> None:
+    """Write what modules have printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def reopen_logs(place: Place) -> None:
+    """Go on in new log files of the same names."""
+    try:
+        place.reopen_logs()
+    except LogError as error:
+        LOGGER.error("Process %d: the log stays where it is: %s", os.getpid(), error)
+
+
+def _end_with_a_master_that_is_there(place: Place) -> None:
+    end_with_master(True)
+    if select.select([place.lifeline], [], [], 0)[0]:
+        os._exit(1)  # it has ended before that
+
+
+def _reset_signals(place: Place) -> None:
+    """Undo the master's handlers. Ignored signals would be inherited by what modules start."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGUSR1, lambda *_: reopen_logs(place))
+    for number in _FOR_THE_MASTER:
+        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
