@@ -314,8 +314,8 @@ def _print_status(state: dict[str, Any]) -> None:
     if "gate" in state:
         for line in load_lines(state["gate"], state["resource_status"]):
             print(f"  {line}")
-    if state.get("template"):
-        print(f"  pid {state['template']}: template, which forks the workers")
+    for each in state.get("templates", ()):
+        print(f"  pid {each['pid']}: template gen {each['generation']} {each['state']}")
     for each in state["workers"]:
         print(f"  pid {each['pid']}: {each['title']}")
     if "problem" in state:

@@ -218,13 +218,13 @@ def describe(pid: int, settings: Settings) -> dict[str, Any] | None:
         told = ask(settings, "status", _STATUS_SECONDS, lambda _: None)
     except ControlError as error:
         told = {"state": "unresponsive", "problem": str(error), "workers": []}
-    template = told.get("template")
+    templates = {each["pid"] for each in told.get("templates", ())}
     known = {each["pid"]: each for each in told.pop("workers")}
     workers = []
     try:
         master = psutil.Process(pid)
         # Those that an earlier master has forked are not this one's children.
-        children = {child.pid for child in master.children()} - {template}
+        children = {child.pid for child in master.children()} - templates
         for worker in children | known.keys() - {0}:
             with contextlib.suppress(psutil.NoSuchProcess):
                 title = " ".join(psutil.Process(worker).cmdline()).strip()

@@ -119,7 +119,10 @@ def order_worker(orders: socket.socket, slot: int, report: int) -> None:
 def hear_order(orders: socket.socket) -> tuple[int, int] | None:
     """Called in a template: wait for the next one, a slot and a report; None: there is none."""
     data, descriptors, *_ = socket.recv_fds(orders, _PIPE_BUF, 1)
-    return (int(data), descriptors[0]) if data else None
+    if not data:
+        return None
+    os.set_inheritable(descriptors[0], False)
+    return int(data), descriptors[0]
 
 
 def wait_to_begin(report: int) -> bool:

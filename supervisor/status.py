@@ -13,6 +13,7 @@ from cpanbridge.supervisor.generation import Generation
 from cpanbridge.supervisor.reload import Reloader
 from cpanbridge.supervisor.seats import Seat
 from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.templates import Template
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.workforce import Workforce
 
@@ -20,7 +21,6 @@ from cpanbridge.supervisor.workforce import Workforce
 def status(state: str, reloader: Reloader, workforce: Workforce, shared: Shared) -> dict[str, Any]:
     """The daemon as one object."""
     last, seats = reloader.last, workforce.seats
-    template = workforce.templates.of(reloader.generation)
     counts, per_minute = totals.count(shared), shared.admitted_in_window()
     return {
         "state": state,
@@ -33,7 +33,7 @@ def status(state: str, reloader: Reloader, workforce: Workforce, shared: Shared)
         "generation": reloader.generation.number,
         "workers_wanted": reloader.generation.wanted,
         "workers": [_worker(seat, shared) for seat in seats if seat.generation is not None],
-        "template": template.pid if template is not None and template.pid else None,
+        "templates": [_template(each) for each in workforce.templates.alive],
         "worker_deaths": shared.header.deaths,
         "resource_status": reports.resource_status(shared, counts, per_minute),
         "gate": reports.gate(shared, reloader.loaded.settings, counts, per_minute),
@@ -70,6 +70,14 @@ def _worker(seat: Seat, shared: Shared) -> dict[str, Any]:
         "connections": slot.connections,
         "running": slot.running,
         "requests": slot.finished,
+    }
+
+
+def _template(template: Template) -> dict[str, Any]:
+    return {
+        "pid": template.pid,
+        "generation": template.generation.number,
+        "state": template.state,
     }
 
 

@@ -37,7 +37,7 @@ MOST_ATTEMPTS = 3  # a module may turn out to be unfit only when another one is 
 class _Stage(Enum):
     IMPORTS = "imports"
     FORKS = "forks"
-    OVER = "over"
+    OVER = "ends"
 
 
 class Template:
@@ -71,6 +71,11 @@ class Template:
     def imports(self) -> bool:
         """Whether it imports the modules yet."""
         return self._stage is _Stage.IMPORTS
+
+    @property
+    def state(self) -> str:
+        """What it is at, in a word."""
+        return self._stage.value
 
     @property
     def forks(self) -> bool:
@@ -235,9 +240,9 @@ class Templates:
         self._all: list[Template] = []
 
     @property
-    def any_left(self) -> bool:
-        """Whether a template's process is there."""
-        return any(template.pid for template in self._all)
+    def alive(self) -> list[Template]:
+        """Those whose process is there."""
+        return [template for template in self._all if template.pid]
 
     def of(self, generation: Generation) -> Template | None:
         """A generation's template, whatever has become of it."""

@@ -78,7 +78,7 @@ class Workforce:
 
     def is_gone(self) -> bool:
         """Whether there is no worker at all, and no template."""
-        return not self.templates.any_left and not any(seat.pid for seat in self.seats)
+        return not self.templates.alive and not any(seat.pid for seat in self.seats)
 
     # -- generations --
 

@@ -16,13 +16,19 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
+from types import ModuleType
 from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.place import Imports
 from cpanbridge.workers.loading import Loader
 
+_SEEDED_ANEW = {"random", "numpy.random", "numpy.random.mtrand"}
+_NUMPY_GENERATORS = (
+    ("numpy.random._generator", "Generator"),
+    ("numpy.random.mtrand", "RandomState"),
+)
 _JOIN_SECONDS = 0.2  # the kernel lists a thread for a moment after it was joined
 
 
@@ -85,11 +91,7 @@ def _left(before: _Seen) -> str | None:
         return f"it opens {', '.join(sorted(link for _, link in opened))}"
     if now.mappings - before.mappings:
         return "it maps memory that processes share"
-    for name in sorted(now.modules - before.modules):
-        for variable, value in list(vars(sys.modules[name]).items()):
-            if _is_generator(value):
-                return f"{name}.{variable} is a generator of random numbers"
-    return None
+    return next(_generators(now.modules - before.modules), None)
 
 
 def _threads_end_at_fork(threads: int) -> bool:
@@ -111,13 +113,20 @@ def _threads_end_at_fork(threads: int) -> bool:
     return True
 
 
-def _is_generator(value: object) -> bool:
-    if isinstance(value, random.SystemRandom):
-        return False
-    if isinstance(value, random.Random):
-        return value is not random._inst  # reseeded at a fork
-    kind = type(value)
-    return kind.__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
+def _generators(names: Set[str]) -> Iterator[str]:
+    """Generators of random numbers that modules have, but for those that a worker seeds anew.
+
+    Nothing is asked of the objects themselves: some only pretend to be there yet.
+    """
+    for name in sorted(names - _SEEDED_ANEW):
+        module = sys.modules.get(name)
+        if not issubclass(type(module), ModuleType):
+            continue
+        for variable, value in list(vars(module).items()):
+            kind = type(value)
+            pythons = issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom)
+            if pythons or (kind.__module__, kind.__name__) in _NUMPY_GENERATORS:
+                yield f"{name}.{variable} is a generator of random numbers"
 
 
 def _children() -> Iterator[int]:

@@ -1,0 +1,302 @@
+"""Templates: modules are imported once for all workers, where that does no harm."""
+
+import json
+import os
+import signal
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Daemon, NewDaemon
+from plain_client import until
+
+HEAVY = """
+TABLE = [str(number) * 10 for number in range(400_000)]
+def size():
+    return len(TABLE)
+"""
+SAYS_PID = "import os\nprint('imported in', os.getpid())\ndef pid():\n    return os.getpid()\n"
+
+
+def expose(daemon: Daemon, top: str = "workers = 2", **files: str) -> Daemon:
+    """Have a daemon expose a folder with these files, and nothing else but what the tests have."""
+    folder = daemon.folder / "helpers"
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    daemon.write_config(
+        f"{top}\nlimits.max_requests_per_minute = 0\n"
+        f'[[module_dirs]]\npath = "{folder}"\naffinity = "none"'
+    )
+    return daemon
+
+
+def imported_in(daemon: Daemon) -> list[int]:
+    """The processes that have imported `SAYS_PID`, in order."""
+    lines = daemon.log().splitlines()
+    return [int(line.split()[-1]) for line in lines if line.startswith("imported in")]
+
+
+def settled_workers(daemon: Daemon, count: int) -> list[int]:
+    """Wait until so many workers are ready; their process ids."""
+
+    def serving() -> list[int]:
+        status = json.loads(daemon.command("status", "--json").stdout)
+        pids = [each["pid"] for each in status["workers"] if each.get("state") == "serves"]
+        return pids if len(pids) == count else []
+
+    pids: list[int] = until(serving, 40, f"{count} workers ready")
+    return pids
+
+
+def reload(daemon: Daemon) -> None:
+    done = daemon.command("reload")
+    assert done.returncode == 0, done.stderr
+
+
+def new_worker(daemon: Daemon) -> int:
+    """Kill a worker; the process id of the one that replaces it."""
+    before = settled_workers(daemon, 2)
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: before[0] not in daemon.workers())
+    (new,) = set(settled_workers(daemon, 2)) - set(before)
+    return new
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def memory(daemon: Daemon) -> int:
+    """PSS of master, template and workers, in bytes."""
+    pids = [daemon.pid, *daemon.workers(), *daemon.templates()]
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids)
+
+
+def test_a_heavy_module_is_in_memory_once(new_daemon: NewDaemon) -> None:
+    with_it = expose(new_daemon(), "workers = 4", heavy=HEAVY).run()
+    without = expose(new_daemon(), "workers = 4\npreload = false", heavy=HEAVY).run()
+    assert without.templates() == []
+    assert with_it.call("heavy", "size") == without.call("heavy", "size") == 400_000
+    assert memory(with_it) < memory(without) / 2
+
+
+def test_workers_are_the_masters_children_and_the_template_is_seen(new_daemon: NewDaemon) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    (template,) = daemon.templates()
+    assert imported_in(daemon) == [template]
+    assert daemon.call("says", "pid") in daemon.workers()
+    assert len(daemon.workers()) == 2
+    title = " ".join(psutil.Process(template).cmdline()).strip()
+    assert title == "cpanbridged: template gen 1"
+    status = daemon.command("status").stdout
+    assert f"pid {template}: template gen 1 forks" in status
+    assert status.count(str(template)) == 1
+    # Master, template, workers: the memory limit is for all of them.
+    until(lambda: daemon.metrics()["system_stats"]["processes"] == 4)
+
+
+def test_a_later_worker_has_the_modules_of_its_generation_and_imports_nothing(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    expose(daemon, says="def broken(:", new="raise ValueError")
+    new = new_worker(daemon)
+    until(lambda: daemon.call("says", "pid") == new)
+    assert imported_in(daemon) == daemon.templates()
+
+
+def test_a_template_ends_with_its_generation(new_daemon: NewDaemon) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    (first,) = daemon.templates()
+    reload(daemon)
+    until(lambda: len(daemon.templates()) == 1 and first not in daemon.templates())
+    (second,) = daemon.templates()
+    assert imported_in(daemon) == [first, second]
+    assert daemon.stop() == 0
+    assert not runs(second)
+
+
+def test_a_template_ends_with_a_killed_master(new_daemon: NewDaemon) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    pids = [*daemon.templates(), *daemon.workers()]
+    os.kill(daemon.pid, signal.SIGKILL)
+    until(lambda: not any(map(runs, pids)), 30, "the end of all processes")
+
+
+def test_when_a_template_is_killed_workers_import_by_themselves_until_the_next_reload(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    (template,) = daemon.templates()
+    os.kill(template, signal.SIGKILL)
+    until(lambda: f"The template of generation 1 (pid {template}) died: killed" in daemon.log())
+    new = new_worker(daemon)
+    assert imported_in(daemon) == [template, new]
+    assert daemon.templates() == []
+    reload(daemon)
+    assert imported_in(daemon)[2:] == daemon.templates()
+
+
+def test_a_new_master_has_a_template_of_its_own(new_daemon: NewDaemon) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    (first,) = daemon.templates()
+    assert daemon.command("upgrade").returncode == 0
+    until(lambda: not runs(first))
+    assert imported_in(daemon) == [first, *daemon.templates()]
+    new = new_worker(daemon)
+    assert new not in imported_in(daemon)
+    assert daemon.stop() == 0
+
+
+UNFIT = {
+    "it starts a thread": """
+        import threading, time
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        def works():
+            return threading.active_count() > 1
+    """,
+    "it starts a process": """
+        import subprocess
+        child = subprocess.Popen(["sleep", "60"])
+        def works():
+            return child.poll() is None
+        def shutdown():
+            child.kill()
+    """,
+    "it opens ": """
+        import os
+        stream = open(__file__)
+        def works():
+            return stream.read(1) and True
+    """,
+    "it maps memory that processes share": """
+        import mmap
+        memory = mmap.mmap(-1, 4096)
+        def works():
+            return True
+    """,
+    "unfit.numbers is a generator of random numbers": """
+        import random
+        numbers = random.Random()
+        def works():
+            return numbers.random() < 1
+    """,
+}
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_a_module_that_cannot_be_shared_is_imported_by_each_worker(
+    new_daemon: NewDaemon, reason: str
+) -> None:
+    unfit = textwrap.dedent(UNFIT[reason]) + SAYS_PID
+    daemon = expose(new_daemon(), unfit=unfit, heavy=HEAVY, zealous="import unfit").run()
+    said = "Module unfit is imported by each worker for itself: " + reason
+    assert daemon.log().count(said) == 1
+    workers = settled_workers(daemon, 2)
+    assert set(workers) < set(imported_in(daemon))
+    assert not set(daemon.templates()) & set(imported_in(daemon))
+    assert daemon.call("unfit", "works")
+    assert daemon.call("heavy", "size") == 400_000
+    new = new_worker(daemon)
+    assert new in imported_in(daemon)
+    assert daemon.stop() == 0
+
+
+def test_what_an_unfit_module_has_started_in_a_template_ends_with_that(
+    new_daemon: NewDaemon,
+) -> None:
+    text = "import subprocess\nprint('started', subprocess.Popen(['sleep', '77']).pid)\n"
+    daemon = expose(new_daemon(), unfit=text).run()
+    started = [int(line.split()[1]) for line in daemon.log().splitlines() if "started" in line[:7]]
+    assert len(started) == 3  # in a template, and in each worker
+    until(lambda: not runs(started[0]))
+    for pid in started[1:]:
+        assert runs(pid)
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_module_that_is_not_to_be_shared_is_not(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    (daemon.folder / "lone.py").write_text(SAYS_PID)
+    daemon.write_config(
+        f'workers = 2\npython_path = ["{daemon.folder}"]\n'
+        '[modules.lone]\nimport = "lone"\nfunctions = ["pid"]\npreload = false'
+    )
+    daemon.run()
+    assert len(daemon.templates()) == 1  # for the tests' modules
+    assert sorted(imported_in(daemon)) == sorted(daemon.workers())
+
+
+def test_without_modules_that_can_be_shared_there_is_no_template(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    daemon.replace_config(
+        f'listen = ["{daemon.path}"]\nlog_file = "{daemon.log_file}"\nworkers = 2\n'
+        '[modules.file]\nimport = "unfit"\nfunctions = ["pid"]\n'
+    )
+    (daemon.folder / "unfit.py").write_text("stream = open(__file__)\n" + SAYS_PID)
+    daemon.environment["PYTHONPATH"] = str(daemon.folder)
+    daemon.run()
+    until(lambda: daemon.templates() == [])
+    assert daemon.call("file", "pid") in settled_workers(daemon, 2)
+    reload(daemon)
+    assert daemon.call("test", "echo", [1]) == [1]
+
+
+def test_each_worker_has_random_numbers_of_its_own(new_daemon: NewDaemon) -> None:
+    text = "import os, random\ndef number():\n    return [os.getpid(), random.random()]\n"
+    daemon = expose(new_daemon(), "workers = 4", numbers=text).run()
+    first: dict[int, float] = {}
+
+    def all_asked() -> bool:
+        pid, number = daemon.call("numbers", "number")
+        first.setdefault(pid, number)
+        return len(first) > 2
+
+    until(all_asked)
+    assert len(set(first.values())) == len(first)
+
+
+def test_a_later_worker_writes_to_the_log_that_is_in_use(new_daemon: NewDaemon) -> None:
+    daemon = expose(new_daemon(), says=SAYS_PID).run()
+    old = daemon.folder / "d.log.1"
+    daemon.log_file.rename(old)
+    os.kill(daemon.pid, signal.SIGUSR1)
+    until(lambda: "Logs reopened" in daemon.log())
+    new = new_worker(daemon)
+    with psutil.Process(new).oneshot():
+        assert os.readlink(f"/proc/{new}/fd/2") == str(daemon.log_file)
+    assert f"pid {new}" not in old.read_text()
+
+
+FAULTS = {
+    "syntax": ("def broken(:", "SyntaxError"),
+    "raises": ("raise ValueError('no')", "ValueError: no"),
+    "leaves": ("import sys\nsys.exit('gone')", "SystemExit: gone"),
+    "ends": ("import os\nos._exit(7)", "died at boot: exit status 7"),
+    "crashes": (
+        "import os\nos.kill(os.getpid(), 11)",
+        "died at boot: killed by signal 11 (SIGSEGV)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_a_start_says_what_is_wrong_with_a_module_wherever_it_is_imported(
+    new_daemon: NewDaemon, fault: str, preload: str
+) -> None:
+    text, said = FAULTS[fault]
+    daemon = expose(new_daemon(), f"workers = 2\npreload = {preload}", bad=text)
+    done = daemon.command("start")
+    assert done.returncode == 1
+    assert done.stderr.startswith("cpanbridged: not started: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path(daemon.path).exists()
+    if "died" not in said:
+        assert said in daemon.command("check").stderr
