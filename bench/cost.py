@@ -43,6 +43,7 @@ def monitor_share(workers: int, megabytes: int, seconds: float) -> float:
             f"limits.max_memory_mb = {2 * workers * megabytes + 1024}\n"
             '[modules.bench]\nimport = "bench_echo"\nfunctions = ["echo"]\n'
             '[modules.holder]\nimport = "bench_holder"\nfunctions = ["held"]\n'
+            "preload = false\n"  # each has its own
         )
         os.environ["BENCH_HOLD_MB"] = str(megabytes)
         command = [find_cpanbridged(), "run", "--config", str(config)]

@@ -1,6 +1,6 @@
-"""What memory a worker, a connection and a heavy module cost.
+"""What memory a worker, a connection, a session and a heavy module cost.
 
-    memory.py [--connections 500] [--json] [--write]
+    memory.py [--connections 500] [--sessions 200] [--json] [--write]
 
 Memory is PSS, in which a page that k processes share counts 1/k in each, summed over the daemon's
 tree. What the kernel holds for a socket isn't in it.
@@ -9,13 +9,16 @@ tree. What the kernel holds for a socket isn't in it.
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pages
 import psutil
@@ -26,14 +29,28 @@ from servers import (
     daemon_config,
     find_cpanbridged,
     running,
+    send_call,
     tree,
     tree_pss_bytes,
 )
 
 SETTLE_SECONDS = 1.0
+READ_SECONDS = 30.0
 FEW, MANY = 1, 8  # workers
 HEAVY_WORKERS = 4
-HEAVY = ["[modules.heavy]", 'import = "bench_heavy"', 'functions = ["entries"]']
+HEAVY = ["[modules.heavy]", 'import = "bench_heavy"', 'functions = ["entries", "read"]']
+OWN = ["[modules.own]", 'import = "bench_echo"', 'functions = ["echo"]', 'affinity = "client"']
+PRELOAD = {True: "preload = true", False: "preload = false"}
+
+
+@dataclass
+class Heavy:
+    """Four workers with a module of 50 MB; bytes of the whole tree."""
+
+    without: int  # the module
+    loaded: int  # with it
+    read: int  # when each worker has looked at every object in it
+    start_seconds: float  # from the command to the first reply
 
 
 @dataclass
@@ -43,54 +60,153 @@ class Memory:
     one_worker: int  # the whole tree, with one worker
     per_worker: float  # each further one
     per_connection: float  # a kept one that has made a call, with its thread
-    four_workers: int  # the whole tree
-    four_heavy_workers: int  # the same with a module of 50 MB
+    per_session: float  # a client process that has state in a worker, and no connection now
+    shared: Heavy  # preload = true
+    apart: Heavy  # preload = false
 
 
 @contextlib.contextmanager
-def daemon(workers: int, more: Sequence[str] = ()) -> Iterator[tuple[psutil.Process, Path]]:
+def daemon(
+    workers: int, more: Sequence[str] = (), *, preload: bool = True
+) -> Iterator[tuple[psutil.Process, Path]]:
     """Run one with so many workers; gives its master and its socket."""
     with tempfile.TemporaryDirectory(prefix="cpanbridged-bench-") as name:
         folder = Path(name)
-        config = daemon_config(folder, workers, unlimited=True, more=more)
+        top = [PRELOAD[preload]]
+        config = daemon_config(folder, workers, unlimited=True, more=more, top=top)
         command = [find_cpanbridged(), "run", "--config", str(config)]
         path = folder / "daemon.sock"
         with running(command, path, folder / "daemon.out") as master:
-            time.sleep(SETTLE_SECONDS)
             yield master, path
 
 
-def tree_bytes(workers: int, more: Sequence[str] = ()) -> int:
+def settled_bytes(master: psutil.Process) -> int:
     """What a daemon takes that nobody calls."""
-    with daemon(workers, more) as (master, _):
-        return tree_pss_bytes(tree(master))
+    time.sleep(SETTLE_SECONDS)
+    return tree_pss_bytes(tree(master))
+
+
+def tree_bytes(workers: int, *, preload: bool = True) -> int:
+    """What a daemon takes that nobody has called."""
+    with daemon(workers, preload=preload) as (master, _):
+        return settled_bytes(master)
 
 
 def connection_bytes(connections: int) -> float:
     """What each of so many kept connections adds."""
     with daemon(2) as (master, path), contextlib.ExitStack() as stack:
-        before = tree_pss_bytes(tree(master))
+        before = settled_bytes(master)
         for _ in range(connections):
             connection = stack.enter_context(connect_framed(path))
             if not connection.recv(65536):
                 raise BenchError("the daemon has closed a connection")
-        time.sleep(SETTLE_SECONDS)
-        return (tree_pss_bytes(tree(master)) - before) / connections
+        return (settled_bytes(master) - before) / connections
 
 
-def markdown(found: Memory, connections: int) -> str:
-    """The figures as a table."""
-    heavy = found.four_heavy_workers - found.four_workers
+def session_bytes(sessions: int) -> float:
+    """What each of so many client processes adds that have called a module of affinity client."""
+    with daemon(2, OWN) as (master, path), contextlib.ExitStack() as stack:
+        _one_shot(path, "own", "echo")
+        before = settled_bytes(master)
+        stack.enter_context(clients(sessions, lambda: _one_shot(path, "own", "echo")))
+        return (settled_bytes(master) - before) / sessions
+
+
+@contextlib.contextmanager
+def clients(count: int, work: Callable[[], object]) -> Iterator[None]:
+    """So many processes that have done their work, and live until the block ends."""
+    stop, keep = os.pipe()
+    pids = []
+    try:
+        for _ in range(count):
+            done, tell = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.close(keep)
+                _be_client(work, stop, tell)
+            pids.append(pid)
+            os.close(tell)
+            worked = os.read(done, 1)  # one after another: how they meet is not measured
+            os.close(done)
+            if not worked:
+                raise BenchError("a client's call has failed")
+        yield
+    finally:
+        os.close(keep)
+        os.close(stop)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+
+def _be_client(work: Callable[[], object], stop: int, tell: int) -> NoReturn:
+    try:
+        work()
+        os.write(tell, b".")
+        os.read(stop, 1)
+    finally:
+        os._exit(0)
+
+
+def heavy(*, preload: bool) -> Heavy:
+    """What a heavy module costs, imported once for all workers or by each."""
+    without = tree_bytes(HEAVY_WORKERS, preload=preload)
+    began = time.monotonic()
+    with daemon(HEAVY_WORKERS, HEAVY, preload=preload) as (master, path):
+        seconds = time.monotonic() - began
+        loaded = settled_bytes(master)
+        _read_in_each_worker(path)
+        return Heavy(without, loaded, settled_bytes(master), seconds)
+
+
+def _read_in_each_worker(path: Path) -> None:
+    seen = set[object]()
+    until = time.monotonic() + READ_SECONDS
+    with ThreadPoolExecutor(HEAVY_WORKERS) as pool:
+        while len(seen) < HEAVY_WORKERS:
+            if time.monotonic() > until:
+                raise BenchError(f"only {len(seen)} workers have answered")
+            seen.update(pool.map(lambda _: _one_shot(path, "heavy", "read"), range(HEAVY_WORKERS)))
+
+
+def _one_shot(path: Path, module: str, function: str) -> object:
+    reply = send_call(path, {"module": module, "function": function})
+    if not reply["success"]:
+        raise BenchError(reply["error"])
+    return reply["result"]
+
+
+def markdown(found: Memory, options: argparse.Namespace) -> str:
+    """The figures as tables."""
+
+    def row(text: str, value: Callable[[Heavy], float], form: str = ".1f") -> str:
+        return f"| {text} | {value(found.shared):{form}} | {value(found.apart):{form}} |"
+
+    def added(each: Heavy) -> float:
+        return (each.loaded - each.without) / HEAVY_WORKERS / 1e6
+
     return "\n".join(
         [
-            "|  | MB |",
+            "|  | bytes |",
             "| --- | --- |",
-            f"| the daemon with one worker | {found.one_worker / 1e6:.1f} |",
-            f"| each further worker | {found.per_worker / 1e6:.2f} |",
-            f"| each kept connection (of {connections}) | {found.per_connection / 1e6:.3f} |",
-            f"| the daemon with four workers | {found.four_workers / 1e6:.1f} |",
-            f"| the same with a module of 50 MB | {found.four_heavy_workers / 1e6:.1f} |",
-            f"| what the module takes in each of the four | {heavy / HEAVY_WORKERS / 1e6:.1f} |",
+            f"| the daemon with one worker | {found.one_worker:,} |",
+            f"| each further worker (of {MANY}) | {found.per_worker:,.0f} |",
+            f"| each kept connection (of {options.connections}) | {found.per_connection:,.0f} |",
+            f"| each session (of {options.sessions}) | {found.per_session:,.0f} |",
+            "",
+            f"Four workers and a module of 50 MB of Python objects, in MB (10^6 bytes), as "
+            f"`{PRELOAD[True]}` (the default) has it and `{PRELOAD[False]}`:",
+            "",
+            "|  | imported once | by each worker |",
+            "| --- | --- | --- |",
+            row("the daemon without the module", lambda each: each.without / 1e6),
+            row("with it", lambda each: each.loaded / 1e6),
+            row("what it takes for each worker", added),
+            row("when each worker has looked at every object", lambda each: each.read / 1e6),
+            row(
+                "seconds from the command to the first reply",
+                lambda each: each.start_seconds,
+                ".2f",
+            ),
             "",
         ]
     )
@@ -100,6 +216,7 @@ def main() -> int:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description="Memory of workers, connections and modules.")
     parser.add_argument("--connections", type=int, default=500)
+    parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help=f"write into {pages.PAGE.name}")
     options = parser.parse_args()
@@ -109,14 +226,15 @@ def main() -> int:
             one_worker=few,
             per_worker=(many - few) / (MANY - FEW),
             per_connection=connection_bytes(options.connections),
-            four_workers=tree_bytes(HEAVY_WORKERS),
-            four_heavy_workers=tree_bytes(HEAVY_WORKERS, HEAVY),
+            per_session=session_bytes(options.sessions),
+            shared=heavy(preload=True),
+            apart=heavy(preload=False),
         )
         if options.json:
             print(json.dumps({"versions": versions(), **asdict(found)}))
             return 0
         text = pages.heading(shlex.join(["bench/memory.py", *sys.argv[1:]]))
-        text += "\n" + markdown(found, options.connections)
+        text += "\n" + markdown(found, options)
         print(text)
         if options.write:
             pages.write("memory", text)

@@ -65,15 +65,23 @@ KEPT_MODULE = (
 )
 
 
-def daemon_config(folder: Path, workers: int, *, unlimited: bool, more: Sequence[str] = ()) -> Path:
+def daemon_config(
+    folder: Path,
+    workers: int,
+    *,
+    unlimited: bool,
+    more: Sequence[str] = (),
+    top: Sequence[str] = (),
+) -> Path:
     """Write a configuration that listens in `folder`; `unlimited`: no limit is ever reached.
 
-    `more` is further lines, such as another module's.
+    `more` is further lines, such as another module's; `top` those before any table.
     """
     lines = [
         f'listen = ["{folder}/daemon.sock"]',
         f"workers = {workers}",
         f'log_file = "{folder}/daemon.log"',
+        *top,
         f'python_path = ["{BENCH}/modules"]',
         "[modules.bench]",
         'import = "bench_echo"',
