@@ -52,12 +52,18 @@ def begin(place: Place, title: str) -> None:
     let_go_in_children([str(each.getsockname()) for each in place.listeners])
 
 
-def begin_forked(place: Place, title: str) -> None:
-    """The same in a child of a template, which has done most of it; all signals are blocked."""
+def begin_forked(place: Place, title: str, parent: int) -> None:
+    """The same in what a template has forked, which has done most of it; all signals are blocked.
+
+    `parent` is a pidfd. When it is readable, its process has ended, and the kernel has given this
+    one to the master before.
+    """
+    show_title(title)
+    select.select([parent], [], [])
+    os.close(parent)
     _end_with_a_master_that_is_there(place)
     if not wait_to_begin(place.report):
         os._exit(0)
-    show_title(title)
     reopen_logs(place)  # the master may have sent USR1 before it knew of this process
     # Python's own generator does so by itself.
     if "numpy.random" in sys.modules:

@@ -8,7 +8,6 @@ their talk, or ends itself.
 import gc
 import logging
 import os
-import select
 import signal
 from contextlib import suppress
 from typing import NoReturn
@@ -82,10 +81,7 @@ def _fork_again(place: TemplatePlace, loader: Loader, worker_place: Place) -> No
     try:
         between = os.pidfd_open(os.getpid())
         if fork_worker() == 0:
-            # Readable when the process has ended; its children have been given away before.
-            select.select([between], [], [])
-            os.close(between)
             place.orders.close()
-            worker.run_forked(worker_place, loader)
+            worker.run_forked(worker_place, loader, between)
     finally:
         os._exit(1)

@@ -65,11 +65,14 @@ def run(place: Place) -> NoReturn:
     boot.run_to_the_end(f"Worker {place.slot}", work)
 
 
-def run_forked(place: Place, loader: Loader) -> NoReturn:
-    """Be a worker that a template has forked, with what that has loaded; ends the process."""
+def run_forked(place: Place, loader: Loader, parent: int) -> NoReturn:
+    """Be a worker that a template has forked, with what that has loaded; ends the process.
+
+    `parent` is a pidfd of the process between the two.
+    """
 
     def work() -> int:
-        boot.begin_forked(place, _boot_title(place))
+        boot.begin_forked(place, _boot_title(place), parent)
         return _work(place, loader)
 
     boot.run_to_the_end(f"Worker {place.slot}", work)

@@ -277,6 +277,19 @@ def test_a_worker_that_dies_before_the_master_knows_it_is_not_waited_for_in_vain
     assert firm.failed[0].endswith("died at boot: killed by signal 9 (SIGKILL)")
 
 
+def test_a_worker_that_has_ended_before_its_pid_was_heard_is_known_to_have_ended(
+    new_firm: NewFirm,
+) -> None:
+    firm = new_firm(losing)
+    firm.workforce.hire(firm.generation)
+    firm.until(lambda: any(seat.unborn for seat in firm.workforce.seats))
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # the template lives: it is a worker
+    firm.wait_for_children()
+    assert any(seat.unborn for seat in firm.workforce.seats)
+    firm.until(lambda: firm.failed)
+    assert firm.failed[0].endswith("died at boot: killed by signal 9 (SIGKILL)")
+
+
 def test_a_worker_that_is_not_wanted_any_more_ends_before_it_has_begun(new_firm: NewFirm) -> None:
     firm = new_firm(obedient)
     firm.workforce.hire(firm.generation)

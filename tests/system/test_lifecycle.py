@@ -117,6 +117,7 @@ def test_start_status_and_stop_say_what_they_did(new_daemon: NewDaemon) -> None:
     assert gate.startswith("  gate open for ")
     assert re.fullmatch(r"  memory \d+\.\dMB, CPU \d+\.\d% \(peaks .*\)", load)
     assert [re.sub(r"\d+:", "N:", line, count=1) for line in workers] == [
+        "  pid N: template gen 1 forks",
         "  pid N: worker 0 gen 1 busy 0/100",
         "  pid N: worker 1 gen 1 busy 0/100",
     ]
