@@ -206,7 +206,7 @@ class Seat:
 
     def _boot_hangs(self) -> None:
         self._overdue = True
-        self.signal(signal.SIGUSR2)  # it writes where it is to the log, see workers/worker.py
+        self.signal(signal.SIGUSR2)  # it writes where it is to the log, see workers/boot.py
         self._set_timer(DUMP_SECONDS, self.kill)
 
     def describe_end(self, status: int) -> str:

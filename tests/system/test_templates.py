@@ -227,6 +227,25 @@ def test_a_module_that_cannot_be_shared_is_imported_by_each_worker(
     assert daemon.stop() == 0
 
 
+def test_threads_that_end_before_a_fork_are_no_obstacle(new_daemon: NewDaemon) -> None:
+    """As those of libraries that know of forks, and start their threads again when needed."""
+    text = """
+        import os, threading
+        over = threading.Event()
+        thread = threading.Thread(target=over.wait)
+        thread.start()
+
+        def end():
+            over.set()
+            thread.join()
+
+        os.register_at_fork(before=end)
+        """
+    daemon = expose(new_daemon(), threads=textwrap.dedent(text) + SAYS_PID).run()
+    assert imported_in(daemon) == daemon.templates()
+    assert daemon.call("threads", "pid") in settled_workers(daemon, 2)
+
+
 def test_what_an_unfit_module_has_started_in_a_template_ends_with_that(
     new_daemon: NewDaemon,
 ) -> None:
