@@ -263,6 +263,7 @@ def test_modules_and_folders(file: File) -> None:
         ("threads = []", "threads = []: expected a whole number"),
         ("debug = 2", "debug = 2: must be true or false"),
         ("debug = 'yes'", "debug = 'yes': must be true or false"),
+        ("preload = 1", "preload = 1: must be true or false"),
         ("listen = 5", "listen = 5: must be a list of socket paths"),
         ("listen = '/tmp/x'", "listen = '/tmp/x': must be a list of socket paths"),
         ("listen = []", "listen = []: must be a list of socket paths"),
@@ -351,6 +352,7 @@ def test_an_unknown_key_is_told_with_those_that_are_allowed(
         ("CPAN_BRIDGE_WORKERS", "2.5", "expected a whole number"),
         ("CPAN_BRIDGE_WORKERS", "-1", "expected a whole number >= 0"),
         ("CPAN_BRIDGE_DEBUG", "maybe", "must be true or false"),
+        ("CPAN_BRIDGE_PRELOAD", "maybe", "must be true or false"),
         ("CPAN_BRIDGE_OVERLOAD", "drop", 'must be "wait"'),
         ("CPAN_BRIDGE_SOCKET", "/a,,/b", "must be a list of socket paths"),
         ("CPAN_BRIDGE_MAX_CONNECTIONS", "0", "expected a whole number >= 1"),
@@ -456,3 +458,24 @@ def test_a_variable_that_is_no_option_is_noted(file: File) -> None:
     loaded = file.load("", CPAN_BRIDGE_MAX_CONECTIONS="5", CPAN_BRIDGE_JSON="PP", PATH="/bin")
     (note,) = loaded.notes
     assert note == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_a_modules_own_preload_beats_the_one_for_all(file: File, preload: bool) -> None:
+    settings = file.load(
+        f"preload = {as_toml(not preload)}\n"
+        f'[modules.own]\nimport = "json"\nfunctions = "*"\npreload = {as_toml(preload)}\n'
+        '[modules.other]\nimport = "json"\nfunctions = "*"\n'
+        f'[[module_dirs]]\npath = "/opt"\npreload = {as_toml(preload)}\n'
+    ).settings
+    assert settings.preloads(settings.modules["own"]) is preload
+    assert settings.preloads(settings.modules["other"]) is not preload
+    assert settings.preloads(settings.module_dirs[0]) is preload
+    assert settings.preloads_any
+
+
+def test_nothing_is_preloaded_where_nothing_is_exposed(file: File) -> None:
+    assert not file.load("").settings.preloads_any
+    module = '[modules.m]\nimport = "json"\nfunctions = "*"\n'
+    assert not file.load(f"preload = false\n{module}").settings.preloads_any
+    assert not file.load(f"{module}preload = false\n").settings.preloads_any

@@ -12,7 +12,7 @@ from conftest import Daemon, NewDaemon
 from plain_client import until
 
 HEAVY = """
-TABLE = [[str(number)] for number in range(200_000)]
+TABLE = [[str(number)] for number in range(400_000)]
 def size():
     return len(TABLE)
 """
@@ -81,7 +81,7 @@ def test_a_heavy_module_is_in_memory_once(new_daemon: NewDaemon) -> None:
     with_it = expose(new_daemon(), "workers = 4", heavy=HEAVY).run()
     without = expose(new_daemon(), "workers = 4\npreload = false", heavy=HEAVY).run()
     assert without.templates() == []
-    assert with_it.call("heavy", "size") == without.call("heavy", "size") == 200_000
+    assert with_it.call("heavy", "size") == without.call("heavy", "size") == 400_000
     assert memory(with_it) < memory(without) / 2
 
 
@@ -221,7 +221,7 @@ def test_a_module_that_cannot_be_shared_is_imported_by_each_worker(
     assert set(workers) < set(imported_in(daemon))
     assert not set(daemon.templates()) & set(imported_in(daemon))
     assert daemon.call("unfit", "works")
-    assert daemon.call("heavy", "size") == 200_000
+    assert daemon.call("heavy", "size") == 400_000
     new = new_worker(daemon)
     assert new in imported_in(daemon)
     assert daemon.stop() == 0
