@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -191,6 +192,9 @@ def new_firm() -> Iterator[NewFirm]:
     for firm in firms:
         firm.workforce.stop(None)
         firm.until(firm.workforce.is_gone)
+    del firm
+    firms.clear()
+    gc.collect()  # descriptors are closed now, not in the midst of another test
     # A master adopts what its descendants leave; the process of the tests must not go on so.
     assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
