@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 from cpanbridge.supervisor.controlserver import ControlServer
 from cpanbridge.supervisor.gate import Bells
-from cpanbridge.supervisor.generation import Stage
 from cpanbridge.supervisor.instance import InstanceError
 from cpanbridge.supervisor.loop import Loop
 from cpanbridge.supervisor.notify import Notifier
