@@ -269,7 +269,7 @@ def test_no_slot_is_used_while_a_worker_of_a_killed_new_master_still_ends(daemon
         f"except FileExistsError:\n    time.sleep(600)\n"
         f"def shutdown():\n    time.sleep(600)\n"
     )
-    daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
+    daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"\npreload = false')
     began = len(daemon.log())
     os.kill(daemon.pid, signal.SIGUSR2)
     ready = until(lambda: re.search(r"Worker (\d+) ready \(pid (\d+)\)", daemon.log()[began:]))
