@@ -111,7 +111,7 @@ class HangDetector:
         slot.serves = 0  # if it goes on after all, it is to leave, and does not set this again
         self._workforce.retire_hung(overdue.slot)
         if not told:  # at last, for these lines are written in pieces
-            seat.signal(signal.SIGUSR2)  # see workers/worker.py
+            seat.signal(signal.SIGUSR2)  # see workers/boot.py
 
     def _gate_is_free(self) -> bool:
         """Whether the gate's lock can be had. It is held for microseconds."""

@@ -24,6 +24,7 @@ import random
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import NoReturn
