@@ -244,19 +244,18 @@ class Affinity:
     def _send(
         self, peer: Peer, answer: _Answer, data: bytes, until: float, arrived: float, stop: int
     ) -> None:
-        """Put the client into its owner's postbox. Returns when there is no room in it."""
+        """Put the client into its owner's postbox. Returns when that cannot be now."""
         self._roster.is_doing(peer.entry, WAITING)
         passenger = Passenger(peer.socket, data, *self._roster.history(peer.entry), arrived)
         peer.journey = Journey(passenger, answer.owner, answer.known, until)
         try:
-            put = self.outgoing.put(peer)
+            self.outgoing.put(peer)
         except OSError as error:
             self._complain(error)
-            put = False
-        if put:
+            peer.journey = None
+            _pause(stop)
+        else:
             raise HandedOver
-        peer.journey = None
-        _pause(stop)
 
     def _look_after(self, call: Call, journey: Journey, stop: int) -> None:
         """A client has come back: see whether it is worth while to go on with it."""

@@ -78,6 +78,7 @@ class Outgoing:
         self._taken = taken
         self._lock = threading.Lock()
         self._away: dict[Ticket, tuple[Peer, Journey]] = {}
+        self._waiting: dict[int, deque[Peer]] = {}  # by their owners' slots: there was no room
         self._back: deque[Peer] = deque()
         self._watched = False  # by the main thread
         self._sent = False  # since the main thread looked
@@ -85,25 +86,39 @@ class Outgoing:
 
     @property
     def count(self) -> int:
-        """How many are on their way, or back and not looked after yet."""
-        return len(self._away) + len(self._back)
+        """How many are on their way, or wait for that, or are back and not looked after yet."""
+        waiting = sum(map(len, list(self._waiting.values())))
+        return waiting + len(self._away) + len(self._back)
 
-    def put(self, peer: Peer) -> bool:
-        """Put a client into its owner's postbox, as `peer.journey` says; False when that is full.
+    def put(self, peer: Peer) -> None:
+        """Put a client into its owner's postbox, as `peer.journey` says.
 
-        From then on its socket is not to be used. Called in the thread that serves the client.
-        Raises OSError when this worker has no descriptor left.
+        Where there is no room for it, the main thread puts it in later: a thread that waited here
+        would not empty its own postbox, and two workers might wait for each other for ever. From
+        then on its socket is not to be used. Called in the thread that serves the client. Raises
+        OSError when this worker has no descriptor left.
         """
         journey = peer.journey
         assert journey is not None
+        with self._lock:
+            self._sent = True
+            watched, self._watched = self._watched, True
+            line = self._waiting.setdefault(journey.owner.slot, deque())
+        try:
+            if line or not self._offer(peer, journey):
+                line.append(peer)
+        finally:
+            if not watched:
+                ring(self._bells[self._slot].watch)
+
+    def _offer(self, peer: Peer, journey: Journey) -> bool:
+        """Put a client in now; False when there is no room, or no ticket. Raises OSError."""
         ticket = self._writer.issue()
         if ticket is None:
             return False
         # Before it can be taken, so that nothing becomes of a client that is not known.
         with self._lock:
             self._away[ticket] = peer, journey
-            self._sent = True
-            watched, self._watched = self._watched, True
         try:
             self._send(journey, ticket)
         except OSError as error:
@@ -112,9 +127,33 @@ class Outgoing:
             if error.errno not in _BUSY:
                 raise
             return False
-        if not watched:
-            ring(self._bells[self._slot].watch)
         return True
+
+    def _offer_who_waits(self) -> None:
+        """Put in those that there is room for now. Called in the main thread."""
+        for line in list(self._waiting.values()):
+            is_full = False
+            for _ in range(len(line)):
+                peer = line.popleft()
+                journey = peer.journey
+                assert journey is not None
+                if self._need_not_wait(journey):
+                    self.comes_back(peer)
+                    continue
+                try:
+                    is_full = is_full or not self._offer(peer, journey)
+                except OSError:
+                    self.comes_back(peer)  # whoever sees to it meets the same, and says so
+                    continue
+                if is_full:
+                    line.append(peer)
+
+    def _need_not_wait(self, journey: Journey) -> bool:
+        """Whether a client's time is over, or its owner has ended."""
+        if time.monotonic() >= journey.until:
+            journey.fate = Fate.TOO_LATE
+            return True
+        return not self._shared.is_there(journey.owner)
 
     def _send(self, journey: Journey, ticket: Ticket) -> None:
         client, data, opened_at, requests, arrived = journey.passenger
@@ -204,17 +243,14 @@ class Outgoing:
         Called in the worker's main thread.
         """
         self.settle()
-        now = time.monotonic()
+        self._offer_who_waits()
         with self._lock:
             self._watched = bool(self.count) or self._sent
             self._sent = False
             away = list(self._away.items())
         for ticket, (_, journey) in away:
-            if now >= journey.until:
-                journey.fate = Fate.TOO_LATE
-            elif self._shared.is_there(journey.owner):
-                continue
-            self._withdraw(ticket)
+            if self._need_not_wait(journey):
+                self._withdraw(ticket)
         return LOOK_SECONDS if self._watched else math.inf
 
     def _withdraw(self, ticket: Ticket) -> None:
@@ -230,6 +266,9 @@ class Outgoing:
         for ticket in away:
             self._withdraw(ticket)
         self.settle()
+        for line in list(self._waiting.values()):
+            while line:
+                self.comes_back(line.popleft())
         back = []
         while (peer := self.next_back()) is not None:
             back.append(peer)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -780,3 +781,21 @@ def test_calls_that_wait_for_an_owner_whose_post_is_full_are_told_in_time(
                 assert reply["success"] or reply["error_type"] == "RequestTimeout"
     assert "fault of the daemon" not in daemon.log()
     assert daemon.metrics()["gate"]["worker_deaths"] == 0
+
+
+SMALL_POST = "import cpanbridge.supervisor.postbox\ncpanbridge.supervisor.postbox._BUFFER = 1\n"
+
+
+def test_workers_whose_posts_are_full_do_not_wait_for_each_other(new_daemon: NewDaemon) -> None:
+    daemon = configured(new_daemon, "threads = 1\nlimits.max_connections = 400", workers=2)
+    daemon.will_run(SMALL_POST)
+    daemon.run()
+    until(lambda: len({daemon.call("n", "where") for _ in range(20)}) > 1)  # both serve
+    daemon.call("m", "where"), daemon.call("m2", "where")  # one in each
+    with ExitStack() as stack:
+        with daemon.held():
+            waiting = [stack.enter_context(connect(daemon.path)) for _ in range(300)]
+            for client, module in zip(waiting, random.choices(["m", "m2"], k=300), strict=True):
+                client.sendall(json.dumps(request(module, "span", [0.005])).encode())
+        for client in waiting:
+            assert json.loads(read_to_end(client))["success"]

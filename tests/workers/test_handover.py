@@ -107,7 +107,7 @@ def test_a_client_arrives_with_all_that_was_read_of_it(
 ) -> None:
     data = os.urandom(size)
     peer = client.journey(house.shared, data)
-    assert house.outgoing.put(peer)
+    house.outgoing.put(peer)
     assert house.outgoing.count == 1
     found = house.incoming.next()
     assert found is not None
@@ -124,7 +124,7 @@ def test_a_client_arrives_with_all_that_was_read_of_it(
 
 def test_a_client_is_the_senders_again_when_it_is_withdrawn(house: House, client: Client) -> None:
     peer = client.journey(house.shared, until=time.monotonic() - 1)
-    assert house.outgoing.put(peer)
+    house.outgoing.put(peer)
     house.outgoing.look_after()
     assert house.outgoing.next_back() is peer
     assert peer.journey is not None
@@ -140,31 +140,57 @@ def test_a_client_for_a_worker_that_had_the_slot_before_goes_back(
 ) -> None:
     peer = client.journey(house.shared)
     house.incoming._incarnation += 1
-    assert house.outgoing.put(peer)
+    house.outgoing.put(peer)
     assert house.incoming.next() is None
     house.outgoing.settle()
     assert house.outgoing.next_back() is peer
     assert house.shared.connections() == 1
 
 
-def test_as_many_as_there_are_tickets_are_under_way_and_each_is_seen_to(house: House) -> None:
-    pairs = [socket.socketpair() for _ in range(TICKETS + 1)]
-    clients = [Client(*pair) for pair in pairs]
-    put = [house.outgoing.put(each.journey(house.shared)) for each in clients]
-    assert False in put
-    while (found := house.incoming.next()) is not None:
-        serve(found)
-        house.gates[RECEIVER].closed()
-        house.outgoing.settle(3)
-    for _ in clients:
-        house.outgoing.settle(3)
-    assert len(house.taken) == sum(put)
-    assert house.outgoing.count == 0
-    assert house.shared.connections() == put.count(False)
-    for done, each in zip(put, clients, strict=True):
-        assert each.hears() == (b"served" if done else None)
+@pytest.fixture
+def crowd() -> Iterator[list[Client]]:
+    clients = [Client(*socket.socketpair()) for _ in range(TICKETS + 50)]
+    yield clients
+    for each in clients:
         each.near.close()
         each.far.close()
+
+
+@pytest.mark.parametrize("size", [len(DATA), MOST_INLINE])
+def test_more_clients_than_there_is_room_for_are_put_in_when_there_is(
+    house: House, crowd: list[Client], size: int
+) -> None:
+    for client in crowd:  # nobody waits here for the receiver
+        house.outgoing.put(client.journey(house.shared, b" " * size))
+    assert house.outgoing.count == len(crowd)
+    for _ in crowd:
+        house.outgoing.look_after()
+        while (found := house.incoming.next()) is not None:
+            serve(found)
+            house.gates[RECEIVER].closed()
+    house.outgoing.settle()
+    assert len(house.taken) == len(crowd)
+    assert house.outgoing.count == 0
+    assert house.shared.connections() == 0
+    assert [client.hears() for client in crowd] == [b"served"] * len(crowd)
+
+
+def test_clients_that_there_is_no_room_for_come_back_as_those_on_their_way_do(
+    house: House, crowd: list[Client]
+) -> None:
+    until = time.monotonic() + 0.3
+    peers = [client.journey(house.shared, until=until) for client in crowd]
+    for peer in peers:
+        house.outgoing.put(peer)
+    house.outgoing.look_after()
+    assert house.outgoing.next_back() is None
+    time.sleep(max(0.0, until - time.monotonic()))
+    house.outgoing.look_after()
+    back = [house.outgoing.next_back() for _ in peers]
+    assert set(back) == set(peers)
+    assert {peer.journey.fate for peer in peers if peer.journey} == {Fate.TOO_LATE}
+    assert house.incoming.next() is None
+    assert house.outgoing.count == 0
 
 
 def test_a_receiver_killed_at_any_step_has_the_client_or_leaves_it_to_its_sender() -> None:
@@ -174,7 +200,7 @@ def test_a_receiver_killed_at_any_step_has_the_client_or_leaves_it_to_its_sender
         house, pair = House(), socket.socketpair()
         client = Client(*pair)
         peer = client.journey(house.shared)
-        assert house.outgoing.put(peer)
+        house.outgoing.put(peer)
         incoming, gate = house.incoming, house.gates[RECEIVER]
 
         def receive(incoming: Incoming = incoming, gate: Gate = gate) -> None:
