@@ -219,18 +219,15 @@ class Connections:
         return True
 
     def take_back(self, peer: Peer) -> None:
-        """Tell a client that has come back that nothing is taken up any more."""
+        """Tell a client that has come back that nothing is taken up any more.
+
+        Called in the main thread, which waits for no client to read.
+        """
         assert peer.journey is not None
         peer.lent = True
-        try:
-            if protocol.is_framed(peer.journey.passenger.data):
-                self._send(peer, NO_MORE_REQUESTS)
-            else:
-                self._send(peer, protocol.to_ascii(self._not_run()))
-        except OSError:
-            pass  # it has left by itself
-        finally:
-            self.close(peer)
+        framed = protocol.is_framed(peer.journey.passenger.data)
+        peer.say_last(NO_MORE_REQUESTS if framed else protocol.to_ascii(self._not_run()))
+        self.close(peer)
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
         """Tell a client that was waiting outside that nothing is taken up any more."""
@@ -243,10 +240,12 @@ class Connections:
             self.close(peer)
 
     def end_all_at_rest(self) -> None:
-        """The same for kept connections, when nobody is at the door who would take them up."""
+        """The same for kept connections, when nobody is at the door who would take them up.
+
+        Called in the main thread, which waits for no client to read.
+        """
         while (peer := self._keep_alive.wake_any()) is not None:
-            with contextlib.suppress(OSError):
-                self._send(peer, NO_MORE_REQUESTS)
+            peer.say_last(NO_MORE_REQUESTS)
             self.close(peer)
 
     def let_go(self, peer: Peer) -> None:

@@ -278,6 +278,7 @@ class Worker:
             while (peer := self._affinity.outgoing.next_back()) is not None:
                 self._connections.take_back(peer)
             if idle and not self._affinity.outgoing.count:
+                self._end_what_waits()  # a client that was let in just as the door was closed
                 return True
         if time.monotonic() < self._leave_by:
             return False

@@ -1,8 +1,12 @@
 """Connections that clients keep: no thread waits for them, and none is forgotten."""
 
+import fcntl
 import os
 import select
 import signal
+import sys
+import termios
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -91,6 +95,44 @@ def test_those_at_rest_are_told_when_their_worker_is_replaced(
     os.kill(daemon.pid, signal.SIGHUP)
     assert [client.receive() for client in framed] == [None] * CLIENTS
     until(lambda: not set(old) & set(daemon.workers()))
+
+
+def unread(client: Framed) -> int:
+    """How many bytes of replies wait for the client."""
+    return int.from_bytes(fcntl.ioctl(client.socket, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def has_come(client: Framed, size: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while unread(client) < size and time.monotonic() < end:
+        time.sleep(0.001)
+    return unread(client) >= size
+
+
+def replies_without_a_reader(daemon: Daemon, size: int) -> int:
+    """How many replies of this size the system keeps for a client that reads none."""
+    with Framed(daemon.path) as client:
+        for number in range(1000):
+            client.send("probe", "big", [size])
+            if not has_come(client, (number + 1) * size, 1):
+                return number
+    raise AssertionError("there is no limit")
+
+
+def test_clients_that_read_nothing_do_not_hold_up_a_stop(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 1\nlimits.graceful_timeout = 20").run()
+    size = 20000
+    room = replies_without_a_reader(daemon, size)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Framed(daemon.path)) for _ in range(3)]
+        for client in clients:
+            for number in range(room):
+                client.send("probe", "big", [size])
+                assert has_come(client, (number + 1) * size, 20)
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - began < 10
+    assert "killed" not in daemon.log()
 
 
 def test_each_that_rests_for_too_long_is_told_so(new_daemon: NewDaemon) -> None:
