@@ -122,7 +122,8 @@ class Connections:
             peers = self._framed | self._one_shot
         now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
         for peer in peers:
-            if peer.quiet_since and now - peer.quiet_since > limit:
+            quiet_since = peer.quiet_since  # read once: it may send something just now
+            if quiet_since and now - quiet_since > limit:
                 peer.dismiss(stale=True)
 
     def dismiss_idle(self) -> float:
