@@ -334,7 +334,7 @@ class Connections:
         peer.idle = False
         peer.quiet_since = 0
         if not arrival.data:
-            if peer.dismissed:
+            if peer.may_be_dismissed:
                 self._send(peer, NO_MORE_REQUESTS)
             return False
         self._roster.heard(peer.entry, time.monotonic_ns())

@@ -89,6 +89,14 @@ class Peer:
         self.journey: Journey | None = None  # to another worker, which has not taken it
         self._receive_limit = 0.0
 
+    @property
+    def may_be_dismissed(self) -> bool:
+        """Whether the end that was read may be the daemon's doing, which the client is told.
+
+        The worker that had it before may have dismissed it when it was about to hand it over.
+        """
+        return self.dismissed or self.taken_over
+
     def has_left(self) -> bool:
         """Whether nobody would read a reply: the client has closed its end altogether.
 

@@ -92,7 +92,7 @@ class Reader:
             peer.quiet_since = 0
         if not data and peer.stale:
             raise self._too_slow(deadline)
-        if not data and peer.dismissed:
+        if not data and peer.may_be_dismissed:
             raise Draining
         self._roster.heard(peer.entry, time.monotonic_ns())
         return data

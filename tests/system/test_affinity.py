@@ -6,6 +6,7 @@ import random
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -156,6 +157,19 @@ def test_a_kept_connection_is_handed_over_once_and_stays(house: Daemon) -> None:
         assert {second.call("m", "where") for _ in range(50)} == {owner}
         # Once for `second`; the reports' own calls have no affinity.
         assert handed_over(house) - before <= 1
+
+
+@pytest.mark.parametrize("rest", [b"", b"\0\0"])
+def test_a_kept_connection_that_was_handed_over_ends_in_no_silence(
+    house: Daemon, rest: bytes
+) -> None:
+    """The worker that had it before may have ended its reading side when it was about to leave."""
+    with Framed(house.path) as client:
+        for module in ("m", "m2"):
+            client.call(module, "where")
+        client.socket.sendall(rest)
+        client.socket.shutdown(socket.SHUT_WR)  # stands for that: the worker sees the same
+        assert client.receive() is None
 
 
 def test_connections_keep_their_age_and_their_requests_when_they_are_handed_over(
