@@ -7,7 +7,9 @@ all before another has got the processor.
 
 So a worker that has at least two clients more than another one holds back, for `HOLD_SECONDS` at
 most. Where the others do not come in that time, because a module keeps their interpreter lock, it
-takes all that come for `RELIEF_SECONDS`.
+takes all that come for `RELIEF_SECONDS`. Where they do, and clients wait all the same, there are
+more than the others can see to: it takes its part for `SHARE_SECONDS`, or its processor would be
+idle for no more than the connections that rest here.
 
 Called by the thread at the door.
 """
@@ -18,6 +20,7 @@ from cpanbridge.supervisor.shared import Shared
 
 HOLD_SECONDS = 0.002
 RELIEF_SECONDS = 0.1
+SHARE_SECONDS = 0.006
 _MORE = 2
 
 
@@ -51,9 +54,12 @@ class Balance:
     def let_in(self) -> None:
         """A client was let in, perhaps one for which this worker had held back."""
         if self._held_since:
+            now, held_since = time.monotonic(), self._held_since
             self._held_since = 0.0
             if self._others()[1] == self._let_in_by_others:
-                self._relieved_until = time.monotonic() + RELIEF_SECONDS
+                self._relieved_until = now + RELIEF_SECONDS
+            elif now - held_since >= HOLD_SECONDS:
+                self._relieved_until = now + SHARE_SECONDS
 
     def _others(self) -> tuple[int, int]:
         """The fewest clients that another worker has, and how many all others have let in."""
