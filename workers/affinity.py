@@ -270,11 +270,22 @@ class Affinity:
 
     def why_not(self, call: Call, journey: Journey) -> Refusal | None:
         """What a client that has come back is to be told; None: its call may run yet."""
-        if journey.fate is Fate.TOO_LATE or time.monotonic() >= journey.until:
+        if self._is_late(journey):
             return _too_late(call, journey.owner)
-        if journey.known and not self._shared.is_there(journey.owner):
+        if self._is_lost(journey):
             return _worker_lost(call, journey.owner)
         return None
+
+    def may_run_yet(self, journey: Journey) -> bool:
+        """Whether `why_not` has nothing to say, whatever the call is."""
+        return not self._is_late(journey) and not self._is_lost(journey)
+
+    @staticmethod
+    def _is_late(journey: Journey) -> bool:
+        return journey.fate is Fate.TOO_LATE or time.monotonic() >= journey.until
+
+    def _is_lost(self, journey: Journey) -> bool:
+        return journey.known and not self._shared.is_there(journey.owner)
 
     def _complain(self, error: OSError) -> None:
         now = time.monotonic()

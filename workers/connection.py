@@ -205,6 +205,8 @@ class Connections:
         """Whether a client that has come back was answered, without waiting for it."""
         journey = peer.journey
         assert journey is not None
+        if self._affinity.may_run_yet(journey):  # asked first: this is looked at again and again
+            return False
         data, arrived = journey.passenger.data, journey.passenger.arrived
         call = self._calls.prepare(data, arrived)
         refusal = self._affinity.why_not(call, journey) if call is not None else None
