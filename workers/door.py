@@ -148,7 +148,7 @@ class Door(Generic[C]):
 
     def _wait(self, outcome: _Nobody) -> bool:
         """Wait until it is worth while to look again; returns whether it is outside."""
-        if self._keep_alive.awake:  # nothing tells of these any more
+        if self._keep_alive.awake or self._incoming.waiting:  # nothing tells of these any more
             self._turns_inside = MOST_IN_A_ROW
             return outcome is not _Nobody.OUTSIDE
         if self._shut:
@@ -235,7 +235,7 @@ class Door(Generic[C]):
                 os.eventfd_read(self._bell)
         if self._outgoing.descriptor in told:
             arrival = self._let_back_in()
-        if arrival is None and self._incoming.descriptor in told:
+        if arrival is None and (self._incoming.waiting or self._incoming.descriptor in told):
             arrival = self._take_over()
         return arrival or self._take_up()
 

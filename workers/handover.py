@@ -301,7 +301,7 @@ class Parcel(NamedTuple):
 
 
 class Incoming:
-    """A worker's own postbox. Called by the thread at the door."""
+    """A worker's own postbox. Called by the thread at the door, but for what says otherwise."""
 
     def __init__(self, shared: Shared, slot: int, bells: Sequence[Bells], gate: Gate) -> None:
         self._shared = shared
@@ -310,18 +310,50 @@ class Incoming:
         self._incarnation = shared.slots[slot].incarnation
         self.descriptor = bells[slot].take
         self._box = postbox.opened(self.descriptor)
+        self._ended = self._workers_ended()
+        self.waiting: deque[Parcel] = deque()  # taken out of it already
 
     def next(self) -> tuple[Passenger, int] | None:
         """The next client, and its number in this slot; None when there is none.
 
         Raises OSError (EMFILE) when there was no descriptor left for it; it is its sender's still.
         """
-        while (parcel := self._take_out()) is not None:
+        while (parcel := self._next_waiting() or self._take_out()) is not None:
             number = self._accept(parcel)
             if number is not None:
                 return parcel.passenger, number
             parcel.passenger.client.close()
         return None
+
+    def _next_waiting(self) -> Parcel | None:
+        with contextlib.suppress(IndexError):
+            return self.waiting.popleft()
+        return None
+
+    def look_through(self) -> None:
+        """Close the clients of senders that have ended: nobody counts them any more.
+
+        Called in the main thread, when nobody is at the door who would take clients out.
+        """
+        ended = self._workers_ended()
+        if ended == self._ended:
+            return
+        self._ended = ended
+        with contextlib.suppress(OSError):  # no descriptor is left: they are their senders' still
+            while (parcel := self._take_out()) is not None:
+                self.waiting.append(parcel)
+        for _ in range(len(self.waiting)):
+            parcel = self._next_waiting()
+            if parcel is None:
+                return  # a thread has come to the door
+            if self._shared.tickets[parcel.sender].is_offered(parcel.ticket):
+                self.waiting.append(parcel)
+            else:
+                parcel.passenger.client.close()
+
+    def _workers_ended(self) -> int:
+        """A number that changes when another worker has ended."""
+        return sum(slot.incarnation for slot in self._shared.used_slots)
 
     def _accept(self, parcel: Parcel) -> int | None:
         """Make the client ours; None when its sender has withdrawn it, or is dead."""

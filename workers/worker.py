@@ -145,9 +145,10 @@ class Worker:
         self._turnstile = (
             Turnstile(calls.turn_away) if place.settings.overload == "reject" else None
         )
+        self._incoming = Incoming(place.shared, place.slot, place.bells, self._gate)
         self._door: Door[Call] = Door(
             *(place.listeners, self._gate, calls.prepare),
-            Incoming(place.shared, place.slot, place.bells, self._gate),
+            self._incoming,
             *(self._affinity.outgoing, keep_alive, Balance(place.shared, place.slot)),
             self._turnstile,
         )
@@ -309,6 +310,7 @@ class Worker:
         )
         if self._crew.door_is_left:
             self._connections.answer_for_the_door()
+            self._incoming.look_through()
         if self._watch.hangs:
             self._ask_to_be_retired(PLEA_HANGS)
         if self._retiring:

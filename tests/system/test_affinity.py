@@ -421,6 +421,24 @@ def test_a_client_on_its_way_is_told_in_time_while_its_senders_threads_are_busy(
         assert other.end()["result"] != owner
 
 
+def test_a_client_whose_sender_has_died_is_not_kept_by_an_owner_without_threads(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = stateful(new_daemon, "threads = 1", workers=2)
+    with ClientProcess(daemon.path) as busy:
+        owner = busy.call("m", "where")
+        busy.begin("m", "where_after", [8])
+        until(lambda: daemon.metrics()["gate"]["running"] == 2)
+        with connect(daemon.path) as late:
+            late.sendall(json.dumps(request("m", "where")).encode())
+            until(lambda: [c["status"] for c in connections(daemon)].count("waiting") == 1)
+            (sender,) = set(daemon.workers()) - {owner}
+            os.kill(sender, signal.SIGKILL)
+            assert read_to_end(late) == b""
+        assert not busy.has_replied()
+        assert busy.end()["result"] == owner
+
+
 def test_workers_with_one_thread_each_take_each_others_clients(new_daemon: NewDaemon) -> None:
     daemon = stateful(new_daemon, "threads = 1", workers=2)
     with clients(daemon, 8) as processes:
