@@ -33,7 +33,7 @@ sub new {
     my ($class, @options) = @_;
     croak 'CPANBridge->new takes names and values' if @options % 2;
     my %options = (%DEFAULTS, @options);
-    my $self = bless { _state => {}, _stats => _no_calls() }, ref $class || $class;
+    my $self = bless { _state => { traffic => { sent => 0, received => 0 } }, _stats => _no_calls() }, ref $class || $class;
     for my $name (sort keys %options) {
         my $set = $OPTIONS{$name}
             or croak "Unknown option '$name'; allowed are: " . join ', ', sort keys %OPTIONS;
@@ -86,13 +86,15 @@ sub _is_number {
 
 sub call_python {
     my ($self, $module, $function, $params) = @_;
-    my ($call) = $self->_run([ $module, $function, $params ]);
-    return _returned($call);
+    my $call = { module => $module, function => $function, params => $params };
+    $self->_run($call);
+    return $call->{outcome}{success} ? $call->{outcome}{result} : _failure($call);
 }
 
 sub call {
     my ($self, $module, $function, $params) = @_;
-    my ($call) = $self->_run([ $module, $function, $params ]);
+    my $call = { module => $module, function => $function, params => $params };
+    $self->_run($call);
     return $call->{outcome}{result} if $call->{outcome}{success};
     return _error($call)->throw;
 }
@@ -101,48 +103,41 @@ sub call_many {
     my ($self, $calls) = @_;
     croak 'call_many takes a reference to an array of [module, function, params]'
         if ref $calls ne 'ARRAY' || grep { ref ne 'ARRAY' } @{$calls};
-    my @results = map { _returned($_) } $self->_run(@{$calls});
+    my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @{$calls};
+    $self->_run(@calls);
+    my @results = map { $_->{outcome}{success} ? $_->{outcome}{result} : _failure($_) } @calls;
     return wantarray ? @results : \@results;
 }
 
-# Runs the calls in one exchange and returns them with their outcomes.
+# Runs the calls in one exchange, which gives them their outcomes.
 sub _run {
-    my ($self, @requests) = @_;
+    my ($self, @calls) = @_;
     if (!ref $self) {
         my ($method) = (caller 1)[3] =~ /([^:]+)\z/;
         croak "$method is an object method: use CPANBridge->new";
     }
     local $!;
-    my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @requests;
-    my $state  = $self->{_state};
     my $caller = $self->perl_caller;
-    CPANBridge::Exchange->new(
-        $state,
-        timeout       => $self->{timeout},
-        retry_count   => $self->{retry_count},
-        max_json_size => $self->{max_json_size},
-        perl_caller   => defined $caller ? substr($caller, -MAX_CALLER()) : undef,
-        candidates    => sub { [ map { ref $_ ? $_ : [$_] } $self->socket_paths ] },
-    )->run(@calls);
+    $caller = substr $caller, -MAX_CALLER() if defined $caller && length $caller > MAX_CALLER;
+    CPANBridge::Exchange->new($self, $caller)->run(@calls);
     for my $call (@calls) {
         $self->_count($call);
         $self->call_finished($call);
     }
-    return @calls;
+    return;
 }
 
-sub _returned {
+# What a failed call returns.
+sub _failure {
     my ($call) = @_;
-    my $outcome = $call->{outcome};
-    return $outcome->{result} if $outcome->{success};
-    my %failure = (%{$outcome}, map { $_ => $call->{$_} } qw(module function duration));
+    my %failure = (%{ $call->{outcome} }, map { $_ => $call->{$_} } qw(module function duration));
     $failure{request_id} = $call->{request_id} if defined $call->{request_id};
     return \%failure;
 }
 
 sub _error {
     my ($call) = @_;
-    my %fields = %{ _returned($call) };
+    my %fields = %{ _failure($call) };
     delete $fields{success};
     return CPANBridge::Error->new(%fields, message => delete $fields{error});
 }
@@ -168,20 +163,24 @@ sub get_last_error { return $_[0]{_last_error} }
 sub get_performance_stats {
     my ($self) = @_;
     my ($stats, $state) = @{$self}{qw(_stats _state)};
-    my $count = $stats->{total_calls};
+    my $count   = $stats->{total_calls};
+    my $traffic = $state->{traffic};
     return {
         %{$stats},
         min_time     => $stats->{min_time} || 0,
         max_time     => $stats->{max_time} || 0,
         average_time => $count ? $stats->{total_time} / $count : 0,
         success_rate => $count ? 100 * $stats->{successful_calls} / $count : 0,
-        map { $_ => $state->{$_} || 0 } qw(retries reconnects bytes_sent bytes_received),
+        (map { $_ => $state->{$_} || 0 } qw(retries reconnects)),
+        bytes_sent     => $traffic->{sent},
+        bytes_received => $traffic->{received},
     };
 }
 
 sub test_python_bridge {
     my ($self) = @_;
-    my ($call) = $self->_run([ 'test', 'ping' ]);
+    my $call = { module => 'test', function => 'ping', params => undef };
+    $self->_run($call);
     my $result = $call->{outcome}{result};
     return ref $result eq 'HASH' && defined $result->{message} && $result->{message} eq 'pong' ? 1 : 0;
 }
@@ -202,10 +201,12 @@ sub socket_paths {
 }
 
 sub perl_caller {
-    my ($level, @frame) = (0);
-    do { @frame = caller $level++ } while (@frame && $frame[0]->isa('CPANBridge'));
-    return $0 if !@frame;
-    my $place = "$frame[1]:$frame[2]";
+    my $level = 0;
+    my $package;
+    do { $package = caller $level++ }
+        while (defined $package && ($package eq 'CPANBridge' || $package->isa('CPANBridge')));
+    return $0 if !defined $package;
+    my $place = join ':', (caller $level - 1)[ 1, 2 ];
     # The sub that the call stands in is told by the frame outside of it.
     while (my $sub = (caller $level++)[3]) {
         return $sub =~ /::__ANON__\z/ ? $place : $sub if $sub ne '(eval)';
