@@ -38,17 +38,14 @@ sub new {
     my ($class, $bridge, $perl_caller) = @_;
     my $now = CPANBridge::Clock::now();
     return bless {
-        bridge        => $bridge,
-        state         => $bridge->{_state},
-        timeout       => $bridge->{timeout},
-        retry_count   => $bridge->{retry_count},
-        max_json_size => $bridge->{max_json_size},
-        perl_caller   => $perl_caller,
-        started       => $now,
-        deadline      => $now + $bridge->{timeout},
-        waiting       => [],
-        sent          => [],
-        fruitless     => 0,
+        bridge      => $bridge,
+        state       => $bridge->{_state},
+        timeout     => $bridge->{timeout},
+        perl_caller => $perl_caller,
+        started     => $now,
+        deadline    => $now + $bridge->{timeout},
+        sent        => [],
+        fruitless   => 0,
     }, $class;
 }
 
@@ -81,7 +78,7 @@ sub _connection {
         return $kept if $kept->is_own && $kept->is_usable;
         $kept->close;
     }
-    my $retries = CPANBridge::Clock::now() < ($state->{absent_until} || 0) ? 0 : $self->{retry_count};
+    my $retries = CPANBridge::Clock::now() < ($state->{absent_until} || 0) ? 0 : $self->{bridge}{retry_count};
     my $attempt = 0;
     while (1) {
         my $connection = eval {
@@ -127,22 +124,20 @@ sub _own {
 # Sends what waits and takes the replies, until all are here or the connection is no more.
 sub _converse {
     my ($self, $connection) = @_;
-    my $sent     = $self->{sent};
+    my ($waiting, $sent) = @{$self}{qw(waiting sent)};
     my $finished = 0;
-    while (1) {
-        $self->_send($connection) if @{$sent} <= WINDOW / 2;
-        last if !@{$sent} && !@{ $self->{waiting} };
-        $finished += $self->_receive($connection);
-        last if !@{$sent} && !@{ $self->{waiting} } || defined $connection->end || $self->{spoiled};
-        next if !@{$sent} && $connection->takes_requests;
+    while (@{$waiting} || @{$sent}) {
+        $self->_send($connection) if @{$waiting} && @{$sent} <= WINDOW / 2;
         last if !@{$sent};
         if (!$connection->transfer($self->{deadline})) {
             $self->_time_out($connection);
             last;
         }
+        $finished += $self->_receive($connection);
+        last if $self->{spoiled} || defined $connection->end;
     }
     my $state = $self->{state};
-    if (delete $self->{spoiled} || defined $connection->end || @{$sent} || @{ $self->{waiting} }) {
+    if (delete $self->{spoiled} || defined $connection->end || @{$sent} || @{$waiting}) {
         $connection->close;
         $self->_settle($connection, $finished);
     }
@@ -191,7 +186,7 @@ sub _request {
         1e6 * Time::HiRes::time(), 1e6 * ($left > 0.001 ? $left : 0.001);
     $json .= ',"params":' . CPANBridge::JSON::encode($call->{params}, '$params') if defined $call->{params};
     $json .= '}';
-    my $limit = $self->{max_json_size} < MAX_REQUEST ? $self->{max_json_size} : MAX_REQUEST;
+    my $limit = $self->{bridge}{max_json_size} < MAX_REQUEST ? $self->{bridge}{max_json_size} : MAX_REQUEST;
     if (length $json > $limit) {
         die CPANBridge::Error->new(
             error_type => 'InvalidRequest',
@@ -220,7 +215,7 @@ sub _receive {
         my ($body, $outcome);
         my $is_valid = eval {
             local $SIG{__DIE__} if $SIG{__DIE__};
-            $body = $connection->next_reply($self->{max_json_size});
+            $body = $connection->next_reply($self->{bridge}{max_json_size});
             $outcome = _outcome($call, $body) if defined $body;
             1;
         };
@@ -349,7 +344,7 @@ sub _settle {
     $self->{state}{retries} += @again;
     # Connections that end before any reply must not be opened without end.
     $self->{fruitless} = $finished ? 0 : $self->{fruitless} + 1;
-    if ($self->{fruitless} > $self->{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
+    if ($self->{fruitless} > $self->{bridge}{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
         $self->_fail_with($_, 'ShuttingDown', 'the daemon takes no requests; the call was not run')
             for splice @{ $self->{waiting} };
         return;
