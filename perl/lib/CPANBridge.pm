@@ -263,9 +263,31 @@ CPANBridge - call Python functions from Perl
 
 The daemon C<cpanbridged> runs Python functions for Perl scripts. This is the scripts' side of it:
 pure Perl, with nothing but what Perl 5.10 brings along. A call costs well under a millisecond. Python
-modules stay loaded from one call to the next. What a module keeps in its variables (open connections,
-parsed documents) is seen only by calls that happen to reach the same worker process, which nothing
-promises: keep state outside, in a file or a database.
+modules stay loaded from one call to the next.
+
+The daemon runs several worker processes. Whether a call finds what earlier ones left in a module (open
+connections, parsed documents) is set in the daemon's configuration, by the module's C<affinity>:
+
+=over
+
+=item client
+
+What calls of this process have left is found by its later ones, over whatever connection (in a container whose
+processes the daemon does not see, over the same one). A process that the script forks is a client of its
+own, and does not find it.
+
+=item module
+
+What all clients have left is found by all.
+
+=item none
+
+A call may run in any worker: keep state outside, in a file or a database.
+
+=back
+
+Such state ends with its worker; what belongs to one client process, also when that ends or has been silent for
+long. A call that comes too late for it is told C<SessionLost>, see L</ERRORS>.
 
 An object keeps one connection to the daemon, which it opens with the first call, and again when the
 daemon was restarted, has closed it because it rested for long, or the script has forked. Nothing has
@@ -313,7 +335,8 @@ keyword arguments; to an array: positional ones; with undef none; and anything e
 
 If the call fails, this returns a reference to a hash of C<success> (0), C<error>,
 C<error_type>, C<module>, C<function>, C<duration> in seconds, and where there are such: C<request_id>,
-C<traceback>, C<retry_after> (reserved: not in this version of the daemon). See L</ERRORS>. It never dies because a call failed.
+C<traceback> (where the daemon runs with C<debug> on), C<retry_after> (with C<Overloaded>). See
+L</ERRORS>. It never dies because a call failed.
 
 =head2 call($module, $function, $params)
 
@@ -369,12 +392,13 @@ the options, are taken. These methods are there to be overridden:
 
 =item socket_paths
 
-The paths where the daemon may listen; the first that exists is used. Called before each connection.
+The paths where the daemon may listen; the first that exists is used. In the place of a path may stand an
+entry of C<candidates> in L<CPANBridge::SocketPath>. Called before each attempt to connect.
 
 =item perl_caller
 
-Who makes the call, for the daemon's log, which has it with security events only; at most 200 characters are sent. By default the sub that the
-call stands in (as C<Package::name>), or the script and line. Frames of subclasses are not counted.
+Who makes the call, for the daemon's log, which has it with security events and calls that take too long; the
+last 200 characters are sent. By default the sub that the call stands in (as C<Package::name>), or the script and line. Frames of subclasses are not counted.
 
 =item call_finished($call)
 
@@ -481,8 +505,9 @@ The script can have no further socket.
 
 =item RequestTimeout
 
-No reply in time; the call may have run, or may still run, unless the message says otherwise. That
-the daemon reports such an error itself is reserved: not in this version of the daemon.
+No reply in time; the call may have run, or may still run, unless the message says otherwise. The daemon is told
+how long the script waits, and gives up then as well. Where it allows less (C<limits.request_timeout>, or what is
+set for the module), it is the daemon that reports this.
 
 =item WorkerLost
 
