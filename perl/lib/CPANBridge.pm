@@ -398,7 +398,8 @@ entry of C<candidates> in L<CPANBridge::SocketPath>. Called before each attempt 
 =item perl_caller
 
 Who makes the call, for the daemon's log, which has it with security events and calls that take too long; the
-last 200 characters are sent. By default the sub that the call stands in (as C<Package::name>), or the script and line. Frames of subclasses are not counted.
+last 200 characters are sent. By default the sub that the call stands in (as C<Package::name>), or the script
+and line. Frames of subclasses are not counted.
 
 =item call_finished($call)
 
