@@ -33,7 +33,7 @@ sub new {
     my ($class, @options) = @_;
     croak 'CPANBridge->new takes names and values' if @options % 2;
     my %options = (%DEFAULTS, @options);
-    my $self = bless { _state => {}, _stats => _no_calls() }, ref $class || $class;
+    my $self = bless { _state => { traffic => { sent => 0, received => 0 } }, _stats => _no_calls() }, ref $class || $class;
     for my $name (sort keys %options) {
         my $set = $OPTIONS{$name}
             or croak "Unknown option '$name'; allowed are: " . join ', ', sort keys %OPTIONS;
@@ -86,13 +86,15 @@ sub _is_number {
 
 sub call_python {
     my ($self, $module, $function, $params) = @_;
-    my ($call) = $self->_run([ $module, $function, $params ]);
-    return _returned($call);
+    my $call = { module => $module, function => $function, params => $params };
+    $self->_run($call);
+    return $call->{outcome}{success} ? $call->{outcome}{result} : _failure($call);
 }
 
 sub call {
     my ($self, $module, $function, $params) = @_;
-    my ($call) = $self->_run([ $module, $function, $params ]);
+    my $call = { module => $module, function => $function, params => $params };
+    $self->_run($call);
     return $call->{outcome}{result} if $call->{outcome}{success};
     return _error($call)->throw;
 }
@@ -101,48 +103,41 @@ sub call_many {
     my ($self, $calls) = @_;
     croak 'call_many takes a reference to an array of [module, function, params]'
         if ref $calls ne 'ARRAY' || grep { ref ne 'ARRAY' } @{$calls};
-    my @results = map { _returned($_) } $self->_run(@{$calls});
+    my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @{$calls};
+    $self->_run(@calls);
+    my @results = map { $_->{outcome}{success} ? $_->{outcome}{result} : _failure($_) } @calls;
     return wantarray ? @results : \@results;
 }
 
-# Runs the calls in one exchange and returns them with their outcomes.
+# Runs the calls in one exchange, which gives them their outcomes.
 sub _run {
-    my ($self, @requests) = @_;
+    my ($self, @calls) = @_;
     if (!ref $self) {
         my ($method) = (caller 1)[3] =~ /([^:]+)\z/;
         croak "$method is an object method: use CPANBridge->new";
     }
     local $!;
-    my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @requests;
-    my $state  = $self->{_state};
     my $caller = $self->perl_caller;
-    CPANBridge::Exchange->new(
-        $state,
-        timeout       => $self->{timeout},
-        retry_count   => $self->{retry_count},
-        max_json_size => $self->{max_json_size},
-        perl_caller   => defined $caller ? substr($caller, -MAX_CALLER()) : undef,
-        candidates    => sub { [ map { ref $_ ? $_ : [$_] } $self->socket_paths ] },
-    )->run(@calls);
+    $caller = substr $caller, -MAX_CALLER() if defined $caller && length $caller > MAX_CALLER;
+    CPANBridge::Exchange->new($self, $caller)->run(@calls);
     for my $call (@calls) {
         $self->_count($call);
         $self->call_finished($call);
     }
-    return @calls;
+    return;
 }
 
-sub _returned {
+# What a failed call returns.
+sub _failure {
     my ($call) = @_;
-    my $outcome = $call->{outcome};
-    return $outcome->{result} if $outcome->{success};
-    my %failure = (%{$outcome}, map { $_ => $call->{$_} } qw(module function duration));
+    my %failure = (%{ $call->{outcome} }, map { $_ => $call->{$_} } qw(module function duration));
     $failure{request_id} = $call->{request_id} if defined $call->{request_id};
     return \%failure;
 }
 
 sub _error {
     my ($call) = @_;
-    my %fields = %{ _returned($call) };
+    my %fields = %{ _failure($call) };
     delete $fields{success};
     return CPANBridge::Error->new(%fields, message => delete $fields{error});
 }
@@ -168,20 +163,24 @@ sub get_last_error { return $_[0]{_last_error} }
 sub get_performance_stats {
     my ($self) = @_;
     my ($stats, $state) = @{$self}{qw(_stats _state)};
-    my $count = $stats->{total_calls};
+    my $count   = $stats->{total_calls};
+    my $traffic = $state->{traffic};
     return {
         %{$stats},
         min_time     => $stats->{min_time} || 0,
         max_time     => $stats->{max_time} || 0,
         average_time => $count ? $stats->{total_time} / $count : 0,
         success_rate => $count ? 100 * $stats->{successful_calls} / $count : 0,
-        map { $_ => $state->{$_} || 0 } qw(retries reconnects bytes_sent bytes_received),
+        (map { $_ => $state->{$_} || 0 } qw(retries reconnects)),
+        bytes_sent     => $traffic->{sent},
+        bytes_received => $traffic->{received},
     };
 }
 
 sub test_python_bridge {
     my ($self) = @_;
-    my ($call) = $self->_run([ 'test', 'ping' ]);
+    my $call = { module => 'test', function => 'ping', params => undef };
+    $self->_run($call);
     my $result = $call->{outcome}{result};
     return ref $result eq 'HASH' && defined $result->{message} && $result->{message} eq 'pong' ? 1 : 0;
 }
@@ -202,10 +201,12 @@ sub socket_paths {
 }
 
 sub perl_caller {
-    my ($level, @frame) = (0);
-    do { @frame = caller $level++ } while (@frame && $frame[0]->isa('CPANBridge'));
-    return $0 if !@frame;
-    my $place = "$frame[1]:$frame[2]";
+    my $level = 0;
+    my $package;
+    do { $package = caller $level++ }
+        while (defined $package && ($package eq 'CPANBridge' || $package->isa('CPANBridge')));
+    return $0 if !defined $package;
+    my $place = join ':', (caller $level - 1)[ 1, 2 ];
     # The sub that the call stands in is told by the frame outside of it.
     while (my $sub = (caller $level++)[3]) {
         return $sub =~ /::__ANON__\z/ ? $place : $sub if $sub ne '(eval)';
@@ -262,9 +263,31 @@ CPANBridge - call Python functions from Perl
 
 The daemon C<cpanbridged> runs Python functions for Perl scripts. This is the scripts' side of it:
 pure Perl, with nothing but what Perl 5.10 brings along. A call costs well under a millisecond. Python
-modules stay loaded from one call to the next. What a module keeps in its variables (open connections,
-parsed documents) is seen only by calls that happen to reach the same worker process, which nothing
-promises: keep state outside, in a file or a database.
+modules stay loaded from one call to the next.
+
+The daemon runs several worker processes. Whether a call finds what earlier ones left in a module (open
+connections, parsed documents) is set in the daemon's configuration, by the module's C<affinity>:
+
+=over
+
+=item client
+
+What calls of this process have left is found by its later ones, over whatever connection (in a container whose
+processes the daemon does not see, over the same one). A process that the script forks is a client of its
+own, and does not find it.
+
+=item module
+
+What all clients have left is found by all.
+
+=item none
+
+A call may run in any worker: keep state outside, in a file or a database.
+
+=back
+
+Such state ends with its worker; what belongs to one client process, also when that ends or has been silent for
+long. A call that comes too late for it is told C<SessionLost>, see L</ERRORS>.
 
 An object keeps one connection to the daemon, which it opens with the first call, and again when the
 daemon was restarted, has closed it because it rested for long, or the script has forked. Nothing has
@@ -312,7 +335,8 @@ keyword arguments; to an array: positional ones; with undef none; and anything e
 
 If the call fails, this returns a reference to a hash of C<success> (0), C<error>,
 C<error_type>, C<module>, C<function>, C<duration> in seconds, and where there are such: C<request_id>,
-C<traceback>, C<retry_after> (reserved: not in this version of the daemon). See L</ERRORS>. It never dies because a call failed.
+C<traceback> (where the daemon runs with C<debug> on), C<retry_after> (with C<Overloaded>). See
+L</ERRORS>. It never dies because a call failed.
 
 =head2 call($module, $function, $params)
 
@@ -368,12 +392,14 @@ the options, are taken. These methods are there to be overridden:
 
 =item socket_paths
 
-The paths where the daemon may listen; the first that exists is used. Called before each connection.
+The paths where the daemon may listen; the first that exists is used. In the place of a path may stand an
+entry of C<candidates> in L<CPANBridge::SocketPath>. Called before each attempt to connect.
 
 =item perl_caller
 
-Who makes the call, for the daemon's log, which has it with security events only; at most 200 characters are sent. By default the sub that the
-call stands in (as C<Package::name>), or the script and line. Frames of subclasses are not counted.
+Who makes the call, for the daemon's log, which has it with security events and calls that take too long; the
+last 200 characters are sent. By default the sub that the call stands in (as C<Package::name>), or the script
+and line. Frames of subclasses are not counted.
 
 =item call_finished($call)
 
@@ -480,8 +506,9 @@ The script can have no further socket.
 
 =item RequestTimeout
 
-No reply in time; the call may have run, or may still run, unless the message says otherwise. That
-the daemon reports such an error itself is reserved: not in this version of the daemon.
+No reply in time; the call may have run, or may still run, unless the message says otherwise. The daemon is told
+how long the script waits, and gives up then as well. Where it allows less (C<limits.request_timeout>, or what is
+set for the module), it is the daemon that reports this.
 
 =item WorkerLost
 

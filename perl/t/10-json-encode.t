@@ -70,6 +70,8 @@ subtest 'numbers stay numbers' => sub {
         ok($text == $float, "$text is exact");
         like($text, qr/\A-?[0-9]+(?:\.[0-9]+)?(?:e[-+][0-9]+)?\z/, '... and JSON');
     }
+    is(sent([ 12.5, -0.25, 100, 0, 1e-7, { a => 2.5 } ]), '[12.5,-0.25,100,0,' . 1e-7 . ',{"a":2.5}]', 'in arrays and hashes');
+    is(sent([ 2.9999999999999996, { a => -1 / 9**9**9 } ]), '[2.9999999999999996,{"a":-0.0}]', '... just as exact');
     like(refusal({ a => [ 9**9**9 ] }),   qr/\A\$params->\{a\}\[0\] cannot be sent: an infinite/, 'infinity');
     like(refusal([ -9**9**9 ]),           qr/infinite/, 'negative infinity');
     like(refusal([ 9**9**9 / 9**9**9 ]),  qr/NaN/,      'not a number');
@@ -94,6 +96,7 @@ SKIP: {
 subtest 'undef and booleans' => sub {
     is(sent(undef), 'null', 'undef');
     is(sent([ \1, \0 ]), '[true,false]', 'references to 1 and 0');
+    is(sent({ a => \1 }), '{"a":true}', '... in a hash');
     is(sent([ CPANBridge::Boolean::true(), CPANBridge::Boolean::false() ]), '[true,false]', 'our own');
     is(sent([ bless(\(my $yes = 1), 'JSON::PP::Boolean') ]), '[true]', "JSON::PP's and Types::Serialiser's");
 SKIP: {

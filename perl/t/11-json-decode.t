@@ -23,6 +23,9 @@ for my $decoder (@decoders) {
         is_deeply($decode->('{"a":[1,"b",{"c":null}],"d":"e"}'), { a => [ 1, 'b', { c => undef } ], d => 'e' }, 'nested');
         is_deeply($decode->("\n[ 1 ,\t2 , \"x\" ]\r\n"), [ 1, 2, 'x' ],            'white space');
         is_deeply($decode->('{ "a" : 1 , "b" : "c" , "d" : [ ] }'), { a => 1, b => 'c', d => [] }, 'white space in objects');
+        my $words = $decode->('{"t":true,"f":false ,"n":null,"o":{"t" : true}}');
+        is(join(',', map { defined $words->{$_} ? "$_$words->{$_}" : $_ } qw(t f n)), 't1,f0,n', 'true, false and null in objects');
+        ok($words->{o}{t}, '... also inside of others');
         my $flags = $decode->('[true,false]');
         ok($flags->[0] && !$flags->[1], 'booleans are true and false');
         is("$flags->[0]$flags->[1]", '10', '... 1 and 0 as strings');
@@ -51,6 +54,12 @@ for my $decoder (@decoders) {
             is($decode->(CPANBridge::JSON::encode($value))->[0], $value->[0], "$number goes there and back");
             ok($value->[0] == $number, "$number is exact");
         }
+        for my $text (qw(0.25 -0.25 12.5 -12.5 0.1 -0.0 1.0 123456789.125 1234567890.125 1e3 1.5e-3 0.30000000000000004)) {
+            my $value = $decode->($text);
+            my $again = $decode->(qq([$text, {"a":$text , "b":[$text]} ]));
+            is(CPANBridge::JSON::encode($_), CPANBridge::JSON::encode($value), "$text is the same wherever it stands")
+                for $again->[0], $again->[1]{a}, $again->[1]{b}[0];
+        }
         is(CPANBridge::JSON::encode($decode->('[-0.0]')), '[-0.0]', 'negative zero');
         for my $digits (qw(18446744073709551616 -9223372036854775809 123456789012345678901234567890)) {
             my $big = $decode->("[$digits,1]");
@@ -71,7 +80,7 @@ for my $decoder (@decoders) {
     subtest "what is not JSON is refused, $name" => sub {
         for my $bad ('', ' ', '[', ']', '[1', '[1,', '[1,]', '[,1]', '{', '{"a"}', '{"a":}', '{"a":1', '{"a":1,}',
             '{a:1}', '[1] x', '[01]', '[1.]', '[.5]', '[-]', '[+1]', '[1e]', '["a]', '["\x"]', '["\u12"]',
-            "[\"\n\"]", "[\"\x01\\n\"]", 'nul', '[tru]', "['a']", '["\\', '["a\\"]', '[NaN]', '[1 2]', '{"a":1 "b":2}')
+            "[\"\n\"]", "[\"\x01\\n\"]", 'nul', '[tru]', "['a']", '{"a":truex}', '{"a":tru}', '{"a":01}', '{"a":1.}', '{"a":-}', '{"a":.5}', '{"a":true false}', '["\\', '["a\\"]', '[NaN]', '[1 2]', '{"a":1 "b":2}')
         {
             like($error->($bad), qr/\Anot JSON: .* at byte [0-9]+\z/s, "refused: '$bad'");
         }

@@ -179,6 +179,85 @@ subtest 'replies that are not valid' => sub {
     }
 };
 
+# A reply as cpanbridged words it, with the result as JSON.
+sub worded {
+    my ($connection, $request, $result, $more) = @_;
+    return $connection->frame(qq({"result":$result,$more"module":"$request->{module}","function":"$request->{function}",)
+        . qq("request_id":"$request->{request_id}","execution_info":{"worker":0},"success":true}));
+}
+
+subtest 'results that look like the end of a reply' => sub {
+    my $end = '","module":"m","function":"f","request_id":"ID","execution_info":{"worker":0},"success":true}';
+    my %results = (
+        'in an object'  => [ qq({"x":"$end), { x => '', module => 'm', function => 'f', request_id => 'ID',
+                execution_info => { worker => 0 }, success => 1 } ],
+        'in a string'   => [ CPANBridge::JSON::encode($end), $end ],
+        'in two arrays' => [ qq([[{"x":"$end]]), [ [ { x => '', module => 'm', function => 'f', request_id => 'ID',
+                execution_info => { worker => 0 }, success => 1 } ] ] ],
+    );
+    for my $where (sort keys %results) {
+        my ($json, $expected) = @{ $results{$where} };
+        my ($daemon, $bridge) = bridge_to(
+            sub {
+                my ($connection) = @_;
+                my $request = $connection->read_request;
+                (my $own = $json) =~ s/ID/$request->{request_id}/;
+                $connection->send_bytes(worded($connection, $request, $own, ''));
+                $connection->wait_for_end;
+            }
+        );
+        { package Numbered; our @ISA = ('CPANBridge'); our $id; sub call_finished { $id = $_[1]{request_id} } }
+        my $result = Numbered->new(socket => $daemon->path)->call('m', 'f');
+        my $text   = CPANBridge::JSON::encode([$result]);
+        $text =~ s/\Q$Numbered::id\E/ID/;
+        is_deeply(CPANBridge::JSON::decode($text), [$expected], $where);
+    }
+};
+
+subtest 'a reply that is worded in another way' => sub {
+    my %replies = (
+        'a further field'        => sub { worded(@_, '{"a":[1]}', '"further":{"b":2},') },
+        'another order'          => sub { my $reply = worded(@_, '{"a":[1]}', ''); $reply =~ s/\A.{4}\{("result":.*),("success":true)\}\z/{$2,$1}/s;
+            $_[0]->frame($reply) },
+        'white space'            => sub { worded(@_, ' { "a" : [ 1 ] } ', '') },
+        'characters after it'    => sub { my $reply = worded(@_, '{"a":[1]}', ''); $reply =~ s/\A.{4}(.*)"worker":0/$1"place":"\xc3\xbc"/s;
+            $_[0]->frame($reply) },
+    );
+    for my $what (sort keys %replies) {
+        my ($daemon, $bridge) = bridge_to(
+            sub {
+                my ($connection) = @_;
+                $connection->send_bytes($replies{$what}->($connection, $connection->read_request));
+                $connection->wait_for_end;
+            }
+        );
+        is_deeply($bridge->call('m', 'f'), { a => [1] }, $what);
+    }
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection) = @_;
+            $connection->send_bytes(worded($connection, $connection->read_request, '[1', ''));
+            $connection->wait_for_end;
+        }
+    );
+    is($bridge->call_python('m', 'f')->{error_type}, 'InvalidReply', 'but half a result is none');
+};
+
+subtest 'names of any characters' => sub {
+    my ($daemon, $bridge) = bridge_to(sub { my $c = shift; while (1) { my $r = $c->read_request; $c->reply($r, $r) } });
+    { package Odd; our @ISA = ('CPANBridge'); our $caller; sub perl_caller { return $caller } }
+    my $odd = Odd->new(socket => $daemon->path);
+    for my $name ('a"b', 'a\\b', "a\n", "\xfc", "\x{20ac}", '7', 7, '1.0', 'true') {
+        $Odd::caller = $name;
+        my $sent = $odd->call($name, "f$name", [$name]);
+        is_deeply([ @{$sent}{qw(module function perl_caller)} ], [ $name, "f$name", $name ], sprintf('they arrive: %vd', $name));
+    }
+    undef $Odd::caller;
+    is($odd->call('m', 'f')->{perl_caller}, undef, 'and nobody is nobody');
+    no warnings;
+    like($bridge->call_python("\x{d800}", 'f')->{error}, qr/\Athe module cannot be sent: /, 'half of a pair is refused');
+};
+
 subtest 'who does not speak the protocol' => sub {
     my ($daemon, $bridge) = bridge_to(
         sub {

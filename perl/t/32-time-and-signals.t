@@ -48,6 +48,16 @@ subtest 'a daemon that does not answer' => sub {
     is_deeply($bridge->call_python('m', 'f', [1]), [1], 'the next call has a new connection');
 };
 
+subtest 'a request that is not ready in time' => sub {
+    { package Slow; sub TO_JSON { Time::HiRes::sleep(0.1); return 1 } }
+    my ($daemon, $bridge) = bridge_to(sub { $_[0]->echo }, timeout => 0.05);
+    my $result = $bridge->call_python('m', 'slow', [ bless {}, 'Slow' ]);
+    is($result->{error_type}, 'RequestTimeout', 'error_type');
+    like($result->{error}, qr/the call was not sent/, 'the message');
+    is_deeply($bridge->set_timeout(30)->call_python('m', 'f', [1]), [1], 'the next call works');
+    is(scalar(grep { $_ eq 'request slow' } $daemon->noted), 0, '... and that one never arrives');
+};
+
 subtest 'a daemon that answers in drops' => sub {
     my ($daemon, $bridge) = bridge_to(
         sub {
@@ -139,6 +149,27 @@ subtest "a handler's die reaches the script" => sub {
     ok(!$outcome, 'the call was left');
     is($error, "enough\n", 'with what the handler said');
     is_deeply($bridge->call_python('m', 'g', [1]), [1], 'and the object can be used again');
+};
+
+subtest "the script's __DIE__ handler" => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection, $number) = @_;
+            $connection->reply($connection->read_request);
+            $connection->wait_for_end;
+        },
+        timeout => 30,
+    );
+    my @seen;
+    local $SIG{__DIE__} = sub { push @seen, $_[0] };
+    $bridge->call_python('m', 'f', [ sub { } ]);
+    is_deeply(\@seen, [], 'hears nothing of what the bridge catches');
+    is_deeply($bridge->call_python('m', 'f', [0]), [0], 'a connection is kept');
+    local $SIG{ALRM} = sub { die "enough\n" };
+    eval { alarm 1; $bridge->call_python('m', 'f') };
+    alarm 0;
+    # Perl itself tells it once or twice.
+    ok(@seen && !grep({ $_ ne "enough\n" } @seen), "but of a signal handler's die during a call");
 };
 
 subtest 'a handler may use the bridge itself' => sub {

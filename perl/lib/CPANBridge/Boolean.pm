@@ -37,9 +37,9 @@ sub json_name {
             my $inner = defined ${$value} ? "${$value}" : '';
             return $inner eq '1' ? 'true' : $inner eq '0' ? 'false' : undef;
         }
+        return ${$value} ? 'true' : 'false' if $type eq 'CPANBridge::Boolean';
         return $value ? 'true' : 'false'
             if $type eq 'JSON::PP::Boolean'
-            || $type eq 'CPANBridge::Boolean'
             || $type eq 'Types::Serialiser::Boolean'
             || $type eq 'JSON::XS::Boolean';
         return undef;

@@ -29,19 +29,23 @@ sub pause_until {
     return;
 }
 
-# Waits until one of the handles is ready or the moment has come. Returns (readable, writable).
+# The set of this one handle, as select takes it.
+sub handle_set {
+    my ($handle) = @_;
+    my $set = '';
+    vec($set, fileno $handle, 1) = 1;
+    return $set;
+}
+
+# Waits until the one handle of the set is ready or the moment has come. Returns (readable, writable).
 sub wait_for {
-    my ($handle, $for_writing, $moment) = @_;
-    my $bits = '';
-    vec($bits, fileno $handle, 1) = 1;
+    my ($set, $for_writing, $moment) = @_;
     while (1) {
         my $left = $moment - now();
-        my ($readable, $writable) = ($bits, $for_writing ? $bits : undef);
-        my $ready = select $readable, $writable, undef, $left > 0 ? $left : 0;
-        if ($ready > 0) {
-            return (vec($readable, fileno $handle, 1), $for_writing && vec($writable, fileno $handle, 1));
-        }
-        return if $ready == 0 && $left <= 0;
+        return if $left <= 0;
+        my ($readable, $writable) = ($set, $for_writing ? $set : undef);
+        my $ready = select $readable, $writable, undef, $left;
+        return ($readable =~ tr/\0//c, $for_writing && $writable =~ tr/\0//c) if $ready > 0;
         return (1, 1) if $ready < 0 && $! != EINTR;    # let read and write tell what is wrong
     }
 }
@@ -71,10 +75,14 @@ The present moment, with a fraction.
 
 Returns when the moment has come.
 
-=item wait_for($handle, $for_writing, $moment)
+=item handle_set($handle)
+
+What C<wait_for> takes; it holds as long as the handle is open.
+
+=item wait_for($set, $for_writing, $moment)
 
 Waits until the handle can be read (or, with a true C<$for_writing>, written). Returns two booleans,
-readable and writable; none when the moment has come first.
+readable and writable; none when the moment has come.
 
 =back
 

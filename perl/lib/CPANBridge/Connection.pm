@@ -24,9 +24,10 @@ my $NO_SIGNAL = eval { local $SIG{__DIE__}; Socket::MSG_NOSIGNAL() };
 
 # Connects to the first path of `candidates` that exists, or that answers if they were set. Dies with a CPANBridge::Error of type
 # DaemonNotRunning, RequestTimeout or ConnectionFailed; `worth_retrying` is set in the first if a
-# daemon that is just being restarted would look the same.
+# daemon that is just being restarted would look the same. `traffic` is a hash of the bytes `sent` and
+# `received`, which the connection adds its own to.
 sub open {
-    my ($class, $candidates, $deadline) = @_;
+    my ($class, $candidates, $deadline, $traffic) = @_;
     my (@reasons, $worth_retrying, $is_forbidden);
     for my $candidate (@{$candidates}) {
         my ($path, $problem, $is_set) = @{$candidate};
@@ -34,7 +35,7 @@ sub open {
         $problem = 'its path is too long for a socket' if !defined $problem && length $path > MAX_PATH;
         if (!defined $problem) {
             my ($handle, $errno) = _connect($path, $deadline);
-            return $class->_new($handle, $path) if $handle;
+            return $class->_new($handle, $path, $traffic) if $handle;
             $worth_retrying ||= $errno == ENOENT || $errno == ECONNREFUSED;
             $is_forbidden   ||= $errno == EACCES;
             $is_there = $errno != ENOENT && $errno != ENOTDIR;
@@ -65,17 +66,17 @@ sub _advice {
 }
 
 sub _new {
-    my ($class, $handle, $path) = @_;
+    my ($class, $handle, $path, $traffic) = @_;
     return bless {
         handle  => $handle,
+        set     => CPANBridge::Clock::handle_set($handle),
+        traffic => $traffic,
         path    => $path,
         owner   => _owner(),
         unsent  => '',
         unread  => '',
         queued  => 0,    # bytes of all requests so far
         written => 0,    # how many of them the system took
-        read    => 0,    # bytes of all replies so far
-        counted => [ 0, 0 ],
         broken  => 0,    # whether the daemon has closed its side for reading
         missing => 0,    # bytes of a reply that has begun to arrive
         end     => undef,
@@ -133,14 +134,6 @@ sub enqueue {
 sub unsent_bytes  { return length $_[0]{unsent} }
 sub written_bytes { return $_[0]{written} }
 
-# The bytes sent and received since this was last asked.
-sub take_counts {
-    my ($self) = @_;
-    my ($sent, $received) = @{ $self->{counted} };
-    $self->{counted} = [ @{$self}{qw(written read)} ];
-    return ($self->{written} - $sent, $self->{read} - $received);
-}
-
 # How it ended: 'drained' (the daemon said that it reads no further request), 'closed' (it didn't),
 # or undef.
 sub end { return $_[0]{end} }
@@ -148,28 +141,29 @@ sub end { return $_[0]{end} }
 # Sends what can be sent, and waits until something has come or gone. False when the deadline passed.
 sub transfer {
     my ($self, $deadline) = @_;
+    return 0 if CPANBridge::Clock::now() >= $deadline;
     my $progress = $self->{unsent} ne '' && $self->_write;
-    return 1 if $progress && $self->{unsent} ne '';
-    my ($readable, $writable)
-        = CPANBridge::Clock::wait_for($self->{handle}, $self->{unsent} ne '', $deadline);
+    my $has_more = $self->{unsent} ne '';
+    return 1 if $progress && $has_more;
+    my ($readable, $writable) = CPANBridge::Clock::wait_for($self->{set}, $has_more, $deadline);
     $self->_read  if $readable;
-    $self->_write if $writable && $self->{unsent} ne '';
+    $self->_write if $writable;
     return $readable || $writable;
 }
 
 sub _write {
     my ($self) = @_;
-    my $piece = substr $self->{unsent}, 0, SEND_SIZE;
     my $count;
     if (defined $NO_SIGNAL) {
-        $count = send $self->{handle}, $piece, $NO_SIGNAL;
+        $count = send $self->{handle}, substr($self->{unsent}, 0, SEND_SIZE), $NO_SIGNAL;
     }
     else {
         local $SIG{PIPE} = 'IGNORE';
-        $count = syswrite $self->{handle}, $piece;
+        $count = syswrite $self->{handle}, $self->{unsent}, SEND_SIZE;
     }
     if (defined $count) {
         $self->{written} += $count;
+        $self->{traffic}{sent} += $count;
         substr $self->{unsent}, 0, $count, '';
         return $count;
     }
@@ -185,7 +179,7 @@ sub _read {
     my $want = $self->{missing} > READ_SIZE ? 1 << 20 : READ_SIZE;
     my $count = sysread $self->{handle}, $self->{unread}, $want, length $self->{unread};
     if ($count) {
-        $self->{read} += $count;
+        $self->{traffic}{received} += $count;
     }
     elsif (defined $count || ($! != EAGAIN && $! != EWOULDBLOCK && $! != EINTR)) {
         $self->{end} = 'closed';
@@ -249,9 +243,10 @@ daemon means that no further request on this connection was or will be read.
 
 =over
 
-=item open($candidates, $deadline)
+=item open($candidates, $deadline, $traffic)
 
-Connects. See L<CPANBridge::SocketPath> for the candidates.
+Connects. See L<CPANBridge::SocketPath> for the candidates. The bytes sent and received are added to
+C<sent> and C<received> of the hash C<$traffic>.
 
 =item is_own
 
@@ -284,10 +279,6 @@ C<drained>, C<closed>, or undef while it is open.
 =item unsent_bytes, written_bytes
 
 How much waits to be written, and was written.
-
-=item take_counts
-
-The bytes sent and received since this was last asked.
 
 =item close
 

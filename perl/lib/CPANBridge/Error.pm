@@ -97,8 +97,8 @@ How long the call took, in seconds.
 
 =item request_id
 
-The call's id, which the daemon's log has as well, but with security events only. That there is one
-doesn't mean that the call was sent: it is undef only if no request was made up, as when there was no
+The call's id, which the daemon's log has as well, with security events and calls that take too long. That
+there is one doesn't mean that the call was sent: it is undef only if no request was made up, as when there was no
 connection.
 
 =item traceback

@@ -24,25 +24,28 @@ use constant UNSENT_BYTES => 256 * 1024;
 # What the first byte of a length may be at most, for the daemon to take it for one.
 use constant MAX_REQUEST => 9 * 2**24 - 1;
 
+# How the reply to a call that has succeeded begins.
+use constant RESULT => '{"result":';
+
 # After the daemon was found absent in spite of all retries, calls try just once for so long.
 use constant ABSENT_SECONDS => 5;
 
 my $requests = 0;
 
-# `options` has timeout, retry_count, max_json_size, candidates and perl_caller. `state` is kept
-# between exchanges: connection, absent_until, and the counts retries, reconnects, bytes_sent,
-# bytes_received.
+# Of the bridge it uses the options, `socket_paths`, and `_state`, which is kept between exchanges:
+# connection, absent_until, the counts retries and reconnects, and the connections' traffic.
 sub new {
-    my ($class, $state, %options) = @_;
+    my ($class, $bridge, $perl_caller) = @_;
     my $now = CPANBridge::Clock::now();
     return bless {
-        %options,
-        state     => $state,
-        started   => $now,
-        deadline  => $now + $options{timeout},
-        waiting   => [],
-        sent      => [],
-        fruitless => 0,
+        bridge      => $bridge,
+        state       => $bridge->{_state},
+        timeout     => $bridge->{timeout},
+        perl_caller => $perl_caller,
+        started     => $now,
+        deadline    => $now + $bridge->{timeout},
+        sent        => [],
+        fruitless   => 0,
     }, $class;
 }
 
@@ -75,18 +78,19 @@ sub _connection {
         return $kept if $kept->is_own && $kept->is_usable;
         $kept->close;
     }
-    my $retries = CPANBridge::Clock::now() < ($state->{absent_until} || 0) ? 0 : $self->{retry_count};
+    my $retries = CPANBridge::Clock::now() < ($state->{absent_until} || 0) ? 0 : $self->{bridge}{retry_count};
     my $attempt = 0;
     while (1) {
-        my $connection = _caught(
-            $error,
-            sub { CPANBridge::Connection->open($self->{candidates}->(), $self->{deadline}) },
-        );
+        my $connection = eval {
+            local $SIG{__DIE__} if $SIG{__DIE__};
+            CPANBridge::Connection->open($self->_candidates, $self->{deadline}, $state->{traffic});
+        };
         if ($connection) {
             delete $state->{absent_until};
             $state->{reconnects}++ if $state->{connected}++;
             return $connection;
         }
+        ${$error} = _own($@);
         return undef if !${$error}->{worth_retrying};
         last if $attempt >= $retries || CPANBridge::Clock::now() >= $self->{deadline};
         $self->_pause(++$attempt);
@@ -94,6 +98,11 @@ sub _connection {
     }
     $state->{absent_until} = CPANBridge::Clock::now() + ABSENT_SECONDS;
     return undef;
+}
+
+sub _candidates {
+    my ($self) = @_;
+    return [ map { ref $_ ? $_ : [$_] } $self->{bridge}->socket_paths ];
 }
 
 # 0.1, 0.3, 0.6 and from then on 1 second: a daemon that restarts is away for a moment.
@@ -105,39 +114,33 @@ sub _pause {
     return;
 }
 
-# What the code returns; undef if it died with a CPANBridge::Error, which `error` then has. What a
-# signal handler of the script dies with goes on its way.
-sub _caught {
-    my ($error, $code) = @_;
-    my $result = eval { local $SIG{__DIE__}; $code->() };
-    return $result if defined $result;
-    die $@ if !CPANBridge::Error::is_internal($@);
-    ${$error} = $@;
-    return undef;
+# The evals here keep the script's __DIE__ handler from hearing of the bridge's own errors. Where there is none,
+# which is nearly always, nothing is localized: that costs more than all else of an eval.
+
+# An error that the bridge died with itself. What a signal handler of the script dies with goes on its way.
+sub _own {
+    my ($error) = @_;
+    die $error if !CPANBridge::Error::is_internal($error);
+    return $error;
 }
 
 # Sends what waits and takes the replies, until all are here or the connection is no more.
 sub _converse {
     my ($self, $connection) = @_;
-    my $sent     = $self->{sent};
+    my ($waiting, $sent) = @{$self}{qw(waiting sent)};
     my $finished = 0;
-    while (1) {
-        $self->_send($connection) if @{$sent} <= WINDOW / 2;
-        last if !@{$sent} && !@{ $self->{waiting} };
-        $finished += $self->_receive($connection);
-        last if !@{$sent} && !@{ $self->{waiting} } || defined $connection->end || $self->{spoiled};
-        next if !@{$sent} && $connection->takes_requests;
+    while (@{$waiting} || @{$sent}) {
+        $self->_send($connection) if @{$waiting} && @{$sent} <= WINDOW / 2;
         last if !@{$sent};
-        if (CPANBridge::Clock::now() >= $self->{deadline} || !$connection->transfer($self->{deadline})) {
+        if (!$connection->transfer($self->{deadline})) {
             $self->_time_out($connection);
             last;
         }
+        $finished += $self->_receive($connection);
+        last if $self->{spoiled} || defined $connection->end;
     }
     my $state = $self->{state};
-    my ($bytes_sent, $bytes_received) = $connection->take_counts;
-    $state->{bytes_sent}     += $bytes_sent;
-    $state->{bytes_received} += $bytes_received;
-    if (delete $self->{spoiled} || defined $connection->end || @{$sent} || @{ $self->{waiting} }) {
+    if (delete $self->{spoiled} || defined $connection->end || @{$sent} || @{$waiting}) {
         $connection->close;
         $self->_settle($connection, $finished);
     }
@@ -156,10 +159,9 @@ sub _send {
         && $connection->takes_requests)
     {
         my $call = shift @{$waiting};
-        my $error;
-        my $body = _caught(\$error, sub { $self->_request($call) });
+        my $body = eval { local $SIG{__DIE__} if $SIG{__DIE__}; $self->_request($call) };
         if (!defined $body) {
-            $self->_fail($call, $error);
+            $self->_fail($call, _own($@));
             next;
         }
         $call->{sent_at} = $connection->enqueue($body);
@@ -179,31 +181,31 @@ sub _request {
         die CPANBridge::Error->new(error_type => 'InvalidRequest', message => "No $name is named");
     }
     my $left = $self->{deadline} - $now;
-    my $head = CPANBridge::JSON::encode(
-        {
-            module         => "$call->{module}",
-            function       => "$call->{function}",
-            request_id     => $call->{request_id},
-            perl_caller    => $self->{perl_caller},
-            client_version => "CPANBridge.pm/$VERSION",
-            timestamp      => Time::HiRes::time(),
-            timeout        => $left > 0.001 ? $left : 0.001,
-        },
-        'the request',
-    );
-    if (defined $call->{params}) {
-        my $params = CPANBridge::JSON::encode($call->{params}, '$params');
-        substr $head, -1, 1, qq(,"params":$params});
-    }
-    my $limit = $self->{max_json_size} < MAX_REQUEST ? $self->{max_json_size} : MAX_REQUEST;
-    if (length $head > $limit) {
+    # Times in microseconds: where a locale has decimal commas, no Perl puts one into a whole number.
+    my $json = sprintf '{"module":%s,"function":%s,"request_id":"%s","perl_caller":%s,'
+        . qq("client_version":"CPANBridge.pm/$VERSION","timestamp":%.0fe-6,"timeout":%.0fe-6),
+        _text($call->{module}, 'the module'), _text($call->{function}, 'the function'),
+        $call->{request_id}, _text($self->{perl_caller}, 'perl_caller'),
+        1e6 * Time::HiRes::time(), 1e6 * ($left > 0.001 ? $left : 0.001);
+    $json .= ',"params":' . CPANBridge::JSON::encode($call->{params}, '$params') if defined $call->{params};
+    $json .= '}';
+    my $limit = $self->{bridge}{max_json_size} < MAX_REQUEST ? $self->{bridge}{max_json_size} : MAX_REQUEST;
+    if (length $json > $limit) {
         die CPANBridge::Error->new(
             error_type => 'InvalidRequest',
-            message    => 'The request has ' . length($head) . " bytes; at most $limit are allowed"
+            message    => 'The request has ' . length($json) . " bytes; at most $limit are allowed"
                 . ($limit < MAX_REQUEST ? ' (max_json_size)' : ''),
         );
     }
-    return $head;
+    return $json;
+}
+
+# A string as JSON, which is mostly the string itself.
+sub _text {
+    my ($text, $name) = @_;
+    return defined $text && $text =~ /\A[ !#-\[\]-~]*\z/
+        ? qq("$text")
+        : CPANBridge::JSON::encode(defined $text ? "$text" : undef, $name);
 }
 
 # Takes the replies that are here; returns how many.
@@ -212,19 +214,22 @@ sub _receive {
     my $sent  = $self->{sent};
     my $count = 0;
     while (@{$sent}) {
-        my $error;
-        my $body = _caught(\$error, sub { \scalar $connection->next_reply($self->{max_json_size}) });
-        if ($body) {
-            return $count if !defined ${$body};
-            my $call = $sent->[0];
-            if (my $outcome = _caught(\$error, sub { _outcome($call, ${$body}) })) {
-                shift @{$sent};
-                $self->_finish($call, $outcome);
-                $count++;
-                next;
-            }
+        my $call = $sent->[0];
+        my ($body, $outcome);
+        my $is_valid = eval {
+            local $SIG{__DIE__} if $SIG{__DIE__};
+            $body = $connection->next_reply($self->{bridge}{max_json_size});
+            $outcome = _outcome($call, $body) if defined $body;
+            1;
+        };
+        my $error = $is_valid ? undef : _own($@);
+        return $count if $is_valid && !defined $body;
+        shift @{$sent};
+        if ($outcome) {
+            $self->_finish($call, $outcome);
+            $count++;
+            next;
         }
-        my $call = shift @{$sent};
         my ($index) = grep { $self->{calls}[$_] == $call } 0 .. $#{ $self->{calls} };
         $self->{given_up} = 'the connection was given up because of the reply to call ' . ($index + 1)
             . ', which was ' . ($error->error_type eq 'ReplyTooLarge' ? 'too large' : 'not valid')
@@ -239,16 +244,17 @@ sub _receive {
 # What the reply says of the call. Dies with a CPANBridge::Error if it is not a reply to this call.
 sub _outcome {
     my ($call, $body) = @_;
+    if (my $result = _result_of_success($call, $body)) {
+        return { success => 1, result => ${$result} };
+    }
     my $wrong = sub {
         die CPANBridge::Error->new(
             error_type => 'InvalidReply',
             message    => "The daemon's reply to $call->{module}.$call->{function} is not valid: $_[0]",
         );
     };
-    my $error;
-    my $reply = _caught(\$error, sub { \CPANBridge::JSON::decode($body) });
-    $wrong->($error->message) if !$reply;
-    $reply = ${$reply};
+    my $reply;
+    eval { $reply = CPANBridge::JSON::decode($body); 1 } or $wrong->(_own($@)->message);
     $wrong->('it is not an object') if ref $reply ne 'HASH';
     my $is_success = $reply->{success};
     # A request that couldn't be read to its end has no id in the error that tells so.
@@ -265,6 +271,25 @@ sub _outcome {
     }
     $outcome{error_type} = 'UnknownError' if !defined $outcome{error_type};
     return \%outcome;
+}
+
+# A reference to the result, where what is around it is what the daemon puts around the result of this very
+# call; else undef. Where the JSON between those two ends is one whole value, there is no other way to read the
+# reply; so they needn't be decoded, which takes most of the time of a small reply. What is in execution_info is
+# not looked at.
+sub _result_of_success {
+    my ($call, $body) = @_;
+    my $end = qq(,"module":"$call->{module}","function":"$call->{function}","request_id":"$call->{request_id}")
+        . ',"execution_info":{';
+    my $length = rindex($body, $end) - length RESULT;
+    return undef
+        if $length <= 0
+        || substr($body, 0, length RESULT) ne RESULT
+        || substr($body, $length + length(RESULT) + length $end) !~ /\A[ -z|~]*\},"success":true\}\z/;
+    my $result;
+    return \$result if eval { $result = CPANBridge::JSON::decode(substr $body, length RESULT, $length); 1 };
+    _own($@);
+    return undef;
 }
 
 sub _finish {
@@ -323,7 +348,7 @@ sub _settle {
     $self->{state}{retries} += @again;
     # Connections that end before any reply must not be opened without end.
     $self->{fruitless} = $finished ? 0 : $self->{fruitless} + 1;
-    if ($self->{fruitless} > $self->{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
+    if ($self->{fruitless} > $self->{bridge}{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
         $self->_fail_with($_, 'ShuttingDown', 'the daemon takes no requests; the call was not run')
             for splice @{ $self->{waiting} };
         return;
@@ -353,10 +378,9 @@ connection. Any other call may have run: it is not repeated, and ends with C<Wor
 
 =over
 
-=item new($state, %options)
+=item new($bridge, $perl_caller)
 
-Takes what is kept from one exchange to the next, and C<timeout>, C<retry_count>, C<max_json_size>,
-C<candidates> (code that returns them) and C<perl_caller>. The time starts to run.
+Takes the L<CPANBridge>, and who makes the calls. The time starts to run.
 
 =item run(@calls)
 

@@ -24,10 +24,7 @@ my @PROBES = (
     qq(["","\\u00e9\\ud83d\\ude00\\n\\u0000\xc3\xa9\xf0\x9f\x98\x80",null,true,false]),
 );
 
-sub encode {
-    my ($data, $name) = @_;
-    return CPANBridge::JSON::Encoder::encode($data, $name);
-}
+*encode = \&CPANBridge::JSON::Encoder::encode;
 
 sub decode {
     my ($bytes) = @_;

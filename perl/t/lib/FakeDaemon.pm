@@ -91,6 +91,7 @@ use warnings;
 
 sub note {
     my ($self, $line) = @_;
+    utf8::encode($line);
     open my $log, '>>', $self->{log} or die $!;
     syswrite $log, "$line\n";
     close $log;

@@ -1,7 +1,7 @@
 package CPANBridge::JSON::Decoder;
 
-# One pass over the bytes with \G matches on $_, whose position they all move. Strings and integers
-# in arrays and objects, which are most of all data, are taken in the container's own loop.
+# One pass over the bytes with \G matches on $_, whose position they all move. Strings and simple
+# numbers in arrays and objects, which are most of all data, are taken in the container's own loop.
 
 use 5.010;
 use strict;
@@ -24,6 +24,14 @@ my $NEGATIVE_ZERO = -1 / $INFINITY;
 my $LARGEST       = ~0;                  # of unsigned integers; 2**64 - 1 on most machines
 my $SMALLEST      = -($LARGEST >> 1) - 1;
 my $SAFE_DIGITS   = length($LARGEST) - 2;
+
+# Before 5.30, Perl's own conversion could be wrong in the last digit of a float.
+use constant READS_EXACTLY => $] >= 5.030;
+
+# Numbers that 0 + makes what they are, and that neither sign nor size make a special case.
+my $SIMPLE = READS_EXACTLY
+    ? qr/-?[1-9][0-9]{0,8}(?:\.[0-9]+)?|0(?:\.[0-9]+)?/
+    : qr/-?[1-9][0-9]{0,8}|0/;
 
 # Whether strings hold bytes that need decoding, and what true and false are: set for each document.
 our ($Wide, $True, $False);
@@ -77,7 +85,7 @@ sub _array {
     my @items;
     return \@items if /\G[ \t\r\n]*\]/gc;
     while (1) {
-        if (/\G[ \t\r\n]*(?:"([^"\\\x00-\x1f]*)"|(-?[1-9][0-9]{0,8}|0))[ \t\r\n]*([],])/gc) {
+        if (/\G[ \t\r\n]*(?:"([^"\\\x00-\x1f]*)"|($SIMPLE))[ \t\r\n]*([],])/gco) {
             my $end = $3;
             if (defined $2) {
                 push @items, 0 + $2;
@@ -102,17 +110,20 @@ sub _object {
     while (1) {
         # The key and colon, and a value and what follows it where the value is a simple one.
         if (/\G[ \t\r\n]*"([^"\\\x00-\x1f]*)"[ \t\r\n]*:[ \t\r\n]*
-            (?:(?:"([^"\\\x00-\x1f]*)"|(-?[1-9][0-9]{0,8}|0))[ \t\r\n]*([\},]))?/gcx)
+            (?:(?:"([^"\\\x00-\x1f]*)"|($SIMPLE)|(true|false|null))[ \t\r\n]*([\},]))?/gcxo)
         {
-            my ($key, $string, $integer, $end) = ($1, $2, $3, $4);
+            my ($key, $end) = ($1, $5);
             utf8::decode($key) if $Wide;
             if (defined $end) {
-                if (defined $integer) {
-                    $pairs{$key} = 0 + $integer;
+                if (defined $3) {
+                    $pairs{$key} = 0 + $3;
+                }
+                elsif (defined $2) {
+                    $pairs{$key} = $2;
+                    utf8::decode($pairs{$key}) if $Wide;
                 }
                 else {
-                    utf8::decode($string) if $Wide;
-                    $pairs{$key} = $string;
+                    $pairs{$key} = $4 eq 'true' ? $True : $4 eq 'false' ? $False : undef;
                 }
                 return \%pairs if $end eq '}';
                 next;
@@ -146,11 +157,11 @@ sub _number {
     return $float == 0 && $integer eq '-0' ? $NEGATIVE_ZERO : $float;
 }
 
-# Before 5.30, Perl's own conversion could be wrong in the last digit. strtod heeds the locale, and
-# leaves the rest at a full stop where that has a comma.
+# Where Perl's own conversion won't do: strtod heeds the locale, and leaves the rest at a full stop where
+# that has a comma.
 sub _float {
     my ($text) = @_;
-    if ($] < 5.030) {
+    if (!READS_EXACTLY) {
         my ($float, $unparsed) = POSIX::strtod($text);
         return $float if !$unparsed;
     }

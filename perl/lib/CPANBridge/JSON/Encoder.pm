@@ -36,24 +36,31 @@ for my $code (0 .. 0x1f) {
 
 my $INFINITY = 9**9**9;
 
+# Before 5.30, Perl reads some numbers with errors in the last digit, and can't tell what its text of one is.
+use constant READS_EXACTLY => $] >= 5.030;
+
+# A number's text that is its JSON as well, if it is read back as the same number. Zero has a sign.
+my $PLAIN_NUMBER = READS_EXACTLY
+    ? qr/\A-?(?:[1-9][0-9]*(?:\.[0-9]+)?|0\.[0-9]+)\z/
+    : qr/\A-?[1-9][0-9]*\z/;
+
 # Up to here, floats that are whole numbers are sent as integers: 2**53.
 use constant MAX_WHOLE => 9007199254740992;
 
 # How deep the walk is, and what it is inside of (from WATCHED_DEPTH on).
-our ($Depth, %Inside) = (0);
+our ($Depth, $Inside) = (0);
 
 # The objects being sent, by address: a reference to what TO_JSON made of one, or the error that it ended with.
 # Where something is refused, the second walk takes it from here: TO_JSON is not called again.
-our %Converted;
+our $Converted;
 
 # JSON as bytes in UTF-8. Dies with a CPANBridge::Error of type InvalidParams that names the place.
 sub encode {
     my ($value, $name) = @_;
     my $previous_error = $@;
-    local ($Depth, %Inside) = (0);
-    local %Converted;
+    local ($Depth, $Inside, $Converted) = (0);
     my $json = eval {
-        local $SIG{__DIE__};
+        local $SIG{__DIE__} if $SIG{__DIE__};
         _value($value);
     };
     if (!defined $json) {
@@ -69,13 +76,16 @@ sub encode {
 sub _value {
     my ($value) = @_;
     if (my $type = ref $value) {
-        return $type eq 'HASH' ? _object($value) : $type eq 'ARRAY' ? _array($value) : _other($value);
+        return
+              $type eq 'HASH'  ? _object($value)
+            : $type eq 'ARRAY' ? _array($value)
+            :                    CPANBridge::Boolean::json_name($value) || _other($value);
     }
     return 'null' if !defined $value;
     if (_is_number($value)) {
         my $text = "$value";
         # Perl prints 15 digits: the text of 2.9999999999999996 is "3".
-        return $text if $text =~ /\A-?[1-9][0-9]*\z/ && $text == $value;
+        return $text if $text =~ /$PLAIN_NUMBER/o && $text == $value;
         return _float($value, $text);
     }
     my $boolean = CPANBridge::Boolean::json_name($value);
@@ -87,54 +97,52 @@ sub _value {
 sub _object {
     my ($hash) = @_;
     _watch($hash) if ++$Depth > WATCHED_DEPTH;
-    my @pairs;
+    my $json = '';
     for my $key (keys %{$hash}) {
         # A copy: matching turns the number in a variable into a string, on Perls before 5.36.
         my $copy = $hash->{$key};
-        push @pairs,
-            ($key =~ /$PLAIN_KEY/o ? qq("$key":) : _string($key) . ':')
-            . (defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($hash->{$key}));
+        $json .= ',' if $json ne '';
+        $json .= $key =~ /$PLAIN_KEY/o ? qq("$key":) : _string($key) . ':';
+        $json .= defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($hash->{$key});
     }
-    delete $Inside{ refaddr $hash} if $Depth-- > WATCHED_DEPTH;
-    return '{' . join(',', @pairs) . '}';
+    delete $Inside->{ refaddr $hash} if $Depth-- > WATCHED_DEPTH;
+    return "{$json}";
 }
 
 sub _array {
     my ($array) = @_;
     _watch($array) if ++$Depth > WATCHED_DEPTH;
-    my @items;
+    my $json = '';
     for my $index (0 .. $#{$array}) {
         my $copy = $array->[$index];
-        push @items,
-            defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($array->[$index]);
+        $json .= ',' if $index;
+        $json .= defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($array->[$index]);
     }
-    delete $Inside{ refaddr $array} if $Depth-- > WATCHED_DEPTH;
-    return '[' . join(',', @items) . ']';
+    delete $Inside->{ refaddr $array} if $Depth-- > WATCHED_DEPTH;
+    return "[$json]";
 }
 
 sub _watch {
     my ($reference) = @_;
-    _refuse('it refers to something that it is inside of') if $Inside{ refaddr $reference}++;
+    _refuse('it refers to something that it is inside of') if $Inside->{ refaddr $reference}++;
     _refuse('nested deeper than ' . MAX_DEPTH . ' levels') if $Depth > MAX_DEPTH;
     return;
 }
 
-# Booleans, and objects that have a JSON form.
+# Objects that have a JSON form.
 sub _other {
     my ($reference) = @_;
-    my $boolean = CPANBridge::Boolean::json_name($reference);
-    return $boolean if $boolean;
     if (_is_big_integer($reference)) {
         my $digits = $reference->bstr;
         return $digits if $digits =~ /\A-?[0-9]+\z/;
         _refuse("$digits has no JSON form");
     }
     my $converted = _converted($reference);
-    $Converted{ refaddr $reference} = \$converted;
+    $Converted->{ refaddr $reference} = \$converted;
     _watch($reference) if ++$Depth > WATCHED_DEPTH;
     my $json = _value($converted);
-    delete $Converted{ refaddr $reference};
-    delete $Inside{ refaddr $reference} if $Depth-- > WATCHED_DEPTH;
+    delete $Converted->{ refaddr $reference};
+    delete $Inside->{ refaddr $reference} if $Depth-- > WATCHED_DEPTH;
     return $json;
 }
 
@@ -160,9 +168,9 @@ sub _converted {
     my $converted;
     return $converted if eval { $converted = $reference->TO_JSON; 1 };
     my $error = $@;
-    $Converted{ refaddr $reference}
+    $Converted->{ refaddr $reference}
         = CPANBridge::Error->new(message => "TO_JSON of class $class died: $error", error_type => 'InvalidParams');
-    die $Converted{ refaddr $reference};
+    die $Converted->{ refaddr $reference};
 }
 
 sub _string {
@@ -189,7 +197,7 @@ sub _string {
     };
 
 # Perl's own text of a number where it is read back as the same number, or else 17 digits, which
-# always are. Perls before 5.30 read numbers with errors in the last digit, so can't tell.
+# always are.
 sub _float {
     my ($number, $text) = @_;
     if ($number == 0) {
@@ -197,7 +205,7 @@ sub _float {
     }
     return sprintf '%.0f', $number if abs $number <= MAX_WHOLE && $number == int $number;
     return $text
-        if $] >= 5.030
+        if READS_EXACTLY
         && $text == $number
         && $text =~ /\A-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?\z/;
     _refuse('NaN has no JSON form') if $number != $number;
@@ -239,7 +247,7 @@ sub _locate {
         _refuse_at($path, 'TO_JSON leads back to the same object') if $inside->{ refaddr $value};
         local $inside->{ refaddr $value} = 1;
         return _try(sub { _converted($value) }, $path) if !$value->can('TO_JSON');
-        my $converted = $Converted{ refaddr $value};
+        my $converted = $Converted->{ refaddr $value};
         return if !$converted;    # not what was refused, nor around it
         _refuse_at($path, $converted->message) if CPANBridge::Error::is_internal($converted);
         return _locate(${$converted}, $path, $inside, $depth + 1);
