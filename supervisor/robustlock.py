@@ -7,7 +7,10 @@ next is told so: that is no error here, for what the lock guards is whole at eve
 
 No call gives up the interpreter lock, and so none may block: a thread that did would have to wait
 for a busy module of its own process to hand it back, and everybody else with it. Who finds the lock
-taken tries again.
+taken tries again. (The interpreter itself may still change threads between two instructions, if
+the system has kept this process from running for longer than the switch interval in between. What
+is guarded is a few microseconds long, so that is rare; a worker that hangs with the lock is killed,
+see hangs.py.)
 """
 
 import ctypes
@@ -95,7 +98,7 @@ class SharedLock:
         trace: TracebackType | None,
     ) -> None:
         if _unlock(self._mutex) != 0:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            self.give_back()  # says why it cannot be
 
 
 def _check(error: int) -> None:

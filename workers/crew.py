@@ -222,7 +222,7 @@ class Crew(Generic[A]):
             if self._over:
                 self._tell_idle()
             elif not self._at_door:
-                self._at_door = 1
+                self._at_door = 1  # nobody was to be had when it was left
                 return True
             self._parked += 1
             return False
