@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     add("restart", "Stop, if it runs, and start again; a bad configuration changes nothing.")
     status = add("status", "Say whether it runs, and with which workers.")
     status.add_argument("--json", action="store_true", help="as one JSON object")
+    metrics = add("metrics", "The numbers, once, as Prometheus reads them.")
+    metrics.add_argument("--json", action="store_true", help="as system.metrics tells them")
     add("check", "Check the configuration and the imports, without starting.")
     call = add("call", "Make one call and print its result as JSON.")
     call.add_argument("module", metavar="MODULE")
@@ -227,7 +229,7 @@ def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> in
         return FAILED
 
 
-# -- stop, restart, status --
+# -- stop, restart, status, metrics --
 
 
 def stop(options: argparse.Namespace) -> int:
@@ -290,6 +292,23 @@ def _have_done(options: argparse.Namespace, command: str, failure: str) -> Any:
         raise CommandError(f"{failure}, as far as is known: {error}") from None
     except (config.ConfigError, control.ControlError, PrivilegeError) as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None
+
+
+def metrics(options: argparse.Namespace) -> int:
+    """`cpanbridged metrics`."""
+    settings = _locate(options)
+    numbers = control.numbers(settings)
+    if numbers is None:
+        print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
+        return NOT_RUNNING
+    if options.json:
+        print(json.dumps(numbers["metrics"]))
+    else:
+        # Not at the top: the daemon would pay for the library with memory.
+        from cpanbridge.supervisor import exposition
+
+        sys.stdout.write(exposition.text(numbers))
+    return DONE
 
 
 def status(options: argparse.Namespace) -> int:
@@ -402,6 +421,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "upgrade": upgrade,
     "restart": restart,
     "status": status,
+    "metrics": metrics,
     "check": check,
     "call": call,
 }

@@ -200,6 +200,17 @@ def stop(settings: Settings, show: Show) -> int | None:
     return pid
 
 
+def numbers(settings: Settings) -> dict[str, Any] | None:
+    """What the master says in numbers (see numbers.py), whatever the workers do; None: none runs.
+
+    Raises ControlError, ListenError, InstanceError, PrivilegeError.
+    """
+    if master_pid(settings) is None:
+        return None
+    told: dict[str, Any] = ask(settings, "metrics", _STATUS_SECONDS, lambda _: None)
+    return told
+
+
 def _wait_for_end(handle: int, pid: int, settings: Settings, show: Show) -> None:
     seconds = settings.limits.graceful_timeout + KILL_MARGIN + _STOP_MARGIN
     if not watch_until(handle, settings, show, seconds):

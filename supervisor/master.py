@@ -15,7 +15,7 @@ from typing import Any
 
 import setproctitle
 
-from cpanbridge.supervisor import logs, status
+from cpanbridge.supervisor import logs, numbers, status
 from cpanbridge.supervisor.config import Load, Loaded
 from cpanbridge.supervisor.controlserver import ControlServer, Visitor
 from cpanbridge.supervisor.gate import Bells
@@ -84,7 +84,7 @@ class Master:
         self._shared = shared
         self._control = ControlServer(
             self._loop,
-            {"status": self._status},
+            {"status": self._status, "metrics": self._metrics},
             {"reload": self._reload_for, "upgrade": self._upgrade_for},
             self._progress,
         )
@@ -358,6 +358,9 @@ class Master:
 
     def _status(self) -> dict[str, Any]:
         return status.status(self._state(), self._reloader, self._workforce, self._shared)
+
+    def _metrics(self) -> dict[str, Any]:
+        return numbers.numbers(self._status(), self._reloader.loaded.settings, self._shared)
 
     def _reload_for(self, visitor: Visitor) -> None:
         def tell(reason: str | None) -> None:

@@ -28,6 +28,17 @@ RECENT = 20  # errors or events, of all workers together
 
 def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
     """`system.metrics`: what is known of the whole daemon."""
+    return {
+        **numbers(shared, settings),
+        "module_status": {
+            "loaded_modules": list(modules),
+            "available_modules": list(modules),
+        },
+    }
+
+
+def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """What the shared memory has of it: all but the modules, which only a worker knows."""
     counts = totals.count(shared)
     uptime = shared.uptime
     per_minute = shared.admitted_in_window()
@@ -46,10 +57,6 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
             "requests_rejected": counts.refused,
         },
         "connection_summary": connection_summary(shared, settings, counts),
-        "module_status": {
-            "loaded_modules": list(modules),
-            "available_modules": list(modules),
-        },
         "system_stats": system_stats(shared),
         "workers": workers(shared),
         "gate": gate(shared, settings, counts, per_minute),
@@ -87,6 +94,7 @@ def performance_metrics(shared: Shared, counts: Totals) -> dict[str, Any]:
         "p99_response_time": latencies.percentile(99),
         "requests_per_second": counts.finished / uptime if uptime else 0.0,
         "error_rate": counts.error_rate,
+        "requests_last_5_minutes": latencies.requests,
     }
 
 

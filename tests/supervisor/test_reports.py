@@ -156,6 +156,7 @@ PERFORMANCE_METRICS = {
     "p50_response_time": Number,
     "p95_response_time": Number,
     "p99_response_time": Number,
+    "requests_last_5_minutes": int,
     "requests_per_second": Number,
     "error_rate": Number,
 }

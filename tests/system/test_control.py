@@ -98,7 +98,7 @@ def test_it_answers_while_workers_die_at_their_start(new_daemon: NewDaemon) -> N
     [
         (b"{}\n", "not a question"),
         (b"status\n", "not a question"),
-        (b'{"command": "fly"}\n', "there is no command 'fly'; there are reload, "),
+        (b'{"command": "fly"}\n', "there is no command 'fly'; there are metrics, reload, "),
         (b"x" * 5000, "the question is too long"),
         (b"\xff\x00\n", "not a question"),
     ],
