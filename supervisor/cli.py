@@ -120,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
     metrics = add("metrics", "The numbers, once, as Prometheus reads them.")
     metrics.add_argument("--json", action="store_true", help="as system.metrics tells them")
+    top = add("top", "The numbers, live: q ends, t and c order the functions by time and calls.")
+    top.add_argument("--interval", type=_interval, default=1.0, help="seconds between looks (1)")
+    top.add_argument("--once", action="store_true", help="print one screen; needs no terminal")
     add("check", "Check the configuration and the imports, without starting.")
     call = add("call", "Make one call and print its result as JSON.")
     call.add_argument("module", metavar="MODULE")
@@ -134,6 +137,10 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= config.LONGEST_SECONDS:
         raise ValueError
     return seconds
+
+
+def _interval(text: str) -> float:
+    return max(0.1, _seconds(text))  # the master has other things to do as well
 
 
 def _strict_json(text: str) -> Any:
@@ -229,7 +236,7 @@ def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> in
         return FAILED
 
 
-# -- stop, restart, status, metrics --
+# -- stop, restart, status, metrics, top --
 
 
 def stop(options: argparse.Namespace) -> int:
@@ -238,8 +245,7 @@ def stop(options: argparse.Namespace) -> int:
     with control.shown_progress() as show:
         pid = control.stop(settings, show)
     if pid is None:
-        print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
-        return NOT_RUNNING
+        return _not_running(settings)
     print(f"Stopped: pid {pid}")
     return DONE
 
@@ -299,8 +305,7 @@ def metrics(options: argparse.Namespace) -> int:
     settings = _locate(options)
     numbers = control.numbers(settings)
     if numbers is None:
-        print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
-        return NOT_RUNNING
+        return _not_running(settings)
     if options.json:
         print(json.dumps(numbers["metrics"]))
     else:
@@ -309,6 +314,27 @@ def metrics(options: argparse.Namespace) -> int:
 
         sys.stdout.write(exposition.text(numbers))
     return DONE
+
+
+def top(options: argparse.Namespace) -> int:
+    """`cpanbridged top`."""
+    if not options.once and not sys.stdout.isatty():
+        print("cpanbridged: top needs a terminal; --once prints one screen", file=sys.stderr)
+        return WRONG_USAGE
+    settings = _locate(options)
+    if control.master_pid(settings) is None:
+        return _not_running(settings)
+    from cpanbridge.supervisor import top as live  # as above
+
+    if options.once:
+        return DONE if live.print_once(settings, options.interval) else _not_running(settings)
+    live.run(settings, options.interval)
+    return DONE
+
+
+def _not_running(settings: config.Settings) -> int:
+    print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
+    return NOT_RUNNING
 
 
 def status(options: argparse.Namespace) -> int:
@@ -422,6 +448,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "restart": restart,
     "status": status,
     "metrics": metrics,
+    "top": top,
     "check": check,
     "call": call,
 }

@@ -74,6 +74,19 @@ def test_workers_import_only_the_shared_parts_of_the_supervisor() -> None:
             assert others <= allowed, name
 
 
+def test_only_the_command_imports_what_needs_libraries_for_eye_and_format() -> None:
+    """The daemon would pay for rich and prometheus-client with memory."""
+    importers = {
+        part: {name for name in IMPORTS if f"cpanbridge.supervisor.{part}" in IMPORTS[name]}
+        for part in ("exposition", "top", "screen")
+    }
+    assert importers == {
+        "exposition": {"cpanbridge.supervisor.cli"},
+        "top": {"cpanbridge.supervisor.cli"},
+        "screen": {"cpanbridge.supervisor.top"},
+    }
+
+
 def test_there_are_no_cycles() -> None:
     done: set[str] = set()
 
