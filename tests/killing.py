@@ -10,13 +10,12 @@ from types import FrameType
 from typing import Any
 
 from cpanbridge.supervisor import gate, owners, robustlock, shared, tickets, window
-from cpanbridge.workers import handover
+from cpanbridge.workers import handover, incoming, outgoing
 
 # All instructions by which others could see a difference; those between them only look.
 EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "CALL", "BEFORE_WITH", "RETURN_VALUE")
-FILES = {
-    module.__file__ for module in (gate, owners, robustlock, shared, tickets, window, handover)
-}
+STEPS = (gate, owners, robustlock, shared, tickets, window, handover, incoming, outgoing)
+FILES = {module.__file__ for module in STEPS}
 
 
 def has_effect(frame: FrameType) -> bool:

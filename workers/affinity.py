@@ -32,10 +32,10 @@ from cpanbridge.supervisor.owners import BY_CONNECTION, Client, Owner
 from cpanbridge.supervisor.roster import WAITING, RosterWriter
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.workers.calls import Call, Draining
-from cpanbridge.workers.handover import Outgoing
 from cpanbridge.workers.identity import Identities, start_time
 from cpanbridge.workers.journey import Fate, Journey, Passenger
 from cpanbridge.workers.modules import FOR_CLIENT
+from cpanbridge.workers.outgoing import Outgoing
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal
 from cpanbridge.workers.sessions import Session, Sessions

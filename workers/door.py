@@ -24,8 +24,9 @@ from typing import Generic, NamedTuple, TypeVar
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
 from cpanbridge.workers.balance import Balance
-from cpanbridge.workers.handover import FEW, Incoming, Outgoing
+from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.keepalive import KeepAlive
+from cpanbridge.workers.outgoing import FEW, Outgoing
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.turnstile import Turnstile
 

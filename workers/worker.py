@@ -39,7 +39,7 @@ from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
 from cpanbridge.workers.door import Arrival, Door
-from cpanbridge.workers.handover import Incoming
+from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.loading import Loader, ModuleLoadError
 from cpanbridge.workers.modules import Registry

@@ -18,8 +18,10 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Bells, Gate
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.tickets import TICKETS
-from cpanbridge.workers.handover import MOST_INLINE, Incoming, Outgoing
+from cpanbridge.workers.handover import MOST_INLINE
+from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.journey import Fate, Journey, Passenger
+from cpanbridge.workers.outgoing import Outgoing
 from cpanbridge.workers.peer import Peer
 
 SENDER, RECEIVER = 0, 1

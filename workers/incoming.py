@@ -1,0 +1,125 @@
+"""A worker's own postbox: the clients that others hand over to it; see handover.py."""
+
+import contextlib
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from socket import SocketType
+
+from cpanbridge.supervisor import postbox
+from cpanbridge.supervisor.gate import Bells, Gate, ring
+from cpanbridge.supervisor.postbox import MOST_DESCRIPTORS, descriptors_in
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.tickets import Ticket
+from cpanbridge.workers.handover import HEADER, MOST_INLINE, Parcel, from_memory
+from cpanbridge.workers.journey import Passenger
+
+_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
+
+
+class Incoming:
+    """A worker's own postbox. Called by the thread at the door, but for what says otherwise."""
+
+    def __init__(self, shared: Shared, slot: int, bells: Sequence[Bells], gate: Gate) -> None:
+        self._shared = shared
+        self._bells = bells
+        self._gate = gate
+        self._incarnation = shared.slots[slot].incarnation
+        self.descriptor = bells[slot].take
+        self._box = postbox.opened(self.descriptor)
+        self._ended = self._workers_ended()
+        self.waiting: deque[Parcel] = deque()  # taken out of it already
+
+    def next(self) -> tuple[Passenger, int] | None:
+        """The next client, and its number in this slot; None when there is none.
+
+        Raises OSError (EMFILE) when there was no descriptor left for it; it is its sender's still.
+        """
+        while (parcel := self._next_waiting() or self._take_out()) is not None:
+            number = self._accept(parcel)
+            if number is not None:
+                return parcel.passenger, number
+            parcel.passenger.client.close()
+        return None
+
+    def _next_waiting(self) -> Parcel | None:
+        with contextlib.suppress(IndexError):
+            return self.waiting.popleft()
+        return None
+
+    def look_through(self) -> None:
+        """Close the clients of senders that have ended: nobody counts them any more.
+
+        Called in the main thread, when nobody is at the door who would take clients out.
+        """
+        ended = self._workers_ended()
+        if ended == self._ended:
+            return
+        self._ended = ended
+        with contextlib.suppress(OSError):  # no descriptor is left: they are their senders' still
+            while (parcel := self._take_out()) is not None:
+                self.waiting.append(parcel)
+        for _ in range(len(self.waiting)):
+            parcel = self._next_waiting()
+            if parcel is None:
+                return  # a thread has come to the door
+            if self._shared.tickets[parcel.sender].is_offered(parcel.ticket):
+                self.waiting.append(parcel)
+            else:
+                parcel.passenger.client.close()
+
+    def _workers_ended(self) -> int:
+        """A number that changes when another worker has ended."""
+        return sum(slot.incarnation for slot in self._shared.used_slots)
+
+    def _accept(self, parcel: Parcel) -> int | None:
+        """Make the client ours; None when its sender has withdrawn it, or is dead."""
+        number = self._gate.took_over()
+        with self._shared.lock:
+            taken = self._shared.tickets[parcel.sender].take(parcel.ticket)
+        if not taken:
+            self._gate.closed()
+            return None
+        self._tell(parcel.sender)
+        return number
+
+    def _refuse(self, sender: int, ticket: Ticket) -> None:
+        with self._shared.lock:
+            self._shared.tickets[sender].refuse(ticket)
+        self._tell(sender)
+
+    def _tell(self, sender: int) -> None:
+        if self._shared.slots[sender].awaits_receipts:
+            ring(self._bells[sender].watch)
+
+    def _take_out(self) -> Parcel | None:
+        while True:
+            try:
+                message, ancillary, told, _ = self._box.recvmsg(
+                    HEADER.size + MOST_INLINE, _SPACE, _FLAGS
+                )
+            except BlockingIOError:
+                return None
+            descriptors = descriptors_in(ancillary)
+            incarnation, sender, place, number, opened_at, requests, arrived, in_memory = (
+                HEADER.unpack_from(message)
+            )
+            ticket = Ticket(place, number)
+            complete = not told & _TRUNCATED and len(descriptors) == 1 + in_memory
+            if complete and incarnation == self._incarnation:
+                break
+            # Meant for the worker that had this slot before, or there was no room for it.
+            for each in descriptors:
+                os.close(each)
+            self._refuse(sender, ticket)
+            if not complete:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0])
+        if client.gettimeout() is not None:
+            client.settimeout(None)  # a module has called socket.setdefaulttimeout
+        data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
+        return Parcel(Passenger(client, data, opened_at, requests, arrived), sender, ticket)

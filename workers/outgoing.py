@@ -1,0 +1,247 @@
+"""A worker's clients that are on their way to other workers; see handover.py."""
+
+import contextlib
+import errno
+import math
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from cpanbridge.supervisor import postbox
+from cpanbridge.supervisor.gate import Bells, ring
+from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.tickets import Ticket, TicketWriter
+from cpanbridge.workers.handover import HEADER, MOST_INLINE, in_memory, post
+from cpanbridge.workers.journey import Fate, Journey
+from cpanbridge.workers.peer import Peer
+
+LOOK_SECONDS = 0.02
+# Of these the thread at the door looks at so many each time that it comes by.
+FEW = 8
+_BUSY = (
+    errno.EAGAIN,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ETOOMANYREFS,  # so many clients are on their way
+)
+
+
+class Outgoing:
+    """A worker's clients that are on their way to other workers.
+
+    Nobody waits for them: the thread at the door looks what has become of them when it comes by,
+    and the main thread for as long as there are any. `taken` ends what this worker has of a client
+    that another one has taken. `descriptor` is readable when one has come back.
+    """
+
+    def __init__(
+        self, shared: Shared, slot: int, bells: Sequence[Bells], taken: Callable[[Peer], None]
+    ) -> None:
+        self._shared = shared
+        self._tickets = shared.tickets[slot]
+        self._writer = TicketWriter(self._tickets)
+        self._slot = slot
+        self._bells = bells
+        self._boxes: dict[int, socket.socket] = {}
+        self._taken = taken
+        self._lock = threading.Lock()
+        self._away: dict[Ticket, tuple[Peer, Journey]] = {}
+        self._waiting: dict[int, deque[Peer]] = {}  # by their owners' slots: there was no room
+        self._back: deque[Peer] = deque()
+        self._watched = False  # by the main thread
+        self._sent = False  # since the main thread looked
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def count(self) -> int:
+        """How many are on their way, or wait for that, or are back and not looked after yet."""
+        waiting = sum(map(len, list(self._waiting.values())))
+        return waiting + len(self._away) + len(self._back)
+
+    def put(self, peer: Peer) -> None:
+        """Put a client into its owner's postbox, as `peer.journey` says.
+
+        Where there is no room for it, the main thread puts it in later: a thread that waited here
+        would not empty its own postbox, and two workers might wait for each other for ever. From
+        then on its socket is not to be used. Called in the thread that serves the client. Raises
+        OSError when this worker has no descriptor left.
+        """
+        journey = peer.journey
+        assert journey is not None
+        with self._lock:
+            self._sent = True
+            watched, self._watched = self._watched, True
+            line = self._waiting.setdefault(journey.owner.slot, deque())
+        try:
+            if line or not self._offer(peer, journey):
+                line.append(peer)
+        finally:
+            if not watched:
+                ring(self._bells[self._slot].watch)
+
+    def _offer(self, peer: Peer, journey: Journey) -> bool:
+        """Put a client in now; False when there is no room, or no ticket. Raises OSError."""
+        ticket = self._writer.issue()
+        if ticket is None:
+            return False
+        # Before it can be taken, so that nothing becomes of a client that is not known.
+        with self._lock:
+            self._away[ticket] = peer, journey
+        try:
+            self._send(journey, ticket)
+        except OSError as error:
+            if not self._forget(ticket):
+                return True  # it was withdrawn meanwhile, and has come back already
+            if error.errno not in _BUSY:
+                raise
+            return False
+        return True
+
+    def _offer_who_waits(self) -> None:
+        """Put in those that there is room for now. Called in the main thread."""
+        for line in list(self._waiting.values()):
+            is_full = False
+            for _ in range(len(line)):
+                peer = line.popleft()
+                journey = peer.journey
+                assert journey is not None
+                if self._need_not_wait(journey):
+                    self.comes_back(peer)
+                    continue
+                try:
+                    is_full = is_full or not self._offer(peer, journey)
+                except OSError:
+                    self.comes_back(peer)  # whoever sees to it meets the same, and says so
+                    continue
+                if is_full:
+                    line.append(peer)
+
+    def _need_not_wait(self, journey: Journey) -> bool:
+        """Whether a client's time is over, or its owner has ended."""
+        if time.monotonic() >= journey.until:
+            journey.fate = Fate.TOO_LATE
+            return True
+        return not self._shared.is_there(journey.owner)
+
+    def _send(self, journey: Journey, ticket: Ticket) -> None:
+        client, data, opened_at, requests, arrived = journey.passenger
+        owner = journey.owner
+        is_large = len(data) > MOST_INLINE
+        head = HEADER.pack(
+            *(owner.incarnation, self._slot, *ticket), *(opened_at, requests, arrived, is_large)
+        )
+        box = self._box(owner.slot)
+        if not is_large:
+            post(box, [head, data], client.fileno())
+            return
+        memory = in_memory(data)
+        try:
+            post(box, [head], client.fileno(), memory)
+        finally:
+            os.close(memory)
+
+    def _box(self, slot: int) -> socket.socket:
+        """Another worker's postbox. Its descriptor is never closed, so neither is the socket."""
+        box = self._boxes.get(slot)
+        if box is None:
+            box = self._boxes[slot] = postbox.opened(self._bells[slot].put)
+        return box
+
+    def _forget(self, ticket: Ticket) -> bool:
+        """The ticket is of no more use; False when that was found out before."""
+        with self._lock:
+            if self._away.pop(ticket, None) is None:
+                return False
+            self._writer.give_back(ticket)
+            return True
+
+    def settle(self, most: int | None = None) -> None:
+        """Let go of the clients that were taken, and see which have come back.
+
+        Looks at so many, and at others the next time. Called in any thread.
+        """
+        with self._lock:
+            some = list(islice(self._away.items(), most))
+            if most is not None and len(self._away) > most:
+                for ticket, _ in some:
+                    self._away[ticket] = self._away.pop(ticket)
+        for ticket, (peer, _) in some:
+            if self._tickets.is_offered(ticket):
+                continue
+            taken = self._tickets.is_taken(ticket)
+            if not self._forget(ticket):
+                continue
+            if taken:
+                self._taken(peer)
+            else:
+                self.comes_back(peer)
+
+    @contextlib.contextmanager
+    def receipts_awaited(self) -> Iterator[None]:
+        """Have the main thread told at once of each client that is taken.
+
+        Called by the thread at the door, when it waits for something else.
+        """
+        slot = self._shared.slots[self._slot]
+        slot.awaits_receipts = 1
+        try:
+            self.settle()
+            yield
+        finally:
+            slot.awaits_receipts = 0
+
+    def next_back(self) -> Peer | None:
+        """A client that has come back, as its journey says."""
+        with contextlib.suppress(IndexError):
+            return self._back.popleft()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+        with contextlib.suppress(IndexError):
+            return self._back.popleft()  # just now
+        return None
+
+    def comes_back(self, peer: Peer) -> None:
+        """Somebody is to see to a client that was not taken."""
+        self._back.append(peer)
+        ring(self.descriptor)
+
+    def look_after(self) -> float:
+        """Withdraw those that need not wait any longer; returns in how many seconds to look again.
+
+        Called in the worker's main thread.
+        """
+        self.settle()
+        self._offer_who_waits()
+        with self._lock:
+            self._watched = bool(self.count) or self._sent
+            self._sent = False
+            away = list(self._away.items())
+        for ticket, (_, journey) in away:
+            if self._need_not_wait(journey):
+                self._withdraw(ticket)
+        return LOOK_SECONDS if self._watched else math.inf
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        with self._shared.lock:
+            withdrawn = self._tickets.withdraw(ticket)
+        if withdrawn:
+            self.settle()
+
+    def withdraw_all(self) -> list[Peer]:
+        """Take back what was not taken. Called when nobody is at the door any more."""
+        with self._lock:
+            away = list(self._away)
+        for ticket in away:
+            self._withdraw(ticket)
+        self.settle()
+        for line in list(self._waiting.values()):
+            while line:
+                self.comes_back(line.popleft())
+        back = []
+        while (peer := self.next_back()) is not None:
+            back.append(peer)
+        return back
