@@ -94,11 +94,15 @@ def test_a_daemon_starts_at_once_after_a_masters_death_whatever_its_workers_stil
     assert daemon.command("stop").returncode == 0
 
 
-def open_descriptors(pid: int) -> int:
-    """How many it has, but for what it opens for a moment: files of /proc, to look at memory."""
+def free_descriptor(pid: int) -> int:
+    """The limit under which it can open nothing more: its lowest descriptor that is free.
+
+    But for those that are taken for a moment only, as files of /proc are, to look at memory.
+    """
     looks = []
     for _ in range(30):
-        looks.append(len(os.listdir(f"/proc/{pid}/fd")))
+        taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        looks.append(min(set(range(len(taken) + 1)) - taken))
         time.sleep(0.01)
     return min(looks)
 
@@ -107,7 +111,7 @@ def test_without_descriptors_workers_let_clients_wait_and_say_so(daemon: Daemon)
     limits = {}
     for pid in daemon.workers():
         limits[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_descriptors(pid), limits[pid][1]))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free_descriptor(pid), limits[pid][1]))
     with connect(daemon.path) as client, Framed(daemon.path) as another:
         client.sendall(b'{"module": "test", "function": "ping"}')
         another.send("test", "ping")
@@ -120,7 +124,7 @@ def test_without_descriptors_workers_let_clients_wait_and_say_so(daemon: Daemon)
 
 def test_without_descriptors_the_master_waits_to_fork_and_is_asked_later(daemon: Daemon) -> None:
     limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_descriptors(daemon.pid), limit[1]))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free_descriptor(daemon.pid), limit[1]))
     victim = daemon.workers()[0]
     os.kill(victim, signal.SIGKILL)
     until(lambda: "cannot fork: Too many open files" in daemon.log())
@@ -137,7 +141,7 @@ def test_without_descriptors_the_master_waits_to_fork_and_is_asked_later(daemon:
 def test_a_reload_and_an_upgrade_without_descriptors_change_nothing(daemon: Daemon) -> None:
     before = sorted(daemon.workers())
     limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_descriptors(daemon.pid), limit[1]))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free_descriptor(daemon.pid), limit[1]))
     os.kill(daemon.pid, signal.SIGHUP)
     until(lambda: "Not reloaded, nothing has changed: " in daemon.log())
     os.kill(daemon.pid, signal.SIGUSR2)
