@@ -235,19 +235,22 @@ def cpu_seconds(master: psutil.Process) -> float:
     return total
 
 
-def pss_bytes(process: psutil.Process) -> int:
-    """The process's proportional share of memory: a page of k processes counts 1/k in each."""
+def pss_bytes(process: psutil.Process, part: str = "Pss") -> int:
+    """The process's proportional share of memory: a page of k processes counts 1/k in each.
+
+    `part` may be "Pss_Anon": without the files that are mapped, such as Python's own library.
+    """
     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
+    found = re.search(rf"^{part}:\s+(\d+) kB$", text, re.MULTILINE)
     if found is None:
-        raise BenchError(f"/proc/{process.pid}/smaps_rollup has no Pss line")
+        raise BenchError(f"/proc/{process.pid}/smaps_rollup has no {part} line")
     return int(found[1]) * 1024
 
 
-def tree_pss_bytes(processes: Sequence[psutil.Process]) -> int:
+def tree_pss_bytes(processes: Sequence[psutil.Process], part: str = "Pss") -> int:
     """Memory of them all; one that has just ended counts as nothing."""
     total = 0
     for process in processes:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, BenchError):
-            total += pss_bytes(process)
+            total += pss_bytes(process, part)
     return total
