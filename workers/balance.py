@@ -8,8 +8,8 @@ all before another has got the processor.
 So a worker that has at least two clients more than another one holds back, for `HOLD_SECONDS` at
 most. Where the others do not come in that time, because a module keeps their interpreter lock, it
 takes all that come for `RELIEF_SECONDS`. Where they do, and clients wait all the same, there are
-more than the others can see to: it takes its part for `SHARE_SECONDS`, or its processor would be
-idle for no more than the connections that rest here.
+more than the others can see to: it takes its part for `SHARE_SECONDS`. Otherwise connections that
+only rest here would leave its processor idle.
 
 Called by the thread at the door.
 """

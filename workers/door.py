@@ -121,8 +121,7 @@ class Door(Generic[C]):
         """Wait for a client and let it in; None when the door is closed."""
         look_outside = True
         while not self._closed:
-            if self._outgoing.count:
-                self._outgoing.settle(FEW)
+            self._outgoing.settle(FEW)
             if self._turns_inside > 0:
                 self._turns_inside -= 1
                 arrival = self._look_inside()
@@ -277,6 +276,10 @@ class Door(Generic[C]):
         (client, data, opened_at, requests, arrived), number = found
         call = self._prepare(data, arrived)
         return Arrival(client, number, data, call, (opened_at, requests))
+
+    def look_again(self) -> None:
+        """Somebody waits inside of whom no descriptor tells. Called in the main thread."""
+        os.eventfd_write(self._bell, 1)
 
     def shut(self) -> None:
         """Let nobody in from outside any more."""

@@ -51,14 +51,15 @@ class Incoming:
             return self.waiting.popleft()
         return None
 
-    def look_through(self) -> None:
+    def look_through(self) -> bool:
         """Close the clients of senders that have ended: nobody counts them any more.
 
-        Called in the main thread, when nobody is at the door who would take clients out.
+        Returns whether others are `waiting` now, of whom the door must be told. Called in the main
+        thread, when nobody is at the door who would take clients out.
         """
         ended = self._workers_ended()
         if ended == self._ended:
-            return
+            return False
         self._ended = ended
         with contextlib.suppress(OSError):  # no descriptor is left: they are their senders' still
             while (parcel := self._take_out()) is not None:
@@ -66,11 +67,12 @@ class Incoming:
         for _ in range(len(self.waiting)):
             parcel = self._next_waiting()
             if parcel is None:
-                return  # a thread has come to the door
+                break  # a thread has come to the door
             if self._shared.tickets[parcel.sender].is_offered(parcel.ticket):
                 self.waiting.append(parcel)
             else:
                 parcel.passenger.client.close()
+        return bool(self.waiting)
 
     def _workers_ended(self) -> int:
         """A number that changes when another worker has ended."""

@@ -44,7 +44,7 @@ class KeepAlive:
                 self._begin(descriptor)
         except OSError:
             peer.rested = False
-            del self._resting[descriptor]
+            self._resting.pop(descriptor, None)
             raise
 
     def _begin(self, descriptor: int) -> None:

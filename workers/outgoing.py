@@ -73,15 +73,15 @@ class Outgoing:
         journey = peer.journey
         assert journey is not None
         with self._lock:
+            line = self._waiting.setdefault(journey.owner.slot, deque())
+        if line or not self._offer(peer, journey):
+            line.append(peer)
+        # Not before it is there to be seen: the main thread may look at any moment, and stop.
+        with self._lock:
             self._sent = True
             watched, self._watched = self._watched, True
-            line = self._waiting.setdefault(journey.owner.slot, deque())
-        try:
-            if line or not self._offer(peer, journey):
-                line.append(peer)
-        finally:
-            if not watched:
-                ring(self._bells[self._slot].watch)
+        if not watched:
+            ring(self._bells[self._slot].watch)
 
     def _offer(self, peer: Peer, journey: Journey) -> bool:
         """Put a client in now; False when there is no room, or no ticket. Raises OSError."""
@@ -164,6 +164,8 @@ class Outgoing:
 
         Looks at so many, and at others the next time. Called in any thread.
         """
+        if not self._away:
+            return
         with self._lock:
             some = list(islice(self._away.items(), most))
             if most is not None and len(self._away) > most:

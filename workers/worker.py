@@ -310,7 +310,8 @@ class Worker:
         )
         if self._crew.door_is_left:
             self._connections.answer_for_the_door()
-            self._incoming.look_through()
+            if self._incoming.look_through():
+                self._door.look_again()
         if self._watch.hangs:
             self._ask_to_be_retired(PLEA_HANGS)
         if self._retiring:

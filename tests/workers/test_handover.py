@@ -259,3 +259,23 @@ def test_a_sender_killed_at_any_step_leaves_no_client_that_nobody_counts() -> No
         step += 1
     assert step > 10
     assert outcomes == {"taken", b"", b"served"}
+
+
+def test_the_main_thread_is_told_of_one_that_waits_though_it_has_just_looked(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outgoing = house.outgoing
+
+    def no_room(*_: object) -> bool:
+        for _look in range(3):  # the thread was held up, and the main thread saw nobody yet
+            delay = outgoing.look_after()
+        assert delay == math.inf
+        return False
+
+    outgoing.look_after()
+    monkeypatch.setattr(outgoing, "_offer", no_room)
+    outgoing._watched = True
+    outgoing.put(client.journey(house.shared))
+    assert os.eventfd_read(house.bells[SENDER].watch) == 1
+    assert outgoing.count == 1
+    assert outgoing.look_after() < math.inf
