@@ -23,6 +23,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
+from cpanbridge.workers import brief
 from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.keepalive import KeepAlive
@@ -32,8 +33,6 @@ from cpanbridge.workers.turnstile import Turnstile
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-# More than nearly all requests have.
-FIRST_READ = 65536
 A_LITTLE_SECONDS = 0.1
 A_MOMENT = 0.001
 LOOKS = 50  # before the first client is turned away
@@ -100,6 +99,7 @@ class Door(Generic[C]):
         self._turns_inside = 0
         self._turns_outside = MOST_IN_A_ROW
         self._turnstile = turnstile
+        self._receiver = brief.Receiver()
         self._turns_away = False  # since it last let somebody in
         self._complained = -_COMPLAIN_EVERY
         # Not EPOLLEXCLUSIVE: the one worker that the kernel wakes may be one whose module keeps the
@@ -114,6 +114,7 @@ class Door(Generic[C]):
         inside = (self._bell, *told)
         for descriptor in inside:
             self._interrupts.register(descriptor, select.EPOLLIN)
+        self._interrupted = brief.ReadySet(self._interrupts, len(inside))
         self._arrivals.register(self._interrupts, select.EPOLLIN)
         self._inside = {self._interrupts.fileno(), *inside}
 
@@ -178,7 +179,7 @@ class Door(Generic[C]):
             return client
         number = gate.opened()
         try:
-            data = client.recv(FIRST_READ, socket.MSG_DONTWAIT)
+            data = self._receiver.receive(client.fileno())
         except BlockingIOError:
             return Arrival(client, number, None, None)
         except OSError:
@@ -227,7 +228,7 @@ class Door(Generic[C]):
         """Who needs no room: let one in, each kind in its turn."""
         if (arrival := self._take_up()) is not None:
             return arrival
-        told = {descriptor for descriptor, _ in self._interrupts.poll(0)}
+        told = self._interrupted.look()
         if self._keep_alive.descriptor in told:
             self._keep_alive.look()
         if self._bell in told and not self._closed:
@@ -255,7 +256,7 @@ class Door(Generic[C]):
             peer = awake.popleft()
             try:
                 try:
-                    data = peer.socket.recv(FIRST_READ, socket.MSG_DONTWAIT)
+                    data = self._receiver.receive(peer.socket.fileno())
                 except BlockingIOError:
                     self._keep_alive.rest(peer)  # it has nothing after all
                     continue
@@ -338,8 +339,7 @@ def _accept(listener: socket.socket) -> SocketType:
     That is of no use to one that is only read from and sent to, and takes almost a tenth of the
     time of a quick call.
     """
-    descriptor, _ = listener._accept()  # type: ignore[attr-defined]
-    client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+    client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, brief.accept(listener.fileno()))
     if client.gettimeout() is not None:
         client.settimeout(None)  # a module has called socket.setdefaulttimeout
     return client

@@ -12,6 +12,7 @@ import contextlib
 import select
 from collections import deque
 
+from cpanbridge.workers import brief
 from cpanbridge.workers.peer import Peer
 
 MOST_AT_ONCE = 16  # taken up in one go, before somebody looks who waits elsewhere
@@ -24,6 +25,7 @@ class KeepAlive:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._ready = brief.ReadySet(self._epoll, MOST_AT_ONCE)
         self._resting: dict[int, Peer] = {}
         self.awake: deque[Peer] = deque()  # told of, and not taken up yet
         self.descriptor = self._epoll.fileno()
@@ -38,7 +40,7 @@ class KeepAlive:
         self._resting[descriptor] = peer
         try:
             if peer.rested:
-                self._epoll.modify(descriptor, _ONCE)
+                brief.rearm(self.descriptor, descriptor, _ONCE)
             else:
                 peer.rested = True
                 self._begin(descriptor)
@@ -58,7 +60,7 @@ class KeepAlive:
 
         Called by the thread at the door.
         """
-        for descriptor, _ in self._epoll.poll(0, MOST_AT_ONCE):
+        for descriptor in self._ready.look():
             peer = self._resting.pop(descriptor, None)
             if peer is not None:
                 self.awake.append(peer)

@@ -6,34 +6,21 @@ when it differs from the last one.
 """
 
 import contextlib
-import ctypes
 import select
 import socket
 import struct
 import time
-from fcntl import ioctl
 from socket import SocketType
-from termios import FIONREAD
 from typing import NamedTuple
 
 from cpanbridge.supervisor.owners import Client
+from cpanbridge.workers import brief
 from cpanbridge.workers.journey import Journey
 
 READ_SIZE = 65536
 MOST_DROPPED = 16  # reads; a client that still sends has not understood
-_NO_BYTES = struct.pack("@i", 0)
 _TIMEVAL = struct.Struct("@ll")
 _UCRED = struct.Struct("3i")
-
-
-class _PollDescriptor(ctypes.Structure):
-    """struct pollfd of poll(2)."""
-
-    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
-
-
-# It does not wait here, so it need not give up the interpreter lock, as `select.poll` does.
-_poll = ctypes.PyDLL(None).poll
 
 
 class Credentials(NamedTuple):
@@ -102,10 +89,7 @@ class Peer:
 
         One that has only ended its sending side waits for the reply.
         """
-        descriptor = _PollDescriptor(self.socket.fileno(), 0, 0)
-        return _poll(ctypes.byref(descriptor), 1, 0) == 1 and bool(
-            descriptor.revents & (select.POLLHUP | select.POLLERR)
-        )
+        return brief.has_hung_up(self.socket.fileno())
 
     def say_last(self, data: bytes) -> None:
         """Send what there is room for, and end the connection both ways.
@@ -141,7 +125,10 @@ class Peer:
     def send(self, data: bytes, seconds: float) -> None:
         """Send it all. Raises TimeoutError when the client takes nothing for so long."""
         try:
-            sent = self.socket.send(data, socket.MSG_DONTWAIT)
+            if len(data) <= brief.MOST:
+                sent = brief.send(self.socket.fileno(), data)
+            else:
+                sent = self.socket.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         if sent == len(data):
@@ -161,7 +148,7 @@ class Peer:
         an error after the reply instead of its end.
         """
         for _ in range(MOST_DROPPED):
-            if ioctl(self.socket, FIONREAD, _NO_BYTES) == _NO_BYTES:
+            if not brief.unread(self.socket.fileno()):
                 return
             self.socket.recv(READ_SIZE, socket.MSG_DONTWAIT)
 
@@ -183,7 +170,7 @@ class Peer:
             # Closing one of several descriptors would leave the client without an end.
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
+        brief.close(self.socket.detach())
 
     def dismiss(self, *, stale: bool = False) -> None:
         """Take up no further request: wake a thread that waits in `receive`.

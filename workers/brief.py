@@ -1,0 +1,139 @@
+"""System calls that end at once, made without giving up the interpreter lock.
+
+Python gives it up around each system call, and where a module's function computes in another
+thread, it is gone for a whole turn of `SWITCH_SECONDS`: a quick call, with five system calls or
+more, waited for as many turns. Those that never wait have no need to give it up. So a quick call
+runs in one turn, from its accept to its close.
+
+Nothing here may be called for a descriptor or a length that could make it wait. Errors are those of
+the `socket` module: BlockingIOError when there is nothing yet, else OSError by its number.
+"""
+
+import ctypes
+import os
+import platform
+import select
+import socket
+import struct
+from termios import FIONREAD
+
+MOST = 65536  # bytes at a time: copying more would keep the interpreter lock for long
+
+_RECEIVE_FLAGS = socket.MSG_DONTWAIT
+_EPOLL_CTL_MOD = 3
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_MOST = ctypes.c_size_t(MOST)
+_GONE = select.POLLHUP | select.POLLERR
+
+
+class _PollDescriptor(ctypes.Structure):
+    """struct pollfd of poll(2)."""
+
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+# Not CDLL: that one gives up the interpreter lock around each call.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_accept4 = _libc.accept4
+_recv = _libc.recv
+_recv.restype = ctypes.c_ssize_t
+_send = _libc.send
+_send.restype = ctypes.c_ssize_t
+_close = _libc.close
+_epoll_ctl = _libc.epoll_ctl
+_epoll_wait = _libc.epoll_wait
+_ioctl = _libc.ioctl
+_poll = _libc.poll
+
+
+def accept(listener: int) -> int:
+    """The descriptor of a client that waits there, to be closed on exec.
+
+    The listener must be non-blocking.
+    """
+    client: int = _accept4(listener, None, None, socket.SOCK_CLOEXEC)
+    if client < 0:
+        raise _error()
+    return client
+
+
+# struct epoll_event of epoll_wait(2): the events, and 64 bits of data, of which `select.epoll`
+# writes the descriptor only. There is no padding between them on x86-64 (EPOLL_PACKED).
+_IS_PACKED = platform.machine() == "x86_64"
+_EVENT = struct.Struct("@Iixxxx" if _IS_PACKED else "@Ixxxxixxxx")
+_WORDS = _EVENT.size // 4
+_DESCRIPTOR_AT = 1 if _IS_PACKED else 2
+
+
+class Receiver:
+    """Receives into memory of its own, so it is for one thread at a time."""
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(MOST)
+        self._view = memoryview(self._memory).cast("B")
+        self._address = ctypes.c_void_p(ctypes.addressof(self._memory))
+
+    def receive(self, descriptor: int) -> bytes:
+        """What is there, up to `MOST` bytes; none at the end of file."""
+        length = _recv(descriptor, self._address, _MOST, _RECEIVE_FLAGS)
+        if length < 0:
+            raise _error()
+        return self._view[:length].tobytes()
+
+
+def send(descriptor: int, data: bytes) -> int:
+    """Send what there is room for; how many bytes that was. `data` has `MOST` bytes at most."""
+    sent: int = _send(descriptor, data, ctypes.c_size_t(len(data)), _SEND_FLAGS)
+    if sent < 0:
+        raise _error()
+    return sent
+
+
+def close(descriptor: int) -> None:
+    """Close a socket that does not linger."""
+    if _close(descriptor) < 0:
+        raise _error()
+
+
+def unread(descriptor: int) -> int:
+    """How many bytes there are to receive."""
+    count = ctypes.c_int()
+    if _ioctl(descriptor, FIONREAD, ctypes.byref(count)) < 0:
+        raise _error()
+    return count.value
+
+
+def has_hung_up(descriptor: int) -> bool:
+    """Whether the other end of a socket is closed altogether."""
+    polled = _PollDescriptor(descriptor, 0, 0)
+    return _poll(ctypes.byref(polled), 1, 0) == 1 and bool(polled.revents & _GONE)
+
+
+def rearm(epoll: int, descriptor: int, events: int) -> None:
+    """As `select.epoll.modify`."""
+    event = _EVENT.pack(events, descriptor)
+    if _epoll_ctl(epoll, _EPOLL_CTL_MOD, descriptor, event) < 0:
+        raise _error()
+
+
+class ReadySet:
+    """What is ready of an epoll's descriptors. For one thread at a time."""
+
+    def __init__(self, epoll: select.epoll, most: int) -> None:
+        self._epoll = epoll
+        self._descriptor = epoll.fileno()
+        self._most = most
+        self._events = ctypes.create_string_buffer(most * _EVENT.size)
+        self._words = memoryview(self._events).cast("B").cast("i")
+
+    def look(self) -> list[int]:
+        """The descriptors that are ready now, at most `most`; as `select.epoll.poll(0)`."""
+        count = _epoll_wait(self._descriptor, self._events, self._most, 0)
+        if count < 0:
+            raise _error()
+        return self._words[_DESCRIPTOR_AT : count * _WORDS : _WORDS].tolist()
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
