@@ -1,0 +1,181 @@
+"""System calls made without giving up the interpreter lock: the same as the usual ones."""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cpanbridge.workers import brief
+
+FOR_GOOD = 1000.0  # seconds; no thread would take turns on its own
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two connected sockets."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_receives_what_there_is(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    receiver = brief.Receiver()
+    with pytest.raises(BlockingIOError):
+        receiver.receive(ours.fileno())
+    theirs.send(b"one\0two")
+    assert brief.unread(ours.fileno()) == 7
+    assert receiver.receive(ours.fileno()) == b"one\0two"
+    assert brief.unread(ours.fileno()) == 0
+    theirs.close()
+    assert receiver.receive(ours.fileno()) == b""
+
+
+def test_receives_no_more_than_its_most_at_a_time(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    data = os.urandom(brief.MOST + 1000)
+    assert theirs.send(data) == len(data)
+    receiver = brief.Receiver()
+    received = b""
+    while len(received) < len(data):
+        piece = receiver.receive(ours.fileno())
+        assert len(piece) <= brief.MOST
+        received += piece
+    assert received == data
+
+
+def test_sends_what_there_is_room_for(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    data = os.urandom(brief.MOST)
+    sent = b""
+    with contextlib.suppress(BlockingIOError):
+        while len(sent) < 1000 * len(data):  # more than any socket's buffer
+            sent += data[: brief.send(ours.fileno(), data)]
+    assert len(sent) < 1000 * len(data)
+    ours.close()
+    received = b""
+    while piece := theirs.recv(1 << 20):
+        received += piece
+    assert received == sent
+
+
+def test_sending_to_who_has_left_is_an_error_and_no_signal(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    assert not brief.has_hung_up(ours.fileno())
+    theirs.close()
+    assert brief.has_hung_up(ours.fileno())
+    with pytest.raises(BrokenPipeError):
+        brief.send(ours.fileno(), b"x")
+
+
+def test_ending_only_the_sending_side_is_no_hang_up(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    theirs.shutdown(socket.SHUT_WR)
+    assert not brief.has_hung_up(ours.fileno())
+
+
+def test_accepts_clients_to_be_closed_on_exec(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            brief.accept(listener.fileno())
+        client.connect(str(tmp_path / "s"))
+        descriptor = brief.accept(listener.fileno())
+        assert not os.get_inheritable(descriptor)
+        client.send(b"hello")
+        assert os.read(descriptor, 10) == b"hello"
+        brief.close(descriptor)
+        assert client.recv(1) == b""
+
+
+def test_no_descriptor_is_an_error_with_its_number() -> None:
+    closed = os.dup(0)
+    brief.close(closed)
+    receiver = brief.Receiver()
+    attempts = (
+        lambda: receiver.receive(-1),
+        lambda: brief.send(-1, b"x"),
+        lambda: brief.accept(-1),
+        lambda: brief.close(-1),
+        lambda: brief.unread(-1),
+        lambda: brief.rearm(-1, 0, select.EPOLLIN),
+    )
+    for attempt in attempts:
+        with pytest.raises(OSError, match="Bad file descriptor") as caught:
+            attempt()
+        assert caught.value.errno == errno.EBADF
+
+
+def test_tells_which_are_ready_and_rearms_them() -> None:
+    with contextlib.ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(5)]
+        for each in pairs:
+            stack.enter_context(each[0])
+            stack.enter_context(each[1])
+        epoll = stack.enter_context(select.epoll())
+        ready = brief.ReadySet(epoll, most=3)
+        once = select.EPOLLIN | select.EPOLLONESHOT
+        for ours, _ in pairs:
+            epoll.register(ours, once)
+        assert ready.look() == []
+        for _, theirs in pairs:
+            theirs.send(b"x")
+        first, second = ready.look(), ready.look()
+        assert (len(first), len(second)) == (3, 2)
+        assert sorted(first + second) == sorted(ours.fileno() for ours, _ in pairs)
+        assert ready.look() == []
+        brief.rearm(epoll.fileno(), pairs[2][0].fileno(), once)
+        assert ready.look() == [pairs[2][0].fileno()]
+
+
+def test_no_other_thread_gets_the_interpreter_meanwhile(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    begun, over = threading.Event(), False
+    turns = 0
+
+    def count() -> None:
+        nonlocal turns
+        begun.set()
+        while not over:
+            turns += 1
+            time.sleep(0)  # gives the interpreter lock up
+
+    counter = threading.Thread(target=count)
+    before = sys.getswitchinterval()
+    receiver = brief.Receiver()
+    sender, taker = ours.fileno(), theirs.fileno()
+    counter.start()
+    begun.wait()
+    sys.setswitchinterval(FOR_GOOD)
+    try:
+        time.sleep(0.05)  # from its next turn on the counter asks for the lock as rarely
+        seen = turns
+        for _ in range(1000):
+            brief.send(sender, b"x")
+            receiver.receive(taker)
+            brief.unread(taker)
+            brief.has_hung_up(taker)
+        after = turns
+    finally:
+        over = True
+        sys.setswitchinterval(before)
+    counter.join()
+    assert after == seen
