@@ -1,9 +1,8 @@
 """System calls that end at once, made without giving up the interpreter lock.
 
-Python gives it up around each system call, and where a module's function computes in another
-thread, it is gone for a whole turn of `SWITCH_SECONDS`: a quick call, with five system calls or
-more, waited for as many turns. Those that never wait have no need to give it up. So a quick call
-runs in one turn, from its accept to its close.
+Python gives it up around each system call. Where a module's function computes in another thread, it
+is gone for a whole turn of `SWITCH_SECONDS` then, and a quick call, with five system calls or more,
+would wait for as many turns. Those that never wait have no need to give it up.
 
 Nothing here may be called for a descriptor or a length that could make it wait. Errors are those of
 the `socket` module: BlockingIOError when there is nothing yet, else OSError by its number.
@@ -19,11 +18,18 @@ from termios import FIONREAD
 
 MOST = 65536  # bytes at a time: copying more would keep the interpreter lock for long
 
-_RECEIVE_FLAGS = socket.MSG_DONTWAIT
-_EPOLL_CTL_MOD = 3
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _MOST = ctypes.c_size_t(MOST)
+_RECEIVE_FLAGS = socket.MSG_DONTWAIT
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _GONE = select.POLLHUP | select.POLLERR
+_EPOLL_CTL_MOD = 3
+
+# struct epoll_event of epoll_wait(2): the events, and 64 bits of data, of which `select.epoll`
+# writes the descriptor only. There is no padding between them on x86-64 (EPOLL_PACKED).
+_IS_PACKED = platform.machine() == "x86_64"
+_EVENT = struct.Struct("@Iixxxx" if _IS_PACKED else "@Ixxxxixxxx")
+_WORDS = _EVENT.size // 4
+_DESCRIPTOR_AT = 1 if _IS_PACKED else 2
 
 
 class _PollDescriptor(ctypes.Structure):
@@ -55,14 +61,6 @@ def accept(listener: int) -> int:
     if client < 0:
         raise _error()
     return client
-
-
-# struct epoll_event of epoll_wait(2): the events, and 64 bits of data, of which `select.epoll`
-# writes the descriptor only. There is no padding between them on x86-64 (EPOLL_PACKED).
-_IS_PACKED = platform.machine() == "x86_64"
-_EVENT = struct.Struct("@Iixxxx" if _IS_PACKED else "@Ixxxxixxxx")
-_WORDS = _EVENT.size // 4
-_DESCRIPTOR_AT = 1 if _IS_PACKED else 2
 
 
 class Receiver:

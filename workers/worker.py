@@ -50,8 +50,9 @@ from cpanbridge.workers.watch import Watch
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 TITLE_SECONDS = 1.0
-# After so long a thread that computes gives others the interpreter lock, who ask for it after each
-# system call. Python's own 5 ms make a quick call beside slow ones take many times as long.
+# After so long a thread that computes gives others the interpreter lock, who ask for it when they
+# have waited for something. Python's own 5 ms make a quick call beside slow ones take many times
+# as long.
 SWITCH_SECONDS = 0.0005
 LAST_WORDS_SECONDS = 0.5
 

@@ -166,7 +166,9 @@ def test_no_other_thread_gets_the_interpreter_meanwhile(
     begun.wait()
     sys.setswitchinterval(FOR_GOOD)
     try:
-        time.sleep(0.05)  # from its next turn on the counter asks for the lock as rarely
+        seen = turns
+        while turns < seen + 2:  # from its next turn on the counter asks for the lock as rarely
+            time.sleep(0)
         seen = turns
         for _ in range(1000):
             brief.send(sender, b"x")
