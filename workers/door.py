@@ -129,6 +129,8 @@ class Door(Generic[C]):
                 if arrival is not None:
                     return arrival
                 self._turns_inside = 0
+                if self._closed:
+                    return None  # its bell was heard just now, and does not ring again
             outcome = _Nobody.OUTSIDE
             if self._shut:
                 self.is_shut = True
@@ -225,13 +227,16 @@ class Door(Generic[C]):
         return _Nobody.BUT_LOOK_AGAIN
 
     def _look_inside(self) -> Arrival[C] | None:
-        """Who needs no room: let one in, each kind in its turn."""
+        """Who needs no room: let one in, each kind in its turn.
+
+        What the bell is rung for is to be looked at after this, which silences it.
+        """
         if (arrival := self._take_up()) is not None:
             return arrival
         told = self._interrupted.look()
         if self._keep_alive.descriptor in told:
             self._keep_alive.look()
-        if self._bell in told and not self._closed:
+        if self._bell in told:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
         if self._outgoing.descriptor in told:
