@@ -26,6 +26,23 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
+def halt(pid: int) -> None:
+    """Stop a worker once it has nothing to do. It does nothing, and holds nothing, from then on."""
+    until(lambda: _thread_states(pid) == {"S"})
+    os.kill(pid, signal.SIGSTOP)
+    # One thread is told and stops the others when it gets the processor; until then they go on.
+    until(lambda: _thread_states(pid) == {"T"})
+
+
+def _thread_states(pid: int) -> set[str]:
+    """The states of a process's threads, by their letters in proc(5)."""
+    states = set()
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            states.add(stat.read_text().rpartition(")")[2].split()[0])
+    return states
+
+
 class Daemon:
     """A daemon under test. `folder` holds its configuration, socket and log."""
 
@@ -125,9 +142,7 @@ class Daemon:
         """Stop the workers for a while: what is sent now is there before a client is accepted."""
         workers = self.workers()
         for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
-        for pid in workers:
-            until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+            halt(pid)
         try:
             yield
         finally:

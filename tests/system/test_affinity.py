@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import COMMAND, Daemon, NewDaemon
+from conftest import COMMAND, Daemon, NewDaemon, halt
 from plain_client import Framed, connect, most_at_once, one_shot, read_to_end, request, until
 from stateful import ClientProcess
 
@@ -56,12 +56,6 @@ def at_once(work: Callable[[ClientProcess], Any], processes: list[ClientProcess]
     """Do something with each client process, all at the same time."""
     with ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(work, processes))
-
-
-def halt(pid: int) -> None:
-    """Stop a worker; it does nothing any more when this returns."""
-    os.kill(pid, signal.SIGSTOP)
-    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
 
 
 def workers_report(daemon: Daemon) -> list[dict[str, Any]]:

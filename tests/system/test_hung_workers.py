@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, NewDaemon
+from conftest import Daemon, NewDaemon, halt
 from plain_client import Framed, request, send_one_shot, until
 
 PROBE = Path(__file__).parents[1] / "modules" / "probe.py"
@@ -146,7 +146,7 @@ def test_a_worker_that_is_stopped_is_replaced_and_leaves_when_it_goes_on(
 ) -> None:
     daemon = new_daemon("workers = 2\nlimits.request_timeout = 0.5").run()
     pid, reply = Caller(pool, daemon, "one-shot").call("span", 60)
-    os.kill(pid, signal.SIGSTOP)
+    halt(pid)
     until(lambda: f"(pid {pid}) is retired: a call hangs" in daemon.log())
     until(lambda: len(daemon.workers()) == 3)
     assert serves_beside(daemon, pid)

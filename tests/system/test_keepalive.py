@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Daemon, NewDaemon
+from conftest import Daemon, NewDaemon, halt
 from plain_client import Framed, one_shot, until
 
 CLIENTS = 60  # more than are taken up in one go
@@ -175,7 +175,7 @@ def test_clients_are_let_in_though_another_worker_with_fewer_does_nothing(
     daemon = new_daemon("workers = 2").run()
     with ExitStack() as stack:
         stopped = daemon.workers()[0]
-        os.kill(stopped, signal.SIGSTOP)
+        halt(stopped)
         stack.callback(os.kill, stopped, signal.SIGCONT)
         kept = [stack.enter_context(Framed(daemon.path)) for _ in range(30)]
         for client in kept:
