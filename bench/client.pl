@@ -1,11 +1,13 @@
 #!/usr/bin/env perl
 # What Perl scripts see: N of them call in a closed loop, and one JSON report tells how that went.
 #
-#     client.pl --way call_python|call_many|reconnect|process --socket PATH --clients N
+#     client.pl --way call_python|call_many|reconnect|by_hand|process --socket PATH --clients N
 #               --seconds S --batch B --request FILE [--python PYTHON --script FILE]
 #
 # `call_python` keeps its connection, `reconnect` opens one for each call, `call_many` sends batches
-# of B, whose calls all count with the time of their batch, `process` starts a Python for each call.
+# of B, whose calls all count with the time of their batch. `by_hand` is what a script does without
+# CPANBridge.pm: a connection for each call, with IO::Socket::UNIX and JSON::PP. `process` starts a
+# Python for each call.
 # The report has the fields of load.c's. Exit status 1 when a call failed.
 use 5.010;
 use strict;
@@ -14,7 +16,9 @@ use warnings;
 use CPANBridge;
 use CPANBridge::JSON;
 use Getopt::Long qw(GetOptions);
+use IO::Socket::UNIX;
 use IPC::Open2 qw(open2);
+use JSON::PP ();
 use Time::HiRes qw(time);
 
 my %option = (clients => 1, seconds => 1, batch => 100);
@@ -25,6 +29,8 @@ my $bytes   = do { local (@ARGV, $/) = $option{request}; <> };
 my $request = CPANBridge::JSON::decode($bytes);
 my @call    = @{$request}{qw(module function params)};
 
+my $json = JSON::PP->new->utf8;
+
 my %ways = (
     call_python => sub { my ($bridge) = @_; $bridge->call(@call); return 1 },
     reconnect   => sub { my ($bridge) = @_; $bridge->call(@call); $bridge->disconnect; return 1 },
@@ -33,6 +39,15 @@ my %ways = (
         $bridge->call_many([ (\@call) x $option{batch} ]);
         die $bridge->get_last_error if $bridge->get_last_error;
         return $option{batch};
+    },
+    by_hand => sub {
+        my $server = IO::Socket::UNIX->new(Type => SOCK_STREAM, Peer => $option{socket})
+            or die "$option{socket}: $!\n";
+        print {$server} $json->encode($request);
+        $server->shutdown(1);
+        my $reply = $json->decode(do { local $/; <$server> });
+        die "$reply->{error}\n" if !$reply->{success};
+        return 1;
     },
     process => sub {
         my $pid = open2(my $from, my $to, $option{python}, $option{script});

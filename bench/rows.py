@@ -166,6 +166,7 @@ ROWS = [  # the yardstick first
         calls.request,
         PERL_MOST_BYTES,
     ),
+    Row("Perl, by hand", DAEMON, partial(_perl, "by_hand"), calls.request, PERL_MOST_BYTES),
     Row("uWSGI, uwsgi protocol", UWSGI, _ONESHOT, calls.uwsgi_request),
     Row("gunicorn sync, HTTP", SYNC, _ONESHOT, _CLOSING),
     Row("gunicorn gthread, HTTP", GTHREAD, _ONESHOT, _CLOSING),

@@ -117,7 +117,10 @@ class Affinity:
             else:
                 if time.monotonic() >= until:
                     raise _too_late(call, answer.owner)
-                self._send(peer, answer, data(), until, call.arrived, stop)
+                passenger = self._passenger(call, peer, data(), may_be_dismissed=True)
+                peer.journey = Journey(passenger, answer.owner, until, known=answer.known)
+                self.send(peer)
+                _pause(stop)
 
     def _patience(self, call: Call) -> float:
         """For how many seconds a call may wait for its owner."""
@@ -241,35 +244,61 @@ class Affinity:
 
     # -- when it is another one --
 
-    def _send(
-        self, peer: Peer, answer: _Answer, data: bytes, until: float, arrived: float, stop: int
-    ) -> None:
-        """Put the client into its owner's postbox. Returns when that cannot be now."""
+    def goes_on(self, call: Call, peer: Peer, data: bytes, to: Owner, seconds: float) -> None:
+        """A client is to go to another worker, where its call may run as well as here.
+
+        From now on nobody may dismiss it; `send` must follow. Where it is not taken in `seconds`,
+        it comes back, and `stays` must be told.
+        """
+        until = min(time.monotonic() + seconds, call.arrived + self._patience(call))
+        passenger = self._passenger(call, peer, data, may_be_dismissed=peer.was_dismissed)
+        peer.journey = Journey(passenger, to, until, may_stay=True)
+
+    def stays(self, peer: Peer) -> None:
+        """A client that was passed on has come back."""
+        assert peer.journey is not None
+        self._empty_if_ended(peer.journey.owner)
+        peer.journey = None
+        peer.lent = True  # it may be in the postbox still
+
+    def _passenger(
+        self, call: Call, peer: Peer, data: bytes, *, may_be_dismissed: bool
+    ) -> Passenger:
+        history = self._roster.history(peer.entry)
+        return Passenger(peer.socket, data, *history, call.arrived, may_be_dismissed)
+
+    def send(self, peer: Peer) -> None:
+        """Put a client into another worker's postbox, as `peer.journey` says.
+
+        Raises HandedOver; returns when that cannot be now.
+        """
         self._roster.is_doing(peer.entry, WAITING)
-        passenger = Passenger(peer.socket, data, *self._roster.history(peer.entry), arrived)
-        peer.journey = Journey(passenger, answer.owner, answer.known, until)
         try:
             self.outgoing.put(peer)
         except OSError as error:
             self._complain(error)
             peer.journey = None
-            _pause(stop)
         else:
             raise HandedOver
 
     def _look_after(self, call: Call, journey: Journey, stop: int) -> None:
         """A client has come back: see whether it is worth while to go on with it."""
         refusal = self.why_not(call, journey)
-        owner = journey.owner
-        if refusal is None and self._shared.is_there(owner):
+        if refusal is None and self._shared.is_there(journey.owner):
             _pause(stop)  # it had no descriptor left
-        elif not self._slots[owner.slot].pid:
-            postbox.throw_away(self._bells[owner.slot].take)
+        else:
+            self._empty_if_ended(journey.owner)
         if refusal is not None:
             raise refusal
 
+    def _empty_if_ended(self, owner: Owner) -> None:
+        if not self._slots[owner.slot].pid:
+            postbox.throw_away(self._bells[owner.slot].take)
+
     def why_not(self, call: Call, journey: Journey) -> Refusal | None:
         """What a client that has come back is to be told; None: its call may run yet."""
+        if journey.may_stay:
+            return None
         if self._is_late(journey):
             return _too_late(call, journey.owner)
         if self._is_lost(journey):
@@ -278,7 +307,7 @@ class Affinity:
 
     def may_run_yet(self, journey: Journey) -> bool:
         """Whether `why_not` has nothing to say, whatever the call is."""
-        return not self._is_late(journey) and not self._is_lost(journey)
+        return journey.may_stay or not (self._is_late(journey) or self._is_lost(journey))
 
     @staticmethod
     def _is_late(journey: Journey) -> bool:

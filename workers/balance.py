@@ -1,70 +1,60 @@
-"""Spreading clients over the workers: who has more of them lets the others go first.
+"""Spreading kept connections over the workers.
 
 All workers are woken by a client that waits outside, and who is first has it. For calls on
-connections of their own that spreads the load by itself: who is busy is not first. A client that
-keeps its connection stays where it was let in, so a worker that is awake anyway would collect them
-all before another has got the processor.
+connections of their own that spreads the load by itself: who is busy is not first. A connection
+that is kept stays where it was let in, and a worker that is awake anyway would collect them all
+before another one has got the processor; and when a worker is added or replaced, the new one would
+have none.
 
-So a worker that has at least two clients more than another one holds back, for `HOLD_SECONDS` at
-most. Where the others do not come in that time, because a module keeps their interpreter lock, it
-takes all that come for `RELIEF_SECONDS`. Where they do, and clients wait all the same, there are
-more than the others can see to: it takes its part for `SHARE_SECONDS`. Otherwise connections that
-only rest here would leave its processor idle.
+So a worker that keeps at least two more than another one has clients passes one on to it, by the
+way that clients take to their state (handover.py): a new one with its first request, and of those
+that it has one every `LOOK_SECONDS` at most, until nobody keeps two more than anybody else has.
+Where one is not taken in `TAKE_SECONDS`, because a module keeps the other worker's interpreter
+lock, its call runs here after all, and for `REST_SECONDS` nobody is passed on.
 
-Called by the thread at the door.
+Of its own clients it counts those that are kept, and of another one's all: calls on connections of
+their own come and go, and would have kept ones go to and fro.
+
+Called by the threads that serve clients.
 """
 
-import time
+import random
 
+from cpanbridge.supervisor.owners import Owner
 from cpanbridge.supervisor.shared import Shared
+from cpanbridge.workers.outgoing import Outgoing
 
-HOLD_SECONDS = 0.002
-RELIEF_SECONDS = 0.1
-SHARE_SECONDS = 0.006
+LOOK_SECONDS = 0.01
+TAKE_SECONDS = 0.05
+REST_SECONDS = 1.0
 _MORE = 2
 
 
 class Balance:
-    """One worker's part in it."""
+    """One worker's part in it. Times are CLOCK_MONOTONIC seconds."""
 
-    def __init__(self, shared: Shared, slot: int) -> None:
+    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing) -> None:
         self._shared = shared
-        self._slot = shared.slots[slot]
-        self._held_since = 0.0
-        self._let_in_by_others = 0  # when it began to hold back
-        self._relieved_until = 0.0
+        self._outgoing = outgoing
+        # Not the modules' own numbers: who calls random.seed must get what that promises. And any
+        # of those with fewer, not the one with fewest, to which all others would give theirs.
+        self._random = random.Random(slot)
+        self._new_from = 0.0
+        self.next_look = 0.0  # for those that are not new
 
-    def holds_back(self) -> bool:
-        """Whether to leave who waits outside to other workers, for now."""
-        mine = self._slot.connections
-        if mine < _MORE:
-            return False
-        now = time.monotonic()
-        if now < self._relieved_until:
-            return False
-        fewest, let_in = self._others()
-        if fewest + _MORE > mine:
-            self._held_since = 0.0
-            return False
-        if not self._held_since:
-            self._held_since = now
-            self._let_in_by_others = let_in
-        return now - self._held_since < HOLD_SECONDS
-
-    def let_in(self) -> None:
-        """A client was let in, perhaps one for which this worker had held back."""
-        if self._held_since:
-            now, held_since = time.monotonic(), self._held_since
-            self._held_since = 0.0
-            if self._others()[1] == self._let_in_by_others:
-                self._relieved_until = now + RELIEF_SECONDS
-            elif now - held_since >= HOLD_SECONDS:
-                self._relieved_until = now + SHARE_SECONDS
-
-    def _others(self) -> tuple[int, int]:
-        """The fewest clients that another worker has, and how many all others have let in."""
-        others = [
-            each for each in self._shared.used_slots if each.serves and each is not self._slot
+    def better_place(self, now: float, kept: int, *, is_new: bool) -> Owner | None:
+        """The worker that a connection is to be passed on to, if any. `kept` is how many are."""
+        if now < (self._new_from if is_new else self.next_look):
+            return None
+        self.next_look = now + LOOK_SECONDS
+        most = kept - self._outgoing.count - _MORE
+        fewer = [
+            number
+            for number, slot in enumerate(self._shared.used_slots)
+            if slot.serves and slot.connections <= most
         ]
-        fewest = min((each.connections for each in others), default=self._slot.connections)
-        return fewest, sum(each.opened for each in others)
+        return self._shared.owner(self._random.choice(fewer)) if fewer else None
+
+    def was_not_taken(self, now: float) -> None:
+        """A connection has come back."""
+        self._new_from = self.next_look = now + REST_SECONDS

@@ -24,6 +24,7 @@ from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.roster import IDLE
 from cpanbridge.workers import protocol
 from cpanbridge.workers.affinity import Affinity, HandedOver
+from cpanbridge.workers.balance import TAKE_SECONDS, Balance
 from cpanbridge.workers.calls import Call, Calls, Draining
 from cpanbridge.workers.door import Arrival
 from cpanbridge.workers.keepalive import KeepAlive
@@ -48,7 +49,8 @@ class Stops(NamedTuple):
 class Connections:
     """What all connections of a worker need, and the life of each. Called from its threads.
 
-    `keep_alive` has those at rest. `step_aside` is called before a thread waits for something.
+    `keep_alive` has those at rest, `balance` spreads those that are kept over the workers.
+    `step_aside` is called before a thread waits for something.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Connections:
         calls: Calls,
         affinity: Affinity,
         keep_alive: KeepAlive,
+        balance: Balance,
         stops: Stops,
         step_aside: Callable[[], None],
     ) -> None:
@@ -66,6 +69,7 @@ class Connections:
         self._calls = calls
         self._affinity = affinity
         self._keep_alive = keep_alive
+        self._balance = balance
         self._stops = stops
         self._step_aside = step_aside
         self._roster = calls.roster
@@ -178,9 +182,10 @@ class Connections:
 
     def _welcome(self, arrival: Arrival[Call]) -> Peer:
         peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
-        if arrival.history is not None:
+        if (passenger := arrival.passenger) is not None:
             peer.taken_over = peer.lent = True
-            self._roster.resume(peer.entry, *arrival.history)
+            peer.was_dismissed = passenger.may_be_dismissed
+            self._roster.resume(peer.entry, passenger.opened_at, passenger.requests)
         return peer
 
     def _read_deadline(self) -> float:
@@ -419,6 +424,8 @@ class Connections:
         HandedOver.
         """
         if call.target.owned_as is None:
+            if peer.framed:
+                self._even_out(peer, call, data)
             self._calls.admit(call, peer, stop, self._step_aside)
             return self._calls.run(call, peer)
         session = self._affinity.join(call, peer, data, stop)
@@ -431,6 +438,27 @@ class Connections:
         finally:
             run_in(None)
             self._affinity.sessions.leave(session)
+
+    def _even_out(self, peer: Peer, call: Call, data: Callable[[], bytes]) -> None:
+        """Pass a kept connection on to a worker that has fewer. Raises HandedOver when it has."""
+        balance = self._balance
+        if peer.journey is not None:
+            self._affinity.stays(peer)
+            balance.was_not_taken(time.monotonic())
+            return
+        is_new = not (peer.rested or peer.taken_over)
+        if self._leaving or (not is_new and call.arrived < balance.next_look):
+            return
+        if peer.client is not None and self._affinity.sessions.is_live(peer.client):
+            return
+        owner = balance.better_place(call.arrived, self.kept, is_new=is_new)
+        if owner is None:
+            return
+        with self._reading_lock:
+            if self._leaving or peer.dismissed:
+                return
+            self._affinity.goes_on(call, peer, data(), owner, TAKE_SECONDS)
+        self._affinity.send(peer)
 
     def _not_run(self) -> bytes:
         return self._calls.not_run(daemon_ends=self._daemon_ends)

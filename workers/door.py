@@ -24,8 +24,8 @@ from typing import Generic, NamedTuple, TypeVar
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
 from cpanbridge.workers import brief
-from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.incoming import Incoming
+from cpanbridge.workers.journey import Passenger
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.outgoing import FEW, Outgoing
 from cpanbridge.workers.peer import Peer
@@ -51,8 +51,7 @@ class Arrival(NamedTuple, Generic[C]):
     number: int  # counts the clients of this worker's slot
     data: bytes | None  # what was there to read; None: nothing yet; empty: end of file
     call: C | None  # the first request in `data`, if it is all there; not admitted yet
-    # Of one that another worker had before: when it was accepted, and its requests so far.
-    history: tuple[int, int] | None = None
+    passenger: Passenger | None = None  # of one that another worker had before
     # Of one that was here before: it has rested, or comes back from its way to another worker.
     peer: Peer | None = None
 
@@ -63,7 +62,6 @@ class _Nobody(Enum):
     OUTSIDE = "nobody waits there"
     FOR_NOW = "somebody waits, but is not to be had for want of a descriptor, memory, or a place"
     BUT_LOOK_AGAIN = "somebody was turned away"
-    OTHERS_FIRST = "other workers have fewer clients"
 
 
 class Door(Generic[C]):
@@ -71,8 +69,8 @@ class Door(Generic[C]):
 
     `prepare` turns the first bytes into a call that can run at once, or None; it is told when they
     arrived, if that was in another worker. `incoming` has the clients that other workers put there,
-    `outgoing` those on their way to them, `keep_alive` those at rest; `balance` spreads those from
-    outside over the workers. With a `turnstile` nobody is left to wait outside.
+    `outgoing` those on their way to them, `keep_alive` those at rest. With a `turnstile` nobody is
+    left to wait outside.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class Door(Generic[C]):
         incoming: Incoming,
         outgoing: Outgoing,
         keep_alive: KeepAlive,
-        balance: Balance,
         turnstile: Turnstile | None = None,
     ) -> None:
         self._listeners = list(listeners)
@@ -94,7 +91,6 @@ class Door(Generic[C]):
         self._incoming = incoming
         self._outgoing = outgoing
         self._keep_alive = keep_alive
-        self._balance = balance
         # How many may be let in from there in a row, while somebody may wait on the other side.
         self._turns_inside = 0
         self._turns_outside = MOST_IN_A_ROW
@@ -134,12 +130,9 @@ class Door(Generic[C]):
             outcome = _Nobody.OUTSIDE
             if self._shut:
                 self.is_shut = True
-            elif look_outside and self._balance.holds_back():
-                outcome = _Nobody.OTHERS_FIRST
             elif look_outside:
                 found = self._let_in()
                 if isinstance(found, Arrival):
-                    self._balance.let_in()
                     self._turns_outside -= 1
                     if self._turns_outside <= 0:
                         self._turns_outside = MOST_IN_A_ROW
@@ -159,8 +152,7 @@ class Door(Generic[C]):
         elif outcome is _Nobody.OUTSIDE:
             ready = self._arrivals.poll()
         else:
-            others_first = outcome is _Nobody.OTHERS_FIRST
-            ready = self._interrupts.poll(A_MOMENT if others_first else A_LITTLE_SECONDS)
+            ready = self._interrupts.poll(A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
             self._turns_inside = MOST_IN_A_ROW
@@ -279,9 +271,9 @@ class Door(Generic[C]):
             return None
         if found is None:
             return None
-        (client, data, opened_at, requests, arrived), number = found
-        call = self._prepare(data, arrived)
-        return Arrival(client, number, data, call, (opened_at, requests))
+        passenger, number = found
+        call = self._prepare(passenger.data, passenger.arrived)
+        return Arrival(passenger.client, number, passenger.data, call, passenger)
 
     def look_again(self) -> None:
         """Somebody waits inside of whom no descriptor tells. Called in the main thread."""

@@ -29,8 +29,10 @@ from cpanbridge.workers.journey import Passenger
 # A message must be smaller than the least buffer that a system gives a socket.
 MOST_INLINE = 16384
 # The receiver's incarnation, the sender's slot and ticket, when the client was accepted, its
-# requests so far, when this one arrived, data in a memfd.
-HEADER = struct.Struct("=qqqqqqd?")
+# requests so far, when this one arrived, and what of these holds.
+HEADER = struct.Struct("=qqqqqqdB")
+IN_MEMORY = 1  # what was read is in a memfd
+NOT_DISMISSED = 2  # as workers of 0.3.0 never say, of which some may be here during an upgrade
 
 
 class Parcel(NamedTuple):

@@ -13,7 +13,14 @@ from cpanbridge.supervisor.gate import Bells, Gate, ring
 from cpanbridge.supervisor.postbox import MOST_DESCRIPTORS, descriptors_in
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.tickets import Ticket
-from cpanbridge.workers.handover import HEADER, MOST_INLINE, Parcel, from_memory
+from cpanbridge.workers.handover import (
+    HEADER,
+    IN_MEMORY,
+    MOST_INLINE,
+    NOT_DISMISSED,
+    Parcel,
+    from_memory,
+)
 from cpanbridge.workers.journey import Passenger
 
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -107,10 +114,11 @@ class Incoming:
             except BlockingIOError:
                 return None
             descriptors = descriptors_in(ancillary)
-            incarnation, sender, place, number, opened_at, requests, arrived, in_memory = (
+            incarnation, sender, place, number, opened_at, requests, arrived, flags = (
                 HEADER.unpack_from(message)
             )
             ticket = Ticket(place, number)
+            in_memory = bool(flags & IN_MEMORY)
             complete = not told & _TRUNCATED and len(descriptors) == 1 + in_memory
             if complete and incarnation == self._incarnation:
                 break
@@ -124,4 +132,6 @@ class Incoming:
         if client.gettimeout() is not None:
             client.settimeout(None)  # a module has called socket.setdefaulttimeout
         data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
-        return Parcel(Passenger(client, data, opened_at, requests, arrived), sender, ticket)
+        may_be_dismissed = not flags & NOT_DISMISSED
+        passenger = Passenger(client, data, opened_at, requests, arrived, may_be_dismissed)
+        return Parcel(passenger, sender, ticket)

@@ -1,4 +1,4 @@
-"""A client's way from the worker that accepted it to the one that owns its state."""
+"""A client's way from the worker that accepted it to another one, most often its state's owner."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +23,7 @@ class Passenger(NamedTuple):
     opened_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
     requests: int  # that it has made so far
     arrived: float  # when the request in `data` did, CLOCK_MONOTONIC seconds
+    may_be_dismissed: bool  # its sending side, by a worker that had it
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Journey:
     """One of them."""
 
     passenger: Passenger
-    owner: Owner
-    known: bool  # the client has state there
-    until: float  # CLOCK_MONOTONIC seconds: when the client has no more use for a reply
+    owner: Owner  # whom it goes to
+    until: float  # CLOCK_MONOTONIC seconds: when it is not to wait there any longer
+    known: bool = False  # the client has state there
+    may_stay: bool = False  # its calls may as well run where it is
     fate: Fate = Fate.NOT_TAKEN  # if it comes back

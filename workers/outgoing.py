@@ -15,7 +15,14 @@ from cpanbridge.supervisor import postbox
 from cpanbridge.supervisor.gate import Bells, ring
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.tickets import Ticket, TicketWriter
-from cpanbridge.workers.handover import HEADER, MOST_INLINE, in_memory, post
+from cpanbridge.workers.handover import (
+    HEADER,
+    IN_MEMORY,
+    MOST_INLINE,
+    NOT_DISMISSED,
+    in_memory,
+    post,
+)
 from cpanbridge.workers.journey import Fate, Journey
 from cpanbridge.workers.peer import Peer
 
@@ -128,11 +135,12 @@ class Outgoing:
         return not self._shared.is_there(journey.owner)
 
     def _send(self, journey: Journey, ticket: Ticket) -> None:
-        client, data, opened_at, requests, arrived = journey.passenger
+        client, data, opened_at, requests, arrived, may_be_dismissed = journey.passenger
         owner = journey.owner
         is_large = len(data) > MOST_INLINE
+        flags = (IN_MEMORY if is_large else 0) | (0 if may_be_dismissed else NOT_DISMISSED)
         head = HEADER.pack(
-            *(owner.incarnation, self._slot, *ticket), *(opened_at, requests, arrived, is_large)
+            *(owner.incarnation, self._slot, *ticket), *(opened_at, requests, arrived, flags)
         )
         box = self._box(owner.slot)
         if not is_large:

@@ -58,6 +58,7 @@ class Peer:
         "socket",
         "stale",
         "taken_over",
+        "was_dismissed",
     )
 
     def __init__(self, client: SocketType, entry: int) -> None:
@@ -72,17 +73,15 @@ class Peer:
         self.given_up = False  # its room was given back, though a thread still has it
         self.client: Client | None = None  # who it is, once somebody needs to know
         self.taken_over = False  # from another worker
+        self.was_dismissed = False  # perhaps, by a worker that had it before
         self.lent = False  # another process may hold the socket as well
         self.journey: Journey | None = None  # to another worker, which has not taken it
         self._receive_limit = 0.0
 
     @property
     def may_be_dismissed(self) -> bool:
-        """Whether the end that was read may be the daemon's doing, which the client is told.
-
-        The worker that had it before may have dismissed it when it was about to hand it over.
-        """
-        return self.dismissed or self.taken_over
+        """Whether the end that was read may be the daemon's doing, which the client is told."""
+        return self.dismissed or self.was_dismissed
 
     def has_left(self) -> bool:
         """Whether nobody would read a reply: the client has closed its end altogether.

@@ -140,7 +140,8 @@ class Worker:
         )
         keep_alive = KeepAlive()
         self._connections = Connections(
-            *(self._limits, self._gate, calls, self._affinity, keep_alive, self._stops),
+            *(self._limits, self._gate, calls, self._affinity, keep_alive),
+            *(Balance(place.shared, place.slot, self._affinity.outgoing), self._stops),
             lambda: self._crew.step_aside(),
         )
         self._turnstile = (
@@ -150,8 +151,7 @@ class Worker:
         self._door: Door[Call] = Door(
             *(place.listeners, self._gate, calls.prepare),
             self._incoming,
-            *(self._affinity.outgoing, keep_alive, Balance(place.shared, place.slot)),
-            self._turnstile,
+            *(self._affinity.outgoing, keep_alive, self._turnstile),
         )
         self._bell = place.bells[place.slot].watch
         self._cleanups = place.shared.header.cleanups  # that were asked for before

@@ -7,13 +7,12 @@ import signal
 import sys
 import termios
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Daemon, NewDaemon, halt
+from conftest import Daemon, NewDaemon
 from plain_client import Framed, one_shot, until
 
 CLIENTS = 60  # more than are taken up in one go
@@ -154,32 +153,3 @@ def test_each_that_rests_for_too_long_is_told_so(new_daemon: NewDaemon) -> None:
 
 def has_something(client: Framed) -> bool:
     return bool(select.select([client.socket], [], [], 0.01)[0])
-
-
-def test_kept_connections_spread_over_the_workers(new_daemon: NewDaemon) -> None:
-    daemon = new_daemon("workers = 2").run()
-    for _ in range(10):  # where the machine is busy, one worker may not come in time
-        with ExitStack() as stack:
-            kept = [stack.enter_context(Framed(daemon.path)) for _ in range(40)]
-            for client in kept:
-                client.send("probe", "worker_pid")
-            most = max(Counter(result(client) for client in kept).values())
-        if most <= 25:
-            return
-    pytest.fail(f"{most} of 40 connections in one of two workers")
-
-
-def test_clients_are_let_in_though_another_worker_with_fewer_does_nothing(
-    new_daemon: NewDaemon,
-) -> None:
-    daemon = new_daemon("workers = 2").run()
-    with ExitStack() as stack:
-        stopped = daemon.workers()[0]
-        halt(stopped)
-        stack.callback(os.kill, stopped, signal.SIGCONT)
-        kept = [stack.enter_context(Framed(daemon.path)) for _ in range(30)]
-        for client in kept:
-            client.send("test", "ping")
-            assert result(client)["message"] == "pong"
-        for _ in range(200):
-            assert one_shot(daemon.path, "test", "ping")["success"]

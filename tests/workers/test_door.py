@@ -11,7 +11,6 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Bells, Gate
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.workers import door
-from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.door import Door
 from cpanbridge.workers.keepalive import KeepAlive
 
@@ -34,7 +33,6 @@ def lonely_door() -> Door[None]:
         incoming=nobody(),
         outgoing=nobody(),
         keep_alive=KeepAlive(),
-        balance=Balance(shared, 0),
     )
 
 

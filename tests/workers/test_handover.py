@@ -34,12 +34,18 @@ class Client(NamedTuple):
     near: socket.socket
     far: socket.socket
 
-    def journey(self, shared: Shared, data: bytes = DATA, until: float = math.inf) -> Peer:
+    def journey(
+        self,
+        shared: Shared,
+        data: bytes = DATA,
+        until: float = math.inf,
+        may_be_dismissed: bool = True,
+    ) -> Peer:
         """The client as its sender has it, when it is about to be put into the postbox."""
         shared.slots[SENDER].opened += 1
         peer = Peer(self.near, 0)
-        passenger = Passenger(self.near, data, 123, 4, 5.5)
-        peer.journey = Journey(passenger, shared.owner(RECEIVER), True, until)
+        passenger = Passenger(self.near, data, 123, 4, 5.5, may_be_dismissed)
+        peer.journey = Journey(passenger, shared.owner(RECEIVER), until, known=True)
         return peer
 
     def hears(self) -> bytes | None:
@@ -103,18 +109,19 @@ def serve(found: tuple[Passenger, int] | None) -> None:
         passenger.client.close()
 
 
+@pytest.mark.parametrize("may_be_dismissed", [True, False])
 @pytest.mark.parametrize("size", [len(DATA), MOST_INLINE, MOST_INLINE + 1, 3_000_000])
-def test_a_client_arrives_with_all_that_was_read_of_it(
-    house: House, client: Client, size: int
+def test_a_client_arrives_with_all_that_is_known_of_it(
+    house: House, client: Client, size: int, may_be_dismissed: bool
 ) -> None:
     data = os.urandom(size)
-    peer = client.journey(house.shared, data)
+    peer = client.journey(house.shared, data, may_be_dismissed=may_be_dismissed)
     house.outgoing.put(peer)
     assert house.outgoing.count == 1
     found = house.incoming.next()
     assert found is not None
     passenger, number = found
-    assert passenger[1:] == (data, 123, 4, 5.5)
+    assert passenger[1:] == (data, 123, 4, 5.5, may_be_dismissed)
     assert number == 1
     house.outgoing.settle()
     assert house.taken == [peer]

@@ -1,0 +1,108 @@
+"""Kept connections spread over the workers, whoever let them in, and lose nothing on their way."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from conftest import Daemon, NewDaemon, halt
+from plain_client import Framed, one_shot, until
+
+UNLIMITED = "workers = {}\nlimits.max_requests_per_minute = 0"
+STATE = """
+python_path = ["{folder}"]
+[modules.state]
+import = "probe"
+functions = ["worker_pid"]
+affinity = "client"
+"""
+
+
+@contextmanager
+def crowd(daemon: Daemon, count: int) -> Iterator[list[Framed]]:
+    """Many kept connections."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Framed(daemon.path)) for _ in range(count)]
+
+
+def where(clients: Sequence[Framed]) -> list[int]:
+    """The process id of the worker that each has come to; all ask at once."""
+    for client in clients:
+        client.send("probe", "worker_pid")
+    replies = [client.receive() for client in clients]
+    return [reply["result"] for reply in replies if reply is not None and reply["success"]]
+
+
+def spread(daemon: Daemon, clients: Sequence[Framed]) -> bool:
+    """Whether every worker has its part of them, but for one."""
+    pids = where(clients)
+    assert len(pids) == len(clients)
+    numbers = [Counter(pids)[pid] for pid in daemon.workers()]
+    return max(numbers) - min(numbers) <= 2
+
+
+def test_those_that_come_all_at_once_are_spread(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(UNLIMITED.format(8)).run()
+    with crowd(daemon, 32) as clients:
+        until(lambda: spread(daemon, clients))
+    gate = daemon.metrics()["gate"]
+    assert gate["worker_deaths"] == 0
+
+
+def test_a_worker_that_is_added_gets_its_part(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(UNLIMITED.format(1)).run()
+    with crowd(daemon, 20) as clients:
+        assert len(set(where(clients))) == 1
+        os.kill(daemon.pid, signal.SIGTTIN)
+        until(lambda: len(daemon.workers()) == 2)
+        until(lambda: spread(daemon, clients))
+
+
+def test_one_whose_state_is_here_stays(new_daemon: NewDaemon) -> None:
+    folder = os.path.dirname(__file__) + "/../modules"
+    daemon = new_daemon(UNLIMITED.format(1) + STATE.format(folder=folder)).run()
+    with crowd(daemon, 20) as clients, Framed(daemon.path) as keeper:
+        keeper.send("state", "worker_pid")
+        reply = keeper.receive()
+        assert reply is not None
+        home = reply["result"]
+        os.kill(daemon.pid, signal.SIGTTIN)
+        until(lambda: len(daemon.workers()) == 2)
+        until(lambda: len(set(where(clients))) == 2)
+        assert all(where([keeper]) == [home] for _ in range(200))
+
+
+def test_what_is_under_way_goes_along(new_daemon: NewDaemon) -> None:
+    """Requests sent ahead, and large ones, are answered in their order, wherever they run."""
+    daemon = new_daemon(UNLIMITED.format(1)).run()
+    with crowd(daemon, 20) as clients:
+        where(clients)
+        os.kill(daemon.pid, signal.SIGTTIN)
+        until(lambda: len(daemon.workers()) == 2)
+        sent = [{"number": number, "text": "x" * (number % 3 * 20_000)} for number in range(12)]
+        turns = 0
+        while not spread(daemon, clients) or not turns:
+            turns += 1
+            for client in clients:
+                for each in sent:
+                    client.send("probe", "echo", each)
+            for client in clients:
+                replies = [client.receive() for _ in sent]
+                assert [reply and reply["result"] for reply in replies] == sent
+
+
+def test_a_worker_that_does_nothing_keeps_nobody_from_being_served(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(UNLIMITED.format(2)).run()
+    stopped, other = daemon.workers()
+    halt(stopped)
+    try:
+        with crowd(daemon, 30) as clients:
+            for client in clients:
+                assert where([client]) == [other]
+            for _ in range(200):
+                assert one_shot(daemon.path, "test", "ping")["success"]
+            os.kill(stopped, signal.SIGCONT)
+            until(lambda: spread(daemon, clients))
+    finally:
+        os.kill(stopped, signal.SIGCONT)
