@@ -144,10 +144,9 @@ class Watch:
                 self._looking = False
                 return None
             overdue = [each for each in self._running if each.deadline and each.deadline <= now]
+            # Under the lock to the end: a thread whose call returns now closes the connection.
             for each in overdue:
-                # Who sets these gives the room back, once: the call's thread sees them in `end`.
-                each.answered = each.peer.given_up = True
-                each.deadline = each.slow_at = 0
+                self._give_up(each)
             if overdue:
                 self._find_first()
             slow = [each for each in self._running if each.slow_at and each.slow_at <= now]
@@ -155,16 +154,21 @@ class Watch:
                 each.slow_at = 0
         frames = sys._current_frames() if overdue or slow else {}
         for each in overdue:
-            try:
-                self._answer(each)
-            finally:
-                self._gate.finished(succeeded=False)
-                self._gate.closed()
             self._tell(logging.ERROR, each, now, "and is given up", frames.get(each.thread))
             self.hangs = True
         for each in slow:
             self._tell(logging.WARNING, each, now, "and goes on", frames.get(each.thread))
         return LOOK_SECONDS
+
+    def _give_up(self, running: Running) -> None:
+        """Answer a call, and give its room back, once: its thread sees that in `end`."""
+        running.answered = running.peer.given_up = True
+        running.deadline = running.slow_at = 0
+        try:
+            self._answer(running)
+        finally:
+            self._gate.finished(succeeded=False)
+            self._gate.closed()
 
     def _answer(self, running: Running) -> None:
         """In the place of the thread that hangs, and without waiting for the client."""
