@@ -7,13 +7,15 @@ before another one has got the processor; and when a worker is added or replaced
 have none.
 
 So a worker that keeps at least two more than another one has clients passes one on to it, by the
-way that clients take to their state (handover.py): a new one with its first request, and of those
-that it has one every `LOOK_SECONDS` at most, until nobody keeps two more than anybody else has.
-Where one is not taken in `TAKE_SECONDS`, because a module keeps the other worker's interpreter
-lock, its call runs here after all, and for `REST_SECONDS` nobody is passed on.
+way that clients take to their state (handover.py), and another one a little later, the sooner the
+more it has, until nobody keeps two more than anybody else has. Where one is not taken in
+`TAKE_SECONDS`, because a module keeps the other worker's interpreter lock, its call runs here after
+all, and for `REST_SECONDS` nobody is passed on.
 
-Of its own clients it counts those that are kept, and of another one's all: calls on connections of
-their own come and go, and would have kept ones go to and fro.
+That costs as much as several calls, so only a connection that has rested is passed on: with its
+first request, nobody knows whether there will be another one. And of its own clients a worker
+counts those that are kept, of another one's all: calls on connections of their own come and go, and
+would have kept ones go to and fro.
 
 Called by the threads that serve clients.
 """
@@ -24,7 +26,7 @@ from cpanbridge.supervisor.owners import Owner
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.workers.outgoing import Outgoing
 
-LOOK_SECONDS = 0.01
+LOOK_SECONDS = 0.01  # between two that are passed on, divided by how many there are too many
 TAKE_SECONDS = 0.05
 REST_SECONDS = 1.0
 _MORE = 2
@@ -39,22 +41,25 @@ class Balance:
         # Not the modules' own numbers: who calls random.seed must get what that promises. And any
         # of those with fewer, not the one with fewest, to which all others would give theirs.
         self._random = random.Random(slot)
-        self._new_from = 0.0
-        self.next_look = 0.0  # for those that are not new
+        self.next_look = 0.0  # when it is worth while to ask for a better place
 
-    def better_place(self, now: float, kept: int, *, is_new: bool) -> Owner | None:
-        """The worker that a connection is to be passed on to, if any. `kept` is how many are."""
-        if now < (self._new_from if is_new else self.next_look):
-            return None
-        self.next_look = now + LOOK_SECONDS
-        most = kept - self._outgoing.count - _MORE
-        fewer = [
-            number
+    def better_place(self, now: float, kept: int) -> Owner | None:
+        """The worker that a connection is to be passed on to, if any; `kept` is how many there are.
+
+        Called at `next_look` or later.
+        """
+        kept -= self._outgoing.count
+        others = [
+            (slot.connections, number)
             for number, slot in enumerate(self._shared.used_slots)
-            if slot.serves and slot.connections <= most
+            if slot.serves
         ]
+        fewest, _ = min(others, default=(kept, 0))
+        surplus = max(1, kept - fewest - _MORE + 1)
+        self.next_look = now + LOOK_SECONDS / surplus
+        fewer = [number for has, number in others if has <= kept - _MORE]
         return self._shared.owner(self._random.choice(fewer)) if fewer else None
 
     def was_not_taken(self, now: float) -> None:
         """A connection has come back."""
-        self._new_from = self.next_look = now + REST_SECONDS
+        self.next_look = now + REST_SECONDS

@@ -446,12 +446,11 @@ class Connections:
             self._affinity.stays(peer)
             balance.was_not_taken(time.monotonic())
             return
-        is_new = not (peer.rested or peer.taken_over)
-        if self._leaving or (not is_new and call.arrived < balance.next_look):
+        if not peer.rested or call.arrived < balance.next_look or self._leaving:
             return
         if peer.client is not None and self._affinity.sessions.is_live(peer.client):
             return
-        owner = balance.better_place(call.arrived, self.kept, is_new=is_new)
+        owner = balance.better_place(call.arrived, self.kept)
         if owner is None:
             return
         with self._reading_lock:

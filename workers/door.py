@@ -29,6 +29,7 @@ from cpanbridge.workers.journey import Passenger
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.outgoing import FEW, Outgoing
 from cpanbridge.workers.peer import Peer
+from cpanbridge.workers.restraint import Restraint
 from cpanbridge.workers.turnstile import Turnstile
 
 LOGGER = logging.getLogger("cpanbridge.worker")
@@ -61,6 +62,7 @@ class _Nobody(Enum):
 
     OUTSIDE = "nobody waits there"
     FOR_NOW = "somebody waits, but is not to be had for want of a descriptor, memory, or a place"
+    OTHERS_FIRST = "those that were let in are on their way to other workers"
     BUT_LOOK_AGAIN = "somebody was turned away"
 
 
@@ -69,8 +71,8 @@ class Door(Generic[C]):
 
     `prepare` turns the first bytes into a call that can run at once, or None; it is told when they
     arrived, if that was in another worker. `incoming` has the clients that other workers put there,
-    `outgoing` those on their way to them, `keep_alive` those at rest. With a `turnstile` nobody is
-    left to wait outside.
+    `outgoing` those on their way to them, `keep_alive` those at rest; `restraint` says when who
+    waits outside is left to other workers. With a `turnstile` nobody is left to wait there.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Door(Generic[C]):
         incoming: Incoming,
         outgoing: Outgoing,
         keep_alive: KeepAlive,
+        restraint: Restraint,
         turnstile: Turnstile | None = None,
     ) -> None:
         self._listeners = list(listeners)
@@ -91,6 +94,7 @@ class Door(Generic[C]):
         self._incoming = incoming
         self._outgoing = outgoing
         self._keep_alive = keep_alive
+        self._restraint = restraint
         # How many may be let in from there in a row, while somebody may wait on the other side.
         self._turns_inside = 0
         self._turns_outside = MOST_IN_A_ROW
@@ -130,6 +134,8 @@ class Door(Generic[C]):
             outcome = _Nobody.OUTSIDE
             if self._shut:
                 self.is_shut = True
+            elif look_outside and self._restraint.holds_back():
+                outcome = _Nobody.OTHERS_FIRST
             elif look_outside:
                 found = self._let_in()
                 if isinstance(found, Arrival):
@@ -152,7 +158,8 @@ class Door(Generic[C]):
         elif outcome is _Nobody.OUTSIDE:
             ready = self._arrivals.poll()
         else:
-            ready = self._interrupts.poll(A_LITTLE_SECONDS)
+            others_first = outcome is _Nobody.OTHERS_FIRST
+            ready = self._interrupts.poll(A_MOMENT if others_first else A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
             self._turns_inside = MOST_IN_A_ROW

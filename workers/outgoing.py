@@ -69,6 +69,18 @@ class Outgoing:
         waiting = sum(map(len, list(self._waiting.values())))
         return waiting + len(self._away) + len(self._back)
 
+    @property
+    def away(self) -> int:
+        """How many are in other workers' postboxes, or were taken there a moment ago."""
+        return len(self._away)
+
+    @property
+    def away_to_doors(self) -> int:
+        """Of those, how many go to workers that let clients in from outside themselves."""
+        with self._lock:
+            journeys = [journey for _, journey in self._away.values()]
+        return sum(bool(self._shared.slots[each.owner.slot].serves) for each in journeys)
+
     def put(self, peer: Peer) -> None:
         """Put a client into its owner's postbox, as `peer.journey` says.
 

@@ -44,6 +44,7 @@ from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.loading import Loader, ModuleLoadError
 from cpanbridge.workers.modules import Registry
 from cpanbridge.workers.orphans import end_with_master
+from cpanbridge.workers.restraint import Restraint
 from cpanbridge.workers.turnstile import Turnstile
 from cpanbridge.workers.watch import Watch
 
@@ -151,7 +152,8 @@ class Worker:
         self._door: Door[Call] = Door(
             *(place.listeners, self._gate, calls.prepare),
             self._incoming,
-            *(self._affinity.outgoing, keep_alive, self._turnstile),
+            *(self._affinity.outgoing, keep_alive, Restraint(self._affinity.outgoing)),
+            self._turnstile,
         )
         self._bell = place.bells[place.slot].watch
         self._cleanups = place.shared.header.cleanups  # that were asked for before

@@ -30,11 +30,8 @@ class House:
         self.outgoing = SimpleNamespace(count=0)
         self.balance = Balance(self.shared, 0, cast(Any, self.outgoing))
 
-    def place_for_new(self, now: float = NOW) -> Owner | None:
-        return self.balance.better_place(now, KEPT, is_new=True)
-
-    def place_for_old(self, now: float = NOW) -> Owner | None:
-        return self.balance.better_place(now, KEPT, is_new=False)
+    def place(self, now: float = NOW) -> Owner | None:
+        return self.balance.better_place(now, KEPT)
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def house() -> Iterator[House]:
 
 
 def test_each_that_has_fewer_is_given_some(house: House) -> None:
-    given = {house.place_for_new() for _ in range(200)}
+    given = {house.place() for _ in range(200)}
     assert given == {house.shared.owner(slot) for slot in OTHERS}
 
 
@@ -53,38 +50,38 @@ def test_each_that_has_fewer_is_given_some(house: House) -> None:
 def test_one_more_is_no_reason(house: House, has: int, is_given: bool) -> None:
     for slot in OTHERS:
         house.slots[slot].opened = has
-    assert (house.place_for_old() is not None) is is_given
-    assert (house.place_for_new() is not None) is is_given
+    assert (house.place() is not None) is is_given
 
 
 def test_who_does_not_serve_is_given_none(house: House) -> None:
     for slot in OTHERS[1:]:
         house.slots[slot].serves = 0
-    assert {house.place_for_new() for _ in range(50)} == {house.shared.owner(1)}
+    assert {house.place() for _ in range(50)} == {house.shared.owner(1)}
     house.slots[1].serves = 0
-    assert house.place_for_new() is None
+    assert house.place() is None
 
 
 def test_those_on_their_way_are_not_given_twice(house: House) -> None:
     house.outgoing.count = 8
-    assert house.place_for_new() is not None
+    assert house.place() is not None
     house.outgoing.count = 9
-    assert house.place_for_new() is None
+    assert house.place() is None
 
 
-def test_of_those_that_it_has_it_gives_one_at_a_time(house: House) -> None:
-    assert house.place_for_old() is not None
-    assert house.place_for_old(NOW + LOOK_SECONDS * 0.9) is None
-    assert house.place_for_new(NOW + LOOK_SECONDS * 0.9) is not None
-    assert house.place_for_old(NOW + LOOK_SECONDS * 1.8) is None
-    assert house.place_for_old(NOW + LOOK_SECONDS * 2) is not None
+@pytest.mark.parametrize(("has", "surplus"), [(0, 9), (7, 2), (8, 1), (9, 1), (20, 1)])
+def test_the_more_there_are_too_many_the_sooner_the_next_one_goes(
+    house: House, has: int, surplus: int
+) -> None:
+    for slot in OTHERS:
+        house.slots[slot].opened = 30
+    house.slots[2].opened = has
+    house.place()
+    assert house.balance.next_look == pytest.approx(NOW + LOOK_SECONDS / surplus)
 
 
 def test_after_one_was_not_taken_nobody_is_given_for_a_while(house: House) -> None:
     house.balance.was_not_taken(NOW)
-    assert house.place_for_new(NOW + REST_SECONDS * 0.9) is None
-    assert house.place_for_old(NOW + REST_SECONDS * 0.9) is None
-    assert house.place_for_new(NOW + REST_SECONDS * 1.1) is not None
+    assert house.balance.next_look == NOW + REST_SECONDS
 
 
 def test_a_modules_random_numbers_are_its_own(house: House) -> None:
@@ -94,5 +91,5 @@ def test_a_modules_random_numbers_are_its_own(house: House) -> None:
     found = []
     for _ in range(3):
         found.append(random.random())
-        house.place_for_new()
+        house.place()
     assert found == expected

@@ -13,6 +13,7 @@ from cpanbridge.supervisor.shared import Shared
 from cpanbridge.workers import door
 from cpanbridge.workers.door import Door
 from cpanbridge.workers.keepalive import KeepAlive
+from cpanbridge.workers.restraint import Restraint
 
 
 def lonely_door() -> Door[None]:
@@ -24,6 +25,7 @@ def lonely_door() -> Door[None]:
             descriptor=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
             waiting=False,
             settle=lambda most: None,
+            away=0,
         )
 
     return Door(
@@ -33,6 +35,7 @@ def lonely_door() -> Door[None]:
         incoming=nobody(),
         outgoing=nobody(),
         keep_alive=KeepAlive(),
+        restraint=Restraint(nobody()),
     )
 
 
