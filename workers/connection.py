@@ -28,7 +28,7 @@ from cpanbridge.workers.balance import TAKE_SECONDS, Balance
 from cpanbridge.workers.calls import Call, Calls, Draining
 from cpanbridge.workers.door import Arrival
 from cpanbridge.workers.keepalive import KeepAlive
-from cpanbridge.workers.peer import READ_SIZE, Peer
+from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal
 from cpanbridge.workers.reading import Reader
 from cpanbridge.workers.sessions import run_in
@@ -366,7 +366,7 @@ class Connections:
                 if self._leaving and not self._stays(peer):
                     raise Draining
                 if end == len(data):
-                    return self._rest(peer, drained=len(data) < READ_SIZE)
+                    return self._rest(peer)
                 at, call, deadline = end, None, 0.0
         except Draining:
             self._send(peer, NO_MORE_REQUESTS)
@@ -388,13 +388,13 @@ class Connections:
         except Refusal as refusal:
             return self._calls.refuse(refusal, peer)
 
-    def _rest(self, peer: Peer, *, drained: bool) -> bool:
+    def _rest(self, peer: Peer) -> bool:
         """Wait for the next request. Raises Draining when that cannot be."""
         self._roster.is_doing(peer.entry, IDLE)
         peer.quiet_since = time.monotonic_ns()
         peer.idle = True
         try:
-            self._keep_alive.rest(peer, drained=drained)
+            self._keep_alive.rest(peer)
         except OSError as error:
             LOGGER.error("A connection cannot be kept: %s", error.strerror)
             raise Draining from None

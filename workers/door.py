@@ -262,7 +262,7 @@ class Door(Generic[C]):
                 try:
                     data = self._receiver.receive(peer.socket.fileno())
                 except BlockingIOError:
-                    self._keep_alive.rest(peer, drained=True)  # it has nothing after all
+                    self._keep_alive.rest(peer)  # it has nothing after all
                     continue
             except OSError:
                 data = b""

@@ -4,10 +4,8 @@ No thread waits for them: they rest in one epoll, and the thread at the door tak
 send something. So a kept connection costs a descriptor and some memory, however long it rests, and
 one thread serves the quick calls of all of them in turn, without a change of threads.
 
-A connection is watched from its first rest to its end, and the kernel tells once of each time that
-something comes (EPOLLET). So putting one to rest costs no system call. What is told of a connection
-that does not rest just then, as a thread serves it, is noted for its next rest. Who takes it out of
-those at rest has it, and nobody else.
+A connection is in one pair of hands at a time. It is watched for one event (EPOLLONESHOT) each time
+that it is put to rest, and belongs to whoever is told of that event.
 """
 
 import contextlib
@@ -19,7 +17,7 @@ from cpanbridge.workers.peer import Peer
 
 MOST_AT_ONCE = 16  # taken up in one go, before somebody looks who waits elsewhere
 
-_EVENTS = select.EPOLLIN | select.EPOLLET
+_ONCE = select.EPOLLIN | select.EPOLLONESHOT
 
 
 class KeepAlive:
@@ -29,40 +27,33 @@ class KeepAlive:
         self._epoll = select.epoll()
         self._ready = brief.ReadySet(self._epoll, MOST_AT_ONCE)
         self._resting: dict[int, Peer] = {}
-        self._told: set[int] = set()  # of these, while they did not rest
         self.awake: deque[Peer] = deque()  # told of, and not taken up yet
         self.descriptor = self._epoll.fileno()
 
-    def rest(self, peer: Peer, *, drained: bool) -> None:
+    def rest(self, peer: Peer) -> None:
         """Put a connection to rest; from then on it is of whoever takes it out of `awake`.
 
-        `drained` says that the last read has left nothing: the kernel told of that before, and does
-        not tell again. Called in the thread that has served it. Raises OSError when there is no
-        memory for it; it is the caller's still.
+        Called in the thread that has served it. Raises OSError when there is no memory for it; it
+        is the caller's still.
         """
         descriptor = peer.socket.fileno()
         self._resting[descriptor] = peer
-        # Looked at after it rests, as `look` looks once more after it has noted something.
-        if peer.rested and drained and descriptor not in self._told:
-            return
-        self._told.discard(descriptor)
         try:
             if peer.rested:
-                brief.rearm(self.descriptor, descriptor, _EVENTS)  # tells of what is there already
+                brief.rearm(self.descriptor, descriptor, _ONCE)
             else:
                 peer.rested = True
                 self._begin(descriptor)
         except OSError:
-            if self._resting.pop(descriptor, None) is None:
-                return  # it is somebody else's already
             peer.rested = False
+            self._resting.pop(descriptor, None)
             raise
 
     def _begin(self, descriptor: int) -> None:
         try:
-            self._epoll.register(descriptor, _EVENTS)
+            self._epoll.register(descriptor, _ONCE)
         except FileExistsError:  # another process has it too, and it was here before
-            self._epoll.modify(descriptor, _EVENTS)
+            self._epoll.modify(descriptor, _ONCE)
 
     def look(self) -> None:
         """See which have sent something, or have ended: they rest no longer, and are `awake`.
@@ -71,9 +62,6 @@ class KeepAlive:
         """
         for descriptor in self._ready.look():
             peer = self._resting.pop(descriptor, None)
-            if peer is None:
-                self._told.add(descriptor)
-                peer = self._resting.pop(descriptor, None)  # put to rest just now
             if peer is not None:
                 self.awake.append(peer)
 
@@ -92,6 +80,5 @@ class KeepAlive:
         """A connection goes to another process: watch it no longer. Before it is closed here."""
         if peer.rested:
             peer.rested = False
-            self._told.discard(peer.socket.fileno())
             with contextlib.suppress(OSError):
                 self._epoll.unregister(peer.socket.fileno())
