@@ -18,6 +18,7 @@ _MAX_LINKS = 40  # as many as the kernel follows
 CONTROL = ".ctl"  # after the first path: the control socket's
 # Bytes: sun_path holds 108 with the end mark (unix(7)), and the control socket's name is longer.
 _MAX_PATH = 107 - len(CONTROL)
+_SO_PASSRIGHTS = 83  # asm-generic/socket.h; the socket module does not have it yet
 _FIRST_LENT = 3  # sd_listen_fds(3)
 _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
@@ -87,6 +88,7 @@ def _lent(descriptor: int) -> Listener:
     if not isinstance(path, str) or not path.startswith("/"):
         raise ListenError(f"LISTEN_FDS: descriptor {descriptor} has no path")
     lent.setblocking(False)
+    _take_no_descriptors(lent)
     return Listener(path, lent, (0, 0), lent=True)
 
 
@@ -168,6 +170,16 @@ def _check_owner(path: str, place: str, owner: int, trusted: Collection[int]) ->
         )
 
 
+def _take_no_descriptors(listening: socket.socket) -> None:
+    """Refuse what clients would pass along by SCM_RIGHTS, where the kernel can.
+
+    Nobody wants it, and a socket with SO_LINGER that is passed and closed by the sender would hold
+    up whoever reads the message.
+    """
+    with contextlib.suppress(OSError):  # ENOPROTOOPT before Linux 6.16
+        listening.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
 def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> Listener:
     """Bind and listen. `stale` has the paths whose socket is known to be a dead daemon's.
 
@@ -187,6 +199,7 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
         os.chmod(path, mode)
         listening.listen(_BACKLOG)
         listening.setblocking(False)
+        _take_no_descriptors(listening)
         return Listener(path, listening, _inode(path))
     except OSError as error:
         listening.close()

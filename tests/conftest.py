@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def halt(pid: int) -> None:
-    """Stop a worker once it has nothing to do. It does nothing, and holds nothing, from then on."""
+    """Stop a worker once it has nothing to do; it does nothing from then on."""
     until(lambda: _thread_states(pid) == {"S"})
     os.kill(pid, signal.SIGSTOP)
     # One thread is told and stops the others when it gets the processor; until then they go on.

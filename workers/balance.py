@@ -12,6 +12,9 @@ more it has, until nobody keeps two more than anybody else has. Where one is not
 `TAKE_SECONDS`, because a module keeps the other worker's interpreter lock, its call runs here after
 all, and for `REST_SECONDS` nobody is passed on.
 
+One at a time is on its way, so that a worker that takes nothing holds up one and no more. None is
+passed on where `threads` is set: all of them may be busy there, and here when it comes back.
+
 That costs as much as several calls, so only a connection that has rested is passed on: with its
 first request, nobody knows whether there will be another one. And of its own clients a worker
 counts those that are kept, of another one's all: calls on connections of their own come and go, and
@@ -20,10 +23,11 @@ would have kept ones go to and fro.
 Called by the threads that serve clients.
 """
 
+import math
 import random
 
 from cpanbridge.supervisor.owners import Owner
-from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.shared import ORDER_NONE, Shared, Slot
 from cpanbridge.workers.outgoing import Outgoing
 
 LOOK_SECONDS = 0.01  # between two that are passed on, divided by how many there are too many
@@ -35,31 +39,44 @@ _MORE = 2
 class Balance:
     """One worker's part in it. Times are CLOCK_MONOTONIC seconds."""
 
-    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing) -> None:
+    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing, threads: int) -> None:
+        """`threads` is the setting: 0 where there are as many as the calls need."""
         self._shared = shared
+        self._number = slot
+        self._slot = shared.slots[slot]
         self._outgoing = outgoing
         # Not the modules' own numbers: who calls random.seed must get what that promises. And any
         # of those with fewer, not the one with fewest, to which all others would give theirs.
         self._random = random.Random(slot)
-        self.next_look = 0.0  # when it is worth while to ask for a better place
+        # When it is worth while to ask for a better place.
+        self.next_look = math.inf if threads else 0.0
 
     def better_place(self, now: float, kept: int) -> Owner | None:
         """The worker that a connection is to be passed on to, if any; `kept` is how many there are.
 
         Called at `next_look` or later.
         """
-        kept -= self._outgoing.count
+        if self._outgoing.count:
+            return None
         others = [
             (slot.connections, number)
             for number, slot in enumerate(self._shared.used_slots)
-            if slot.serves
+            if number != self._number and self._takes(slot)
         ]
         fewest, _ = min(others, default=(kept, 0))
         surplus = max(1, kept - fewest - _MORE + 1)
-        self.next_look = now + LOOK_SECONDS / surplus
+        self.next_look = max(self.next_look, now + LOOK_SECONDS / surplus)
         fewer = [number for has, number in others if has <= kept - _MORE]
         return self._shared.owner(self._random.choice(fewer)) if fewer else None
 
+    def _takes(self, slot: Slot) -> bool:
+        """Whether a worker is one of this generation that is not to leave.
+
+        One that was told to leave may not have got to see that yet, and its modules may be others.
+        """
+        of_ours = slot.generation == self._slot.generation
+        return bool(slot.serves and of_ours and slot.order == ORDER_NONE)
+
     def was_not_taken(self, now: float) -> None:
         """A connection has come back."""
-        self.next_look = now + REST_SECONDS
+        self.next_look = max(self.next_look, now + REST_SECONDS)

@@ -4,8 +4,10 @@ Python gives it up around each system call. Where a module's function computes i
 is gone for a whole turn of `SWITCH_SECONDS` then, and a quick call, with five system calls or more,
 would wait for as many turns. Those that never wait have no need to give it up.
 
-Nothing here may be called for a descriptor or a length that could make it wait. Errors are those of
-the `socket` module: BlockingIOError when there is nothing yet, else OSError by its number.
+Nothing here may be called for a descriptor or a length that could make it wait. (Before Linux 6.16
+a client can make `receive` and `close` wait: it passes a socket along that lingers, see
+supervisor/listener.py.) Errors are those of the `socket` module: BlockingIOError when there is
+nothing yet, else OSError by its number.
 """
 
 import ctypes

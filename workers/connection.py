@@ -27,6 +27,7 @@ from cpanbridge.workers.affinity import Affinity, HandedOver
 from cpanbridge.workers.balance import TAKE_SECONDS, Balance
 from cpanbridge.workers.calls import Call, Calls, Draining
 from cpanbridge.workers.door import Arrival
+from cpanbridge.workers.handover import MOST_INLINE
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import NO_MORE_REQUESTS, Refusal
@@ -126,9 +127,10 @@ class Connections:
             peers = self._framed | self._one_shot
         now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
         for peer in peers:
-            quiet_since = peer.quiet_since  # read once: it may send something just now
-            if quiet_since and now - quiet_since > limit:
-                peer.dismiss(stale=True)
+            with self._reading_lock:
+                quiet_since = peer.quiet_since  # read once: it may send something just now
+                if quiet_since and now - quiet_since > limit and peer.journey is None:
+                    peer.dismiss(stale=True)
 
     def dismiss_idle(self) -> float:
         """Close those that have rested for `idle_timeout`; in how many seconds to look again.
@@ -142,9 +144,11 @@ class Connections:
                 resting = [each for each in self._framed if each.idle and not each.dismissed]
             for peer in resting:
                 ends = peer.quiet_since / 1e9 + limit
-                if ends <= now and peer.idle:
-                    peer.dismiss()
-                elif peer.idle:
+                with self._reading_lock:
+                    is_due = ends <= now and peer.idle and peer.journey is None
+                    if is_due:
+                        peer.dismiss()
+                if not is_due and peer.idle:
                     self._next_idle = min(self._next_idle, ends)
         return self._next_idle - now
 
@@ -448,6 +452,8 @@ class Connections:
             return
         if not peer.rested or call.arrived < balance.next_look or self._leaving:
             return
+        if len(data()) > MOST_INLINE:
+            return  # where it is not taken, a copy would stay in memory until it is thrown away
         if peer.client is not None and self._affinity.sessions.is_live(peer.client):
             return
         owner = balance.better_place(call.arrived, self.kept)

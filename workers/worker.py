@@ -142,7 +142,8 @@ class Worker:
         keep_alive = KeepAlive()
         self._connections = Connections(
             *(self._limits, self._gate, calls, self._affinity, keep_alive),
-            *(Balance(place.shared, place.slot, self._affinity.outgoing), self._stops),
+            Balance(place.shared, place.slot, self._affinity.outgoing, place.settings.threads),
+            self._stops,
             lambda: self._crew.step_aside(),
         )
         self._turnstile = (

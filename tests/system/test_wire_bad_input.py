@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import selectors
 import socket
@@ -527,3 +528,11 @@ def test_descriptors_do_not_leak(new_daemon: NewDaemon) -> None:
         misbehave()
     until(lambda: psutil.Process(pid).num_fds() <= before + 1)
     assert os.path.exists(daemon.path)
+
+
+def test_descriptors_that_a_client_passes_along_are_refused(daemon: Daemon) -> None:
+    if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (6, 16):
+        pytest.skip("this kernel cannot refuse them")
+    with connect(daemon.path) as client, pytest.raises(PermissionError):
+        socket.send_fds(client, [b"{"], [client.fileno()])
+    assert daemon.call("test", "ping")["message"] == "pong"

@@ -1,5 +1,6 @@
 """A worker with more connections than another one passes some on, one at a time."""
 
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.owners import Owner
-from cpanbridge.supervisor.shared import Shared
+from cpanbridge.supervisor.shared import ORDER_RETIRE, Shared
 from cpanbridge.workers.balance import LOOK_SECONDS, REST_SECONDS, Balance
 
 NOW = 1000.0
@@ -28,7 +29,7 @@ class House:
             slot.serves = 1
         self.slots[0].opened = KEPT
         self.outgoing = SimpleNamespace(count=0)
-        self.balance = Balance(self.shared, 0, cast(Any, self.outgoing))
+        self.balance = Balance(self.shared, 0, cast(Any, self.outgoing), 0)
 
     def place(self, now: float = NOW) -> Owner | None:
         return self.balance.better_place(now, KEPT)
@@ -61,11 +62,33 @@ def test_who_does_not_serve_is_given_none(house: House) -> None:
     assert house.place() is None
 
 
-def test_those_on_their_way_are_not_given_twice(house: House) -> None:
-    house.outgoing.count = 8
-    assert house.place() is not None
-    house.outgoing.count = 9
+def test_while_one_is_on_its_way_no_other_is_given(house: House) -> None:
+    house.outgoing.count = 1
     assert house.place() is None
+    house.outgoing.count = 0
+    assert house.place() is not None
+
+
+def test_one_that_was_told_to_leave_is_given_none_before_it_knows(house: House) -> None:
+    for slot in OTHERS[1:]:
+        house.slots[slot].order = ORDER_RETIRE
+    assert {house.place() for _ in range(50)} == {house.shared.owner(1)}
+
+
+def test_one_of_another_generation_is_given_none(house: House) -> None:
+    for slot in OTHERS[1:]:
+        house.slots[slot].generation = 2
+    assert {house.place() for _ in range(50)} == {house.shared.owner(1)}
+
+
+def test_a_worker_with_few_clients_of_its_own_is_not_its_own_better_place(house: House) -> None:
+    house.slots[0].opened = 0
+    assert house.shared.owner(0) not in {house.place() for _ in range(200)}
+
+
+def test_where_threads_are_limited_nobody_is_given(house: House) -> None:
+    limited = Balance(house.shared, 0, cast(Any, house.outgoing), 3)
+    assert limited.next_look == math.inf
 
 
 @pytest.mark.parametrize(("has", "surplus"), [(0, 9), (7, 2), (8, 1), (9, 1), (20, 1)])
