@@ -52,7 +52,7 @@ class Balance:
         self.next_look = math.inf if threads else 0.0
 
     def better_place(self, now: float, kept: int) -> Owner | None:
-        """The worker that a connection is to be passed on to, if any; `kept` is how many there are.
+        """The worker that a connection is to be passed on to, if any; `kept` is how many are here.
 
         Called at `next_look` or later.
         """

@@ -452,9 +452,10 @@ class Connections:
             return
         if not peer.rested or call.arrived < balance.next_look or self._leaving:
             return
-        if len(data()) > MOST_INLINE:
+        request = data()
+        if len(request) > MOST_INLINE:
             return  # where it is not taken, a copy would stay in memory until it is thrown away
-        if peer.client is not None and self._affinity.sessions.is_live(peer.client):
+        if self._affinity.sessions.is_live(peer.client):
             return
         owner = balance.better_place(call.arrived, self.kept)
         if owner is None:
@@ -462,7 +463,7 @@ class Connections:
         with self._reading_lock:
             if self._leaving or peer.dismissed:
                 return
-            self._affinity.goes_on(call, peer, data(), owner, TAKE_SECONDS)
+            self._affinity.goes_on(call, peer, request, owner, TAKE_SECONDS)
         self._affinity.send(peer)
 
     def _not_run(self) -> bytes:

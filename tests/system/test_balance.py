@@ -34,12 +34,17 @@ def where(clients: Sequence[Framed]) -> list[int]:
     return [reply["result"] for reply in replies if reply is not None and reply["success"]]
 
 
-def spread(daemon: Daemon, clients: Sequence[Framed]) -> bool:
-    """Whether every worker has its part of them, but for one."""
-    pids = where(clients)
-    assert len(pids) == len(clients)
+def is_even(daemon: Daemon, pids: Sequence[int]) -> bool:
+    """Whether every worker has its part of the clients that have come to these."""
     numbers = [Counter(pids)[pid] for pid in daemon.workers()]
     return max(numbers) - min(numbers) <= 2
+
+
+def spread(daemon: Daemon, clients: Sequence[Framed]) -> bool:
+    """Whether the clients are spread, once all have made a call more."""
+    pids = where(clients)
+    assert len(pids) == len(clients)
+    return is_even(daemon, pids)
 
 
 def test_those_that_come_all_at_once_are_spread(new_daemon: NewDaemon) -> None:
@@ -73,23 +78,31 @@ def test_one_whose_state_is_here_stays(new_daemon: NewDaemon) -> None:
         assert all(where([keeper]) == [home] for _ in range(200))
 
 
-def test_what_is_under_way_goes_along(new_daemon: NewDaemon) -> None:
-    """Requests sent ahead, and large ones, are answered in their order, wherever they run."""
+def test_what_was_sent_ahead_goes_along(new_daemon: NewDaemon) -> None:
+    """Nothing but such batches moves the clients. Of half of them one is large, and may stay."""
     daemon = new_daemon(UNLIMITED.format(1)).run()
     with crowd(daemon, 20) as clients:
         where(clients)
         os.kill(daemon.pid, signal.SIGTTIN)
         until(lambda: len(daemon.workers()) == 2)
-        sent = [{"number": number, "text": "x" * (number % 3 * 20_000)} for number in range(12)]
-        turns = 0
-        while not spread(daemon, clients) or not turns:
-            turns += 1
-            for client in clients:
-                for each in sent:
+        small = [{"number": number} for number in range(12)]
+        large = [*small[:6], {"text": "x" * 20_000}, *small[6:]]
+
+        def is_even_after_a_batch_each() -> bool:
+            pids = []
+            for number, client in enumerate(clients):
+                for each in large if number % 2 else small:
                     client.send("probe", "echo", each)
-            for client in clients:
-                replies = [client.receive() for _ in sent]
+                client.send("probe", "worker_pid")
+            for number, client in enumerate(clients):
+                sent = large if number % 2 else small
+                *replies, last = [client.receive() for _ in range(len(sent) + 1)]
                 assert [reply and reply["result"] for reply in replies] == sent
+                assert last is not None
+                pids.append(last["result"])
+            return is_even(daemon, pids)
+
+        until(is_even_after_a_batch_each)
 
 
 def test_a_worker_that_does_nothing_keeps_nobody_from_being_served(new_daemon: NewDaemon) -> None:
