@@ -8,7 +8,8 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from typing import NamedTuple
+
+import msgspec
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Gate, Obstacle
@@ -24,7 +25,7 @@ from cpanbridge.workers.watch import AnsweredError, Running, Watch
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 
-class Call(NamedTuple):
+class Call(msgspec.Struct):
     """A request together with the function that it names."""
 
     request: Request
@@ -100,15 +101,18 @@ class Calls:
         message = protocol.whole_frame(data) if framed else data
         if message is None or len(message) > self._limits.max_request_size:
             return None
-        try:
-            request = protocol.decode_if_complete(message, self._limits)
-            return None if request is None else self._find(request, arrived)
-        except Refusal:
-            return None
+        return self._find_if_valid(message, arrived)
 
     def resolve(self, data: bytes) -> Call:
         """The call in a whole request's bytes. Raises Refusal."""
-        return self._find(protocol.decode(data, self._limits))
+        return self._find_if_valid(data, None) or self._find(protocol.decode(data, self._limits))
+
+    def _find_if_valid(self, data: bytes, arrived: float | None) -> Call | None:
+        try:
+            request = protocol.decode_if_complete(data, self._limits)
+            return None if request is None else self._find(request, arrived)
+        except Refusal:
+            return None
 
     def _find(self, request: Request, arrived: float | None = None) -> Call:
         return Call(request, self._registry.find(request), arrived or time.monotonic())

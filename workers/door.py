@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from socket import SocketType
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
+
+import msgspec
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
@@ -45,7 +47,7 @@ MOST_IN_A_ROW = 8
 C = TypeVar("C")
 
 
-class Arrival(NamedTuple, Generic[C]):
+class Arrival(msgspec.Struct, Generic[C]):
     """A client that was let in, and charged as a connection."""
 
     client: SocketType  # blocking

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import msgspec
+
 from cpanbridge.supervisor.config import Affinity
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
@@ -87,7 +89,7 @@ def owned_as(module: str, affinity: Affinity) -> int | None:
     return int.from_bytes(digest, "little") >> 1 or 1
 
 
-class Outcome(NamedTuple):
+class Outcome(msgspec.Struct):
     """A function's return value, or the exception that ended it."""
 
     result: Any

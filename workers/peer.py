@@ -13,6 +13,8 @@ import time
 from socket import SocketType
 from typing import NamedTuple
 
+import msgspec
+
 from cpanbridge.supervisor.owners import Client
 from cpanbridge.workers import brief
 from cpanbridge.workers.journey import Journey
@@ -40,43 +42,24 @@ def credentials(connection: SocketType) -> Credentials:
     return Credentials(*_UCRED.unpack(told))
 
 
-class Peer:
+class Peer(msgspec.Struct, eq=False):
     """The other end of a connection. Every method raises OSError when the client has left."""
 
-    __slots__ = (
-        "_receive_limit",
-        "client",
-        "dismissed",
-        "entry",
-        "framed",
-        "given_up",
-        "idle",
-        "journey",
-        "lent",
-        "quiet_since",
-        "rested",
-        "socket",
-        "stale",
-        "taken_over",
-        "was_dismissed",
-    )
-
-    def __init__(self, client: SocketType, entry: int) -> None:
-        self.socket = client
-        self.entry = entry  # in the worker's roster
-        self.dismissed = False  # no further request of it is taken up
-        self.stale = False  # because it was silent for too long
-        self.quiet_since = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
-        self.framed = False  # it sends frames; known once it has sent something
-        self.idle = False  # it rests, until it sends something
-        self.rested = False  # `KeepAlive` knows it
-        self.given_up = False  # its room was given back, though a thread still has it
-        self.client: Client | None = None  # who it is, once somebody needs to know
-        self.taken_over = False  # from another worker
-        self.was_dismissed = False  # perhaps, by a worker that had it before
-        self.lent = False  # another process may hold the socket as well
-        self.journey: Journey | None = None  # to another worker, which has not taken it
-        self._receive_limit = 0.0
+    socket: SocketType
+    entry: int  # in the worker's roster
+    dismissed: bool = False  # no further request of it is taken up
+    stale: bool = False  # because it was silent for too long
+    quiet_since: int = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
+    framed: bool = False  # it sends frames; known once it has sent something
+    idle: bool = False  # it rests, until it sends something
+    rested: bool = False  # `KeepAlive` knows it
+    given_up: bool = False  # its room was given back, though a thread still has it
+    client: Client | None = None  # who it is, once somebody needs to know
+    taken_over: bool = False  # from another worker
+    was_dismissed: bool = False  # perhaps, by a worker that had it before
+    lent: bool = False  # another process may hold the socket as well
+    journey: Journey | None = None  # to another worker, which has not taken it
+    _receive_limit: float = 0.0
 
     @property
     def may_be_dismissed(self) -> bool:

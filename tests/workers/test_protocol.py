@@ -102,7 +102,6 @@ def test_an_unknown_field_is_named(field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((field, wrong) for field in ("module", "function") for wrong in NO_NAMES),
         *(
             ("module", name)
             for name in ("", "1a", "_a", "a-b", "a.b", "a b", "a\n", "\u00e4", "a/")
@@ -110,6 +109,21 @@ def test_an_unknown_field_is_named(field: str) -> None:
         *(("function", name) for name in ("", "__import__", "a.b", "a\x00", "f()", "a\n")),
         ("module", "m" * 51),
         ("function", "f" * 101),
+    ],
+)
+def test_a_name_that_cannot_be_one_is_told(field: str, value: str) -> None:
+    fields = {"module": "m", "function": "f"} | {field: value}
+    with pytest.raises(Refusal, match=rf"^Invalid request: .*`\$\.{field}`$"):
+        decode(**fields)
+    # The other way of decoding leaves it to be looked up, and not to be found.
+    found = protocol.decode_if_complete(json.dumps(fields).encode(), DEFAULTS)
+    assert found == Request(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, wrong) for field in ("module", "function") for wrong in NO_NAMES),
         *((field, wrong) for field in ("timestamp", "timeout") for wrong in NO_NUMBERS),
         ("timeout", 0),
         ("timeout", -1),
