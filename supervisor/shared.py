@@ -183,6 +183,11 @@ class Slot(ctypes.Structure):
     )
 
     @property
+    def is_staying(self) -> bool:
+        """Whether its worker serves, and was not told to leave, which it may not know yet."""
+        return bool(self.serves and self.order == ORDER_NONE)
+
+    @property
     def connections(self) -> int:
         """Connections open now. Never too low for a reader that holds the gate's lock."""
         closed: int = self.closed

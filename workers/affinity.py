@@ -157,7 +157,7 @@ class Affinity:
         return _Answer(self._owner_for_module(owned_as), known=False)
 
     def _owner_for_client(self) -> Owner:
-        if self._slots[self._me.slot].serves:
+        if self._slots[self._me.slot].is_staying:
             return self._me
         return self._least(lambda owner: int(self._slots[owner.slot].sessions)) or self._me
 
@@ -182,12 +182,12 @@ class Affinity:
         return chosen
 
     def _least(self, burden: Callable[[Owner], int]) -> Owner | None:
-        serving = [
+        staying = [
             self._shared.owner(number)
             for number, slot in enumerate(self._shared.used_slots)
-            if slot.serves
+            if slot.is_staying
         ]
-        return min(serving, key=burden, default=None)
+        return min(staying, key=burden, default=None)
 
     # -- when it is this worker --
 
@@ -320,7 +320,7 @@ class Affinity:
         now = time.monotonic()
         if now - self._complained >= COMPLAIN_SECONDS:
             self._complained = now
-            LOGGER.error("Cannot hand clients over, they wait: %s", error.strerror)
+            LOGGER.error("Cannot hand clients over for now: %s", error.strerror)
 
 
 def _pause(stop: int) -> None:

@@ -25,9 +25,10 @@ Called by the threads that serve clients.
 
 import math
 import random
+import threading
 
 from cpanbridge.supervisor.owners import Owner
-from cpanbridge.supervisor.shared import ORDER_NONE, Shared, Slot
+from cpanbridge.supervisor.shared import Shared, Slot
 from cpanbridge.workers.outgoing import Outgoing
 
 LOOK_SECONDS = 0.01  # between two that are passed on, divided by how many there are too many
@@ -48,16 +49,21 @@ class Balance:
         # Not the modules' own numbers: who calls random.seed must get what that promises. And any
         # of those with fewer, not the one with fewest, to which all others would give theirs.
         self._random = random.Random(slot)
+        self._lock = threading.Lock()
         # When it is worth while to ask for a better place.
         self.next_look = math.inf if threads else 0.0
 
     def better_place(self, now: float, kept: int) -> Owner | None:
         """The worker that a connection is to be passed on to, if any; `kept` is how many are here.
 
-        Called at `next_look` or later.
+        Called at `next_look` or later. Of two threads at once one is given none.
         """
-        if self._outgoing.count:
-            return None
+        with self._lock:
+            if now < self.next_look or self._outgoing.count:
+                return None
+            return self._better_place(now, kept)
+
+    def _better_place(self, now: float, kept: int) -> Owner | None:
         others = [
             (slot.connections, number)
             for number, slot in enumerate(self._shared.used_slots)
@@ -70,13 +76,10 @@ class Balance:
         return self._shared.owner(self._random.choice(fewer)) if fewer else None
 
     def _takes(self, slot: Slot) -> bool:
-        """Whether a worker is one of this generation that is not to leave.
-
-        One that was told to leave may not have got to see that yet, and its modules may be others.
-        """
-        of_ours = slot.generation == self._slot.generation
-        return bool(slot.serves and of_ours and slot.order == ORDER_NONE)
+        """Whether a worker is one of this generation, whose modules are the same."""
+        return slot.is_staying and bool(slot.generation == self._slot.generation)
 
     def was_not_taken(self, now: float) -> None:
         """A connection has come back."""
-        self.next_look = max(self.next_look, now + REST_SECONDS)
+        with self._lock:
+            self.next_look = max(self.next_look, now + REST_SECONDS)

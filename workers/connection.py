@@ -11,12 +11,9 @@ for `idle_timeout`. Room for a request is given back before the reply is sent, s
 holds nothing but its own connection.
 """
 
-import contextlib
 import logging
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Limits
@@ -26,6 +23,7 @@ from cpanbridge.workers import protocol
 from cpanbridge.workers.affinity import Affinity, HandedOver
 from cpanbridge.workers.balance import TAKE_SECONDS, Balance
 from cpanbridge.workers.calls import Call, Calls, Draining
+from cpanbridge.workers.dismissal import Dismissal
 from cpanbridge.workers.door import Arrival
 from cpanbridge.workers.handover import MOST_INLINE
 from cpanbridge.workers.keepalive import KeepAlive
@@ -50,8 +48,8 @@ class Stops(NamedTuple):
 class Connections:
     """What all connections of a worker need, and the life of each. Called from its threads.
 
-    `keep_alive` has those at rest, `balance` spreads those that are kept over the workers.
-    `step_aside` is called before a thread waits for something.
+    `dismissal` sends them away, `keep_alive` has those at rest, `balance` spreads those that are
+    kept over the workers. `step_aside` is called before a thread waits for something.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class Connections:
         gate: Gate,
         calls: Calls,
         affinity: Affinity,
+        dismissal: Dismissal,
         keep_alive: KeepAlive,
         balance: Balance,
         stops: Stops,
@@ -69,88 +68,13 @@ class Connections:
         self._gate = gate
         self._calls = calls
         self._affinity = affinity
+        self._dismissal = dismissal
         self._keep_alive = keep_alive
         self._balance = balance
         self._stops = stops
         self._step_aside = step_aside
         self._roster = calls.roster
         self._reader = Reader(limits, calls.roster, step_aside)
-        self._leaving = False
-        self._stopping = False
-        self._daemon_ends = False
-        self._framed: set[Peer] = set()
-        self._one_shot: set[Peer] = set()  # those whose thread may wait for the client
-        self._reading_lock = threading.Lock()
-        self._next_idle = 0.0  # when one may have rested for long enough, CLOCK_MONOTONIC
-        # Readable when the last framed connection of a worker that leaves has ended.
-        self.none_kept = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    @property
-    def kept(self) -> int:
-        """How many connections are kept by their clients, at rest or not."""
-        return len(self._framed)
-
-    def leave(self) -> None:
-        """Kept connections end after what they run; one-shot clients are served to their end.
-
-        For a worker whose place another one takes. A connection stays as long as its client has a
-        session here. Called in the main thread, before `stops.door` is written, and when sessions
-        have ended.
-        """
-        with self._reading_lock:
-            self._leaving = True
-            for peer in self._framed:
-                # One that is on its way is another worker's by now, or comes back.
-                if peer.journey is None and not self._stays(peer):
-                    peer.dismiss()
-
-    def stop(self, *, daemon_ends: bool) -> None:
-        """No connection takes up a further request.
-
-        For a daemon that ends, or a worker whose time to leave is over. Called in the main thread,
-        before `stops.all` is written.
-        """
-        with self._reading_lock:
-            self._leaving = self._stopping = True
-            self._daemon_ends = daemon_ends
-            for peer in self._framed | self._one_shot:
-                if peer.journey is None:
-                    peer.dismiss()
-
-    def _stays(self, peer: Peer) -> bool:
-        """Whether a kept connection goes on in a worker that leaves."""
-        return not self._stopping and self._affinity.sessions.is_live(peer.client)
-
-    def dismiss_stale(self) -> None:
-        """Close the connections whose clients have been silent for `stale_timeout`, now."""
-        with self._reading_lock:
-            peers = self._framed | self._one_shot
-        now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
-        for peer in peers:
-            with self._reading_lock:
-                quiet_since = peer.quiet_since  # read once: it may send something just now
-                if quiet_since and now - quiet_since > limit and peer.journey is None:
-                    peer.dismiss(stale=True)
-
-    def dismiss_idle(self) -> float:
-        """Close those that have rested for `idle_timeout`; in how many seconds to look again.
-
-        Called in the main thread, then or sooner: it costs little when it is not time yet.
-        """
-        now, limit = time.monotonic(), self._limits.idle_timeout
-        if now >= self._next_idle:
-            self._next_idle = now + limit  # no other can be due before that
-            with self._reading_lock:
-                resting = [each for each in self._framed if each.idle and not each.dismissed]
-            for peer in resting:
-                ends = peer.quiet_since / 1e9 + limit
-                with self._reading_lock:
-                    is_due = ends <= now and peer.idle and peer.journey is None
-                    if is_due:
-                        peer.dismiss()
-                if not is_due and peer.idle:
-                    self._next_idle = min(self._next_idle, ends)
-        return self._next_idle - now
 
     def is_quick(self, arrival: Arrival[Call]) -> bool:
         """Whether a client is likely to be served before another thread could be woken."""
@@ -271,7 +195,7 @@ class Connections:
         self._roster.leave(peer.entry)
         try:
             if peer.framed:
-                self._keep_no_longer(peer)
+                self._dismissal.keep_no_longer(peer)
             peer.close()
         except OSError:
             LOGGER.exception("A module has closed a client's socket")
@@ -294,7 +218,7 @@ class Connections:
         deadline = self._read_deadline()
         if not peer.wait(self._reader.patience(deadline), self._stops.all):
             return False
-        if self._stopping:
+        if self._dismissal.stopping:
             self._say_shutting_down(peer)
             return False
         data = peer.receive(self._limits.read_timeout)
@@ -304,12 +228,12 @@ class Connections:
         if not data:
             return False
         if protocol.is_framed(data):
-            self._keep(peer)
+            self._dismissal.keep(peer)
             return self._serve_framed(peer, data, call, deadline)
         if call is not None:
             self._answer_one_shot(peer, call, data)
         else:
-            with self._dismissible(peer):
+            with self._dismissal.waiting_for(peer):
                 self._serve_slow_one_shot(peer, data, deadline)
         return False
 
@@ -367,7 +291,7 @@ class Connections:
                     continue
                 reply = self._reply_to(peer, data, at, end, call)
                 self._send(peer, protocol.to_frame(reply))
-                if self._leaving and not self._stays(peer):
+                if self._dismissal.leaving and not self._dismissal.stays(peer):
                     raise Draining
                 if end == len(data):
                     return self._rest(peer)
@@ -387,7 +311,7 @@ class Connections:
         try:
             if call is None:
                 call = self._calls.resolve(data[at + protocol.FRAME_HEADER.size : end])
-            stop = self._stops.all if self._stays(peer) else self._stops.door
+            stop = self._stops.all if self._dismissal.stays(peer) else self._stops.door
             return self._run(peer, call, lambda: data[at:], stop)
         except Refusal as refusal:
             return self._calls.refuse(refusal, peer)
@@ -403,21 +327,6 @@ class Connections:
             LOGGER.error("A connection cannot be kept: %s", error.strerror)
             raise Draining from None
         return True  # it may be in another thread's hands by now
-
-    def _keep(self, peer: Peer) -> None:
-        """From now on, until it is closed, the connection is kept."""
-        with self._reading_lock:
-            peer.framed = True
-            self._framed.add(peer)
-            # One that was handed over has its call here; whether it stays is seen after that.
-            if self._stopping or (self._leaving and not peer.taken_over):
-                peer.dismiss()
-
-    def _keep_no_longer(self, peer: Peer) -> None:
-        with self._reading_lock:
-            self._framed.discard(peer)
-            if self._leaving and not self._framed:
-                os.eventfd_write(self.none_kept, 1)
 
     # -- both --
 
@@ -450,37 +359,24 @@ class Connections:
             self._affinity.stays(peer)
             balance.was_not_taken(time.monotonic())
             return
-        if not peer.rested or call.arrived < balance.next_look or self._leaving:
+        if not peer.rested or call.arrived < balance.next_look or self._dismissal.leaving:
             return
         request = data()
         if len(request) > MOST_INLINE:
             return  # where it is not taken, a copy would stay in memory until it is thrown away
         if self._affinity.sessions.is_live(peer.client):
             return
-        owner = balance.better_place(call.arrived, self.kept)
+        owner = balance.better_place(call.arrived, self._dismissal.kept)
         if owner is None:
             return
-        with self._reading_lock:
-            if self._leaving or peer.dismissed:
+        with self._dismissal.held_off(peer) as may_go:
+            if not may_go:
                 return
             self._affinity.goes_on(call, peer, request, owner, TAKE_SECONDS)
         self._affinity.send(peer)
 
     def _not_run(self) -> bytes:
-        return self._calls.not_run(daemon_ends=self._daemon_ends)
-
-    @contextlib.contextmanager
-    def _dismissible(self, peer: Peer) -> Iterator[None]:
-        """While a thread may wait for this one-shot client, it can be dismissed."""
-        with self._reading_lock:
-            self._one_shot.add(peer)
-            if self._stopping:
-                peer.dismiss()
-        try:
-            yield
-        finally:
-            with self._reading_lock:
-                self._one_shot.discard(peer)
+        return self._calls.not_run(daemon_ends=self._dismissal.daemon_ends)
 
     def _send(self, peer: Peer, reply: bytes) -> None:
         peer.send(reply, self._limits.read_timeout)

@@ -276,7 +276,7 @@ class Door(Generic[C]):
         try:
             found = self._incoming.next()
         except OSError as error:
-            self._complain(error)
+            self._complain("Cannot take clients over from other workers for now: %s", error)
             return None
         if found is None:
             return None
@@ -328,15 +328,15 @@ class Door(Generic[C]):
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._complain(error)
+            self._complain("Cannot accept clients, they wait: %s", error)
             return _Nobody.FOR_NOW
         return _Nobody.OUTSIDE
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, message: str, error: OSError) -> None:
         now = time.monotonic()
         if now - self._complained >= _COMPLAIN_EVERY:
             self._complained = now
-            LOGGER.error("Cannot accept clients, they wait: %s", error.strerror)
+            LOGGER.error(message, error.strerror)
 
 
 def _accept(listener: socket.socket) -> SocketType:

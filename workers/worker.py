@@ -38,6 +38,7 @@ from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
+from cpanbridge.workers.dismissal import Dismissal
 from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.keepalive import KeepAlive
@@ -140,8 +141,11 @@ class Worker:
             lambda peer: self._connections.let_go(peer),
         )
         keep_alive = KeepAlive()
+        self._dismissal = Dismissal(
+            self._limits, lambda peer: self._affinity.sessions.is_live(peer.client)
+        )
         self._connections = Connections(
-            *(self._limits, self._gate, calls, self._affinity, keep_alive),
+            *(self._limits, self._gate, calls, self._affinity, self._dismissal, keep_alive),
             Balance(place.shared, place.slot, self._affinity.outgoing, place.settings.threads),
             self._stops,
             lambda: self._crew.step_aside(),
@@ -193,7 +197,7 @@ class Worker:
         selector.register(self._bell, selectors.EVENT_READ)
         selector.register(self._attention, selectors.EVENT_READ)
         selector.register(self._affinity.sessions.none_left, selectors.EVENT_READ)
-        selector.register(self._connections.none_kept, selectors.EVENT_READ)
+        selector.register(self._dismissal.none_kept, selectors.EVENT_READ)
         self._show_title()
         while not self._has_finished():
             ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
@@ -208,8 +212,8 @@ class Worker:
                 self._look_for_cleanup()
             if self._affinity.sessions.none_left in ready:
                 os.eventfd_read(self._affinity.sessions.none_left)
-            if self._connections.none_kept in ready:
-                os.eventfd_read(self._connections.none_kept)
+            if self._dismissal.none_kept in ready:
+                os.eventfd_read(self._dismissal.none_kept)
             if self._place.opening in ready:
                 selector.unregister(self._place.opening)
                 self._crew.start()
@@ -257,7 +261,7 @@ class Worker:
             self._slot.serves = 0
             self._door.shut()
             self._affinity.sessions.let_go()
-            self._connections.leave()  # before anybody is woken, who would not know why
+            self._dismissal.leave()  # before anybody is woken, who would not know why
             self._gate.leave()
             os.eventfd_write(self._stops.door, 1)
 
@@ -273,8 +277,8 @@ class Worker:
         if not self._retiring:
             return False
         if not self._affinity.sessions.live and not self._affinity.outgoing.count:
-            self._connections.leave()
-            if not self._connections.kept:
+            self._dismissal.leave()
+            if not self._dismissal.kept:
                 self._close_door()
         if self._door.is_shut or self._crew.door_is_left:
             self._slot.shut = 1
@@ -289,7 +293,7 @@ class Worker:
             return False
         self._close_door()
         # What still waits for room is told that it is not run.
-        self._connections.stop(daemon_ends=False)
+        self._dismissal.stop(daemon_ends=False)
         os.eventfd_write(self._stops.all, 1)
         if not self._crew.wait_until_idle(LAST_WORDS_SECONDS):
             self._say_what_is_cut()
@@ -310,7 +314,7 @@ class Worker:
             self._crew.look_after_door(),
             self._watch.look() or math.inf,
             self._affinity.outgoing.look_after(),
-            self._connections.dismiss_idle(),
+            self._dismissal.dismiss_idle(),
         )
         if self._crew.door_is_left:
             self._connections.answer_for_the_door()
@@ -326,11 +330,11 @@ class Worker:
         """The daemon ends: finish what runs, and tell everybody else so."""
         self._leave_by = leave_by
         self._close_door()
-        self._connections.stop(daemon_ends=True)
+        self._dismissal.stop(daemon_ends=True)
         os.eventfd_write(self._stops.door, 1)
         os.eventfd_write(self._stops.all, 1)
         door_is_left = self._crew.wait_until_door_is_left(leave_by - time.monotonic())
-        self._connections.end_all_at_rest()
+        self._end_what_waits()
         if door_is_left and not self._place.lent:
             while (arrival := self._door.take_leftover(leave_by)) is not None:
                 self._connections.turn_away(arrival)
@@ -350,7 +354,7 @@ class Worker:
         asked = self._place.shared.header.cleanups
         if asked != self._cleanups:
             self._cleanups = asked
-            self._connections.dismiss_stale()
+            self._dismissal.dismiss_stale()
 
     def _ask_to_be_retired(self, plea: int) -> None:
         slot = self._place.shared.slots[self._place.slot]

@@ -415,6 +415,26 @@ def test_a_client_on_its_way_is_told_in_time_while_its_senders_threads_are_busy(
         assert other.end()["result"] != owner
 
 
+def test_a_client_on_its_way_is_told_of_a_stop_at_once(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon, "threads = 1", workers=2)
+    with clients(daemon, 3) as (busy, other, late):
+        owner = busy.call("m", "where")
+        busy.begin("m", "where_after", [8])
+        until(lambda: daemon.metrics()["gate"]["running"] == 2)
+        late.begin("m", "where")
+        until(lambda: [c["status"] for c in connections(daemon)].count("waiting") == 1)
+        other.begin("n", "where_after", [8])  # now both workers have something to finish
+        until(
+            lambda: json.loads(daemon.command("metrics", "--json").stdout)["gate"]["running"] == 2
+        )
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert late.end()["error_type"] == "ShuttingDown"
+        assert not busy.has_replied()
+        assert not other.has_replied()
+        assert busy.end()["result"] == owner
+        assert other.end()["result"] != owner
+
+
 def test_a_client_whose_sender_has_died_is_not_kept_by_an_owner_without_threads(
     new_daemon: NewDaemon,
 ) -> None:

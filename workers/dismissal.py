@@ -1,0 +1,147 @@
+"""Whom a worker sends away, and when: clients that are silent for too long, and all when it leaves.
+
+A client that is dismissed may not send anything further (Peer.dismiss): a thread that waits for it
+wakes, and who is at rest is taken up by the door, to be told. One that is on its way to another
+worker is not touched: it is that one's by now, or comes back and is told then.
+
+A worker leaves because another one takes its place, and then kept connections stay as long as their
+client has a session here; or because the daemon ends, or its own time is over, and then nothing
+further is taken up of anybody.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.workers.peer import Peer
+
+
+class Dismissal:
+    """Who is connected to one worker, as far as somebody may have to be sent away.
+
+    `has_session` tells whether a client has a session here. Called from all threads, but for what
+    says otherwise.
+    """
+
+    def __init__(self, limits: Limits, has_session: Callable[[Peer], bool]) -> None:
+        self._limits = limits
+        self._has_session = has_session
+        self.leaving = False
+        self.stopping = False
+        self.daemon_ends = False
+        self._framed: set[Peer] = set()
+        self._one_shot: set[Peer] = set()  # those whose thread may wait for the client
+        self._lock = threading.Lock()
+        self._next_idle = 0.0  # when one may have rested for long enough, CLOCK_MONOTONIC
+        # Readable when the last framed connection of a worker that leaves has ended.
+        self.none_kept = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    # -- who is there --
+
+    @property
+    def kept(self) -> int:
+        """How many connections are kept by their clients, at rest or not."""
+        return len(self._framed)
+
+    def keep(self, peer: Peer) -> None:
+        """From now on, until `keep_no_longer`, the connection is kept by its client."""
+        with self._lock:
+            peer.framed = True
+            self._framed.add(peer)
+            # One that was handed over has its call here; whether it stays is seen after that.
+            if self.stopping or (self.leaving and not peer.taken_over):
+                peer.dismiss()
+
+    def keep_no_longer(self, peer: Peer) -> None:
+        """It ends, or goes to another worker."""
+        with self._lock:
+            self._framed.discard(peer)
+            if self.leaving and not self._framed:
+                os.eventfd_write(self.none_kept, 1)
+
+    @contextlib.contextmanager
+    def waiting_for(self, peer: Peer) -> Iterator[None]:
+        """While a thread may wait for this one-shot client, it can be dismissed."""
+        with self._lock:
+            self._one_shot.add(peer)
+            if self.stopping:
+                peer.dismiss()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._one_shot.discard(peer)
+
+    @contextlib.contextmanager
+    def held_off(self, peer: Peer) -> Iterator[bool]:
+        """Nobody is dismissed during this; whether `peer` was not, and the worker does not leave.
+
+        For whoever sends it on its way to another worker.
+        """
+        with self._lock:
+            yield not (self.leaving or peer.dismissed)
+
+    def stays(self, peer: Peer) -> bool:
+        """Whether a kept connection goes on in a worker that leaves."""
+        return not self.stopping and self._has_session(peer)
+
+    # -- sending them away; called in the main thread --
+
+    def leave(self) -> None:
+        """Kept connections end after what they run; one-shot clients are served to their end.
+
+        For a worker whose place another one takes. Called before `Stops.door` is written, and when
+        sessions have ended.
+        """
+        with self._lock:
+            self.leaving = True
+            for peer in self._framed:
+                if peer.journey is None and not self.stays(peer):
+                    peer.dismiss()
+
+    def stop(self, *, daemon_ends: bool) -> None:
+        """No connection takes up a further request.
+
+        For a daemon that ends, or a worker whose time to leave is over. Called before `Stops.all`
+        is written.
+        """
+        with self._lock:
+            self.leaving = self.stopping = True
+            self.daemon_ends = daemon_ends
+            for peer in self._framed | self._one_shot:
+                if peer.journey is None:
+                    peer.dismiss()
+
+    def dismiss_stale(self) -> None:
+        """Those whose clients have been silent for `stale_timeout`, now."""
+        with self._lock:
+            peers = self._framed | self._one_shot
+        now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
+        for peer in peers:
+            with self._lock:
+                quiet_since = peer.quiet_since  # read once: it may send something just now
+                if quiet_since and now - quiet_since > limit and peer.journey is None:
+                    peer.dismiss(stale=True)
+
+    def dismiss_idle(self) -> float:
+        """Those that have rested for `idle_timeout`; returns in how many seconds to look again.
+
+        Called then or sooner: it costs little when it is not time yet.
+        """
+        now, limit = time.monotonic(), self._limits.idle_timeout
+        if now >= self._next_idle:
+            self._next_idle = now + limit  # no other can be due before that
+            with self._lock:
+                resting = [each for each in self._framed if each.idle and not each.dismissed]
+            for peer in resting:
+                ends = peer.quiet_since / 1e9 + limit
+                with self._lock:
+                    is_due = ends <= now and peer.idle and peer.journey is None
+                    if is_due:
+                        peer.dismiss()
+                if not is_due and peer.idle:
+                    self._next_idle = min(self._next_idle, ends)
+        return self._next_idle - now
