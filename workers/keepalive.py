@@ -1,4 +1,5 @@
-"""Connections that their clients keep, between two requests.
+"""Connections at rest: those that their clients keep, between two requests, and new ones that have
+sent nothing yet.
 
 No thread waits for them: they rest in one epoll, and the thread at the door takes up those that
 send something. So a kept connection costs a descriptor and some memory, however long it rests, and
