@@ -61,7 +61,7 @@ class Peer(msgspec.Struct, eq=False):
     was_dismissed: bool = False  # perhaps, by a worker that had it before
     lent: bool = False  # another process may hold the socket as well
     journey: Journey | None = None  # to another worker, which has not taken it
-    _receive_limit: float = 0.0
+    _receive_limit: float | None = None  # seconds; None: the kernel was told none yet
 
     @property
     def may_be_dismissed(self) -> bool:
