@@ -24,7 +24,7 @@ _MOST = ctypes.c_size_t(MOST)
 _RECEIVE_FLAGS = socket.MSG_DONTWAIT
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _GONE = select.POLLHUP | select.POLLERR
-_EPOLL_CTL_MOD = 3
+_EPOLL_CTL_ADD, _EPOLL_CTL_DEL = 1, 2
 
 # struct epoll_event of epoll_wait(2): the events, and 64 bits of data, of which `select.epoll`
 # writes the descriptor only. There is no padding between them on x86-64 (EPOLL_PACKED).
@@ -109,10 +109,16 @@ def has_hung_up(descriptor: int) -> bool:
     return _poll(ctypes.byref(polled), 1, 0) == 1 and bool(polled.revents & _GONE)
 
 
-def rearm(epoll: int, descriptor: int, events: int) -> None:
-    """As `select.epoll.modify`."""
-    event = _EVENT.pack(events, descriptor)
-    if _epoll_ctl(epoll, _EPOLL_CTL_MOD, descriptor, event) < 0:
+def watch(epoll: int, descriptor: int) -> None:
+    """As `select.epoll.register` for EPOLLIN."""
+    event = _EVENT.pack(select.EPOLLIN, descriptor)
+    if _epoll_ctl(epoll, _EPOLL_CTL_ADD, descriptor, event) < 0:
+        raise _error()
+
+
+def unwatch(epoll: int, descriptor: int) -> None:
+    """As `select.epoll.unregister`."""
+    if _epoll_ctl(epoll, _EPOLL_CTL_DEL, descriptor, None) < 0:
         raise _error()
 
 

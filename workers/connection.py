@@ -199,15 +199,15 @@ class Connections:
     def let_go(self, peer: Peer) -> None:
         """Another worker has taken the client: end what this one has of it."""
         peer.lent = False  # the connection goes on
-        self._keep_alive.forget(peer)
         self.close(peer)
 
     def close(self, peer: Peer) -> None:
         """End a connection."""
         self._roster.leave(peer.entry)
         try:
-            if peer.framed or peer.idle:
+            if peer.framed or peer.idle or peer.rested:
                 self._dismissal.forget(peer)
+                self._keep_alive.forget(peer)
             peer.close()
         except OSError:
             LOGGER.exception("A module has closed a client's socket")

@@ -5,8 +5,9 @@ No thread waits for them: they rest in one epoll, and the thread at the door tak
 send something. So a kept connection costs a descriptor and some memory, however long it rests, and
 one thread serves the quick calls of all of them in turn, without a change of threads.
 
-A connection is in one pair of hands at a time. It is watched for one event (EPOLLONESHOT) each time
-that it is put to rest, and belongs to whoever is told of that event.
+A connection is in one pair of hands at a time: it belongs to whoever takes it out of those that
+rest. The epoll goes on watching it, which spares a system call for each request. One that has
+something while a thread has it is watched no longer, until it is put to rest again.
 """
 
 import contextlib
@@ -18,8 +19,6 @@ from cpanbridge.workers.peer import Peer
 
 MOST_AT_ONCE = 16  # taken up in one go, before somebody looks who waits elsewhere
 
-_ONCE = select.EPOLLIN | select.EPOLLONESHOT
-
 
 class KeepAlive:
     """A worker's connections at rest. `descriptor` is readable when one of them has something."""
@@ -28,6 +27,7 @@ class KeepAlive:
         self._epoll = select.epoll()
         self._ready = brief.ReadySet(self._epoll, MOST_AT_ONCE)
         self._resting: dict[int, Peer] = {}
+        self._unwatched: set[int] = set()  # in the hands of a thread, and have something
         self.awake: deque[Peer] = deque()  # told of, and not taken up yet
         self.descriptor = self._epoll.fileno()
 
@@ -39,22 +39,25 @@ class KeepAlive:
         """
         descriptor = peer.socket.fileno()
         self._resting[descriptor] = peer
+        if peer.rested and descriptor not in self._unwatched:
+            return
+        peer.rested = True
         try:
-            if peer.rested:
-                brief.rearm(self.descriptor, descriptor, _ONCE)
-            else:
-                peer.rested = True
-                self._begin(descriptor)
+            self._watch(descriptor)
         except OSError:
             peer.rested = False
             self._resting.pop(descriptor, None)
             raise
 
-    def _begin(self, descriptor: int) -> None:
+    def _watch(self, descriptor: int) -> None:
+        self._unwatched.discard(descriptor)
         try:
-            self._epoll.register(descriptor, _ONCE)
-        except FileExistsError:  # another process has it too, and it was here before
-            self._epoll.modify(descriptor, _ONCE)
+            brief.watch(self.descriptor, descriptor)
+        except FileExistsError:
+            pass  # `_leave_alone` is about to come, and looks again after that
+        except OSError:
+            self._unwatched.add(descriptor)
+            raise
 
     def look(self) -> None:
         """See which have sent something, or have ended: they rest no longer, and are `awake`.
@@ -65,6 +68,20 @@ class KeepAlive:
             peer = self._resting.pop(descriptor, None)
             if peer is not None:
                 self.awake.append(peer)
+            else:
+                self._leave_alone(descriptor)
+
+    def _leave_alone(self, descriptor: int) -> None:
+        """A thread has it, so there is no use in being told of it again and again."""
+        self._unwatched.add(descriptor)
+        with contextlib.suppress(OSError):  # it is closed by now
+            brief.unwatch(self.descriptor, descriptor)
+        # It may have been put to rest just now, by a thread that took it to be watched.
+        if descriptor in self._resting:
+            try:
+                self._watch(descriptor)
+            except OSError:
+                self.awake.append(self._resting.pop(descriptor))
 
     def wake_any(self) -> Peer | None:
         """One that rests, whether it has sent something or not; None when there is none.
@@ -78,8 +95,12 @@ class KeepAlive:
         return None
 
     def forget(self, peer: Peer) -> None:
-        """A connection goes to another process: watch it no longer. Before it is closed here."""
+        """Watch a connection no longer that is closed here, or goes to another process.
+
+        Before its descriptor is closed: as long as another process has the connection as well, the
+        kernel would go on telling of it, and nothing could be done about that any more.
+        """
         if peer.rested:
             peer.rested = False
             with contextlib.suppress(OSError):
-                self._epoll.unregister(peer.socket.fileno())
+                brief.unwatch(self.descriptor, peer.socket.fileno())

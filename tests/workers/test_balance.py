@@ -31,8 +31,9 @@ class House:
         self.outgoing = SimpleNamespace(count=0)
         self.balance = Balance(self.shared, 0, cast(Any, self.outgoing), 0)
 
-    def place(self, now: float = NOW) -> Owner | None:
-        return self.balance.better_place(now, KEPT)
+    def place(self) -> Owner | None:
+        """As soon as it is worth while to ask."""
+        return self.balance.better_place(max(NOW, self.balance.next_look), KEPT)
 
 
 @pytest.fixture
@@ -67,6 +68,11 @@ def test_while_one_is_on_its_way_no_other_is_given(house: House) -> None:
     assert house.place() is None
     house.outgoing.count = 0
     assert house.place() is not None
+
+
+def test_of_two_threads_that_ask_at_once_one_is_given_none(house: House) -> None:
+    assert house.balance.better_place(NOW, KEPT) is not None
+    assert house.balance.better_place(NOW, KEPT) is None
 
 
 def test_one_that_was_told_to_leave_is_given_none_before_it_knows(house: House) -> None:

@@ -114,7 +114,8 @@ def test_no_descriptor_is_an_error_with_its_number() -> None:
         lambda: brief.accept(-1),
         lambda: brief.close(-1),
         lambda: brief.unread(-1),
-        lambda: brief.rearm(-1, 0, select.EPOLLIN),
+        lambda: brief.watch(-1, 0),
+        lambda: brief.unwatch(-1, 0),
     )
     for attempt in attempts:
         with pytest.raises(OSError, match="Bad file descriptor") as caught:
@@ -122,7 +123,7 @@ def test_no_descriptor_is_an_error_with_its_number() -> None:
         assert caught.value.errno == errno.EBADF
 
 
-def test_tells_which_are_ready_and_rearms_them() -> None:
+def test_tells_which_of_those_that_it_watches_are_ready() -> None:
     with contextlib.ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(5)]
         for each in pairs:
@@ -130,18 +131,21 @@ def test_tells_which_are_ready_and_rearms_them() -> None:
             stack.enter_context(each[1])
         epoll = stack.enter_context(select.epoll())
         ready = brief.ReadySet(epoll, most=3)
-        once = select.EPOLLIN | select.EPOLLONESHOT
         for ours, _ in pairs:
-            epoll.register(ours, once)
+            brief.watch(epoll.fileno(), ours.fileno())
         assert ready.look() == []
         for _, theirs in pairs:
             theirs.send(b"x")
         first, second = ready.look(), ready.look()
-        assert (len(first), len(second)) == (3, 2)
-        assert sorted(first + second) == sorted(ours.fileno() for ours, _ in pairs)
-        assert ready.look() == []
-        brief.rearm(epoll.fileno(), pairs[2][0].fileno(), once)
-        assert ready.look() == [pairs[2][0].fileno()]
+        assert (len(first), len(second)) == (3, 3)
+        assert set(first) | set(second) == {ours.fileno() for ours, _ in pairs}
+        for ours, _ in pairs[1:]:
+            brief.unwatch(epoll.fileno(), ours.fileno())
+        assert ready.look() == [pairs[0][0].fileno()]
+        with pytest.raises(FileExistsError):
+            brief.watch(epoll.fileno(), pairs[0][0].fileno())
+        with pytest.raises(FileNotFoundError):
+            brief.unwatch(epoll.fileno(), pairs[1][0].fileno())
 
 
 def test_no_other_thread_gets_the_interpreter_meanwhile(
