@@ -2,8 +2,8 @@
 
 A one-shot client sends one request and is answered and closed; a framed one keeps its connection
 for many. Which it is, the first byte tells. One thread at a time serves a connection, in blocking
-code: a one-shot client's from its first byte to its close, a framed client's for as long as it has
-requests. Before and after that it rests (keepalive.py), and no thread waits for it.
+code: a one-shot client's from its arrival to its close, a framed client's for as long as it has
+requests. Then it rests (keepalive.py), and no thread waits for it.
 
 The rules for a peer that is slow or gone: a request must be complete in time, see reading.py; a
 reply must find a reader that takes some of it every `read_timeout`; a framed connection may rest
@@ -11,7 +11,6 @@ for `idle_timeout`. Room for a request is given back before the reply is sent, s
 holds nothing but its own connection.
 """
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -81,8 +80,7 @@ class Connections:
         """Whether a client is likely to be served before another thread could be woken."""
         peer = arrival.peer
         if arrival.call is None:
-            # Nothing has come of it yet, and it is only put to rest; or a kept one has ended.
-            return arrival.data is None or (peer is not None and not arrival.data)
+            return peer is not None and not arrival.data  # a kept one has ended
         if peer is not None and peer.journey is not None:
             return False  # its owner may not be there any more: that takes a while to see to
         target = arrival.call.target
@@ -97,9 +95,9 @@ class Connections:
             if peer.framed and peer.journey is None:
                 rests = self._resume(peer, arrival)
             elif arrival.data is None:
-                rests = self._expect(peer)
+                rests = self._serve_when_it_sends(peer)
             else:
-                rests = self._serve_first(peer, arrival.data, arrival.call)
+                rests = self._serve_first(peer, arrival.data, arrival.call, self._read_deadline())
         except HandedOver:
             return  # it is closed when it was taken, or it comes back
         except OSError:
@@ -163,7 +161,8 @@ class Connections:
         """
         assert peer.journey is not None
         peer.lent = True
-        peer.say_last(self._not_taken_up(peer.journey.passenger.data))
+        framed = protocol.is_framed(peer.journey.passenger.data)
+        peer.say_last(NO_MORE_REQUESTS if framed else protocol.to_ascii(self._not_run()))
         self.close(peer)
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
@@ -177,23 +176,12 @@ class Connections:
             self.close(peer)
 
     def end_all_at_rest(self) -> None:
-        """The same for connections at rest, when nobody is at the door who would take them up.
+        """The same for kept connections, when nobody is at the door who would take them up.
 
-        Called in the main thread, which waits for no client to read, and for those of which nothing
-        was heard yet for `LEFTOVER_SECONDS` in all.
+        Called in the main thread, which waits for no client to read.
         """
-        unheard = []
         while (peer := self._keep_alive.wake_any()) is not None:
-            if peer.framed:
-                peer.say_last(NO_MORE_REQUESTS)
-                self.close(peer)
-            else:
-                unheard.append(peer)
-        until = time.monotonic() + LEFTOVER_SECONDS
-        for peer in unheard:
-            with contextlib.suppress(OSError):
-                if first := peer.receive(max(0.0, until - time.monotonic())):
-                    peer.say_last(self._not_taken_up(first))
+            peer.say_last(NO_MORE_REQUESTS)
             self.close(peer)
 
     def let_go(self, peer: Peer) -> None:
@@ -205,8 +193,8 @@ class Connections:
         """End a connection."""
         self._roster.leave(peer.entry)
         try:
-            if peer.framed or peer.idle or peer.rested:
-                self._dismissal.forget(peer)
+            if peer.framed:
+                self._dismissal.keep_no_longer(peer)
                 self._keep_alive.forget(peer)
             peer.close()
         except OSError:
@@ -217,28 +205,26 @@ class Connections:
 
     def _say_shutting_down(self, peer: Peer) -> None:
         """Answer a client of which nothing was read yet, in the form that it speaks."""
-        if first := peer.receive(LEFTOVER_SECONDS):
-            self._send(peer, self._not_taken_up(first))
+        first = peer.receive(LEFTOVER_SECONDS)
+        if first and protocol.is_framed(first):
+            self._send(peer, NO_MORE_REQUESTS)
+        elif first:
+            self._send(peer, protocol.to_ascii(self._not_run()))
         peer.linger(LEFTOVER_SECONDS)
-
-    def _not_taken_up(self, first: bytes) -> bytes:
-        """What a client whose first bytes these are is told, in its form."""
-        if protocol.is_framed(first):
-            return NO_MORE_REQUESTS
-        return protocol.to_ascii(self._not_run())
 
     # -- what it has sent first; each returns whether the connection rests now --
 
-    def _expect(self, peer: Peer) -> bool:
-        """Nothing has come of it yet. It rests, so that no thread waits for it."""
-        self._dismissal.expect(peer, self._read_deadline())
-        return self._put_to_rest(peer)
+    def _serve_when_it_sends(self, peer: Peer) -> bool:
+        deadline = self._read_deadline()
+        if not peer.wait(self._reader.patience(deadline), self._stops.all):
+            return False
+        if self._dismissal.stopping:
+            self._say_shutting_down(peer)
+            return False
+        data = peer.receive(self._limits.read_timeout)
+        return self._serve_first(peer, data, None, deadline)
 
-    def _serve_first(self, peer: Peer, data: bytes, call: Call | None) -> bool:
-        deadline = peer.deadline or self._read_deadline()
-        if peer.idle:
-            self._dismissal.heard(peer)
-            self._roster.heard(peer.entry, time.monotonic_ns())
+    def _serve_first(self, peer: Peer, data: bytes, call: Call | None, deadline: float) -> bool:
         if not data:
             return False
         if protocol.is_framed(data):
@@ -334,21 +320,15 @@ class Connections:
         """Wait for the next request. Raises Draining when that cannot be."""
         self._roster.is_doing(peer.entry, IDLE)
         peer.quiet_since = time.monotonic_ns()
-        peer.idle = peer.lasting = True
-        if not self._put_to_rest(peer):
-            raise Draining
-        return True
-
-    # -- both --
-
-    def _put_to_rest(self, peer: Peer) -> bool:
-        """Whether it rests now; it may be in another thread's hands by then."""
+        peer.idle = True
         try:
             self._keep_alive.rest(peer)
         except OSError as error:
             LOGGER.error("A connection cannot be kept: %s", error.strerror)
-            return False
-        return True
+            raise Draining from None
+        return True  # it may be in another thread's hands by now
+
+    # -- both --
 
     def _run(self, peer: Peer, call: Call, data: Callable[[], bytes], stop: int) -> bytes:
         """Admit a request and run it, where its state is; the reply.
@@ -379,7 +359,7 @@ class Connections:
             self._affinity.stays(peer)
             balance.was_not_taken(time.monotonic())
             return
-        if not peer.lasting or call.arrived < balance.next_look or self._dismissal.leaving:
+        if not peer.rested or call.arrived < balance.next_look or self._dismissal.leaving:
             return
         request = data()
         if len(request) > MOST_INLINE:

@@ -32,13 +32,12 @@ class Dismissal:
         self.leaving = False
         self.stopping = False
         self.daemon_ends = False
-        self._unheard: set[Peer] = set()  # at rest, and nothing has come of them yet
         self._framed: set[Peer] = set()
         self._one_shot: set[Peer] = set()  # those whose thread may wait for the client
         self._lock = threading.Lock()
-        self._next_look = 0.0  # when one may have rested for too long, CLOCK_MONOTONIC
-        # Readable when a worker that leaves has become `empty`.
-        self.none_left = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._next_idle = 0.0  # when one may have rested for long enough, CLOCK_MONOTONIC
+        # Readable when the last framed connection of a worker that leaves has ended.
+        self.none_kept = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     # -- who is there --
 
@@ -47,29 +46,8 @@ class Dismissal:
         """How many connections are kept by their clients, at rest or not."""
         return len(self._framed)
 
-    @property
-    def empty(self) -> bool:
-        """Whether nobody is there of whom another request may come, or the first one."""
-        return not (self._framed or self._unheard)
-
-    def expect(self, peer: Peer, deadline: float) -> None:
-        """It has sent nothing yet, and rests until it does; it must have by the deadline."""
-        with self._lock:
-            peer.deadline = deadline
-            peer.quiet_since = time.monotonic_ns()
-            peer.idle = True
-            self._unheard.add(peer)
-
-    def heard(self, peer: Peer) -> None:
-        """It has sent something, or its end."""
-        with self._lock:
-            peer.idle = False
-            peer.quiet_since = 0
-            self._unheard.discard(peer)
-            self._tell_if_empty()
-
     def keep(self, peer: Peer) -> None:
-        """From now on the connection is kept by its client."""
+        """From now on, until `keep_no_longer`, the connection is kept by its client."""
         with self._lock:
             peer.framed = True
             self._framed.add(peer)
@@ -77,16 +55,12 @@ class Dismissal:
             if self.stopping or (self.leaving and not peer.taken_over):
                 peer.dismiss()
 
-    def forget(self, peer: Peer) -> None:
+    def keep_no_longer(self, peer: Peer) -> None:
         """It ends, or goes to another worker."""
         with self._lock:
-            self._unheard.discard(peer)
             self._framed.discard(peer)
-            self._tell_if_empty()
-
-    def _tell_if_empty(self) -> None:
-        if self.leaving and self.empty:
-            os.eventfd_write(self.none_left, 1)
+            if self.leaving and not self._framed:
+                os.eventfd_write(self.none_kept, 1)
 
     @contextlib.contextmanager
     def waiting_for(self, peer: Peer) -> Iterator[None]:
@@ -132,7 +106,7 @@ class Dismissal:
         """No connection takes up a further request.
 
         For a daemon that ends, or a worker whose time to leave is over. Called before `Stops.all`
-        is written. Those of which nothing was heard yet are left: they may be sending just now.
+        is written.
         """
         with self._lock:
             self.leaving = self.stopping = True
@@ -144,7 +118,7 @@ class Dismissal:
     def dismiss_stale(self) -> None:
         """Those whose clients have been silent for `stale_timeout`, now."""
         with self._lock:
-            peers = self._unheard | self._framed | self._one_shot
+            peers = self._framed | self._one_shot
         now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
         for peer in peers:
             with self._lock:
@@ -152,31 +126,22 @@ class Dismissal:
                 if quiet_since and now - quiet_since > limit and peer.journey is None:
                     peer.dismiss(stale=True)
 
-    def dismiss_silent(self) -> float:
-        """Those that have rested for too long; returns in how many seconds to look again.
+    def dismiss_idle(self) -> float:
+        """Those that have rested for `idle_timeout`; returns in how many seconds to look again.
 
         Called then or sooner: it costs little when it is not time yet.
         """
-        now, limits = time.monotonic(), self._limits
-        if now >= self._next_look:
-            # No other can be due before that.
-            soonest = min(limits.idle_timeout, limits.stale_timeout, limits.read_timeout)
-            self._next_look = now + soonest
+        now, limit = time.monotonic(), self._limits.idle_timeout
+        if now >= self._next_idle:
+            self._next_idle = now + limit  # no other can be due before that
             with self._lock:
-                resting = [each for each in self._unheard | self._framed if each.idle]
+                resting = [each for each in self._framed if each.idle and not each.dismissed]
             for peer in resting:
-                ends = self._ends(peer)
+                ends = peer.quiet_since / 1e9 + limit
                 with self._lock:
                     is_due = ends <= now and peer.idle and peer.journey is None
-                    if is_due and not peer.dismissed:
+                    if is_due:
                         peer.dismiss()
                 if not is_due and peer.idle:
-                    self._next_look = min(self._next_look, ends)
-        return self._next_look - now
-
-    def _ends(self, peer: Peer) -> float:
-        """When a client that rests has been silent for too long, CLOCK_MONOTONIC seconds."""
-        since = peer.quiet_since / 1e9
-        if peer.framed:
-            return since + self._limits.idle_timeout
-        return min(since + self._limits.stale_timeout, peer.deadline)
+                    self._next_idle = min(self._next_idle, ends)
+        return self._next_idle - now

@@ -142,8 +142,7 @@ class Door(Generic[C]):
                 found = self._let_in()
                 if isinstance(found, Arrival):
                     self._turns_outside -= 1
-                    # Of many that come before they send, those let in earlier may have by now.
-                    if self._turns_outside <= 0 or found.data is None:
+                    if self._turns_outside <= 0:
                         self._turns_outside = MOST_IN_A_ROW
                         self._turns_inside = 1
                     return found

@@ -1,5 +1,4 @@
-"""Connections at rest: those that their clients keep, between two requests, and new ones that have
-sent nothing yet.
+"""Connections that their clients keep, between two requests.
 
 No thread waits for them: they rest in one epoll, and the thread at the door takes up those that
 send something. So a kept connection costs a descriptor and some memory, however long it rests, and

@@ -197,7 +197,7 @@ class Worker:
         selector.register(self._bell, selectors.EVENT_READ)
         selector.register(self._attention, selectors.EVENT_READ)
         selector.register(self._affinity.sessions.none_left, selectors.EVENT_READ)
-        selector.register(self._dismissal.none_left, selectors.EVENT_READ)
+        selector.register(self._dismissal.none_kept, selectors.EVENT_READ)
         self._show_title()
         while not self._has_finished():
             ready = {key.fileobj for key, _ in selector.select(self._until_next_look())}
@@ -212,8 +212,8 @@ class Worker:
                 self._look_for_cleanup()
             if self._affinity.sessions.none_left in ready:
                 os.eventfd_read(self._affinity.sessions.none_left)
-            if self._dismissal.none_left in ready:
-                os.eventfd_read(self._dismissal.none_left)
+            if self._dismissal.none_kept in ready:
+                os.eventfd_read(self._dismissal.none_kept)
             if self._place.opening in ready:
                 selector.unregister(self._place.opening)
                 self._crew.start()
@@ -278,7 +278,7 @@ class Worker:
             return False
         if not self._affinity.sessions.live and not self._affinity.outgoing.count:
             self._dismissal.leave()
-            if self._dismissal.empty:
+            if not self._dismissal.kept:
                 self._close_door()
         if self._door.is_shut or self._crew.door_is_left:
             self._slot.shut = 1
@@ -314,7 +314,7 @@ class Worker:
             self._crew.look_after_door(),
             self._watch.look() or math.inf,
             self._affinity.outgoing.look_after(),
-            self._dismissal.dismiss_silent(),
+            self._dismissal.dismiss_idle(),
         )
         if self._crew.door_is_left:
             self._connections.answer_for_the_door()

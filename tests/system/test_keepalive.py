@@ -1,12 +1,9 @@
-"""Connections at rest: no thread waits for them, and none is forgotten."""
+"""Connections that clients keep: no thread waits for them, and none is forgotten."""
 
 import fcntl
-import json
 import os
 import select
 import signal
-import socket
-import struct
 import sys
 import termios
 import time
@@ -15,12 +12,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Daemon, NewDaemon, halt
-from plain_client import Framed, connect, one_shot, read_to_end, request, until
+from conftest import Daemon, NewDaemon
+from plain_client import Framed, one_shot, until
 
 CLIENTS = 60  # more than are taken up in one go
-NO_MORE_REQUESTS = bytes(4)
-PING = json.dumps(request("test", "ping")).encode()
 
 Crowd = tuple[Daemon, list[Framed]]
 
@@ -99,50 +94,6 @@ def test_those_at_rest_are_told_when_their_worker_is_replaced(
     os.kill(daemon.pid, signal.SIGHUP)
     assert [client.receive() for client in framed] == [None] * CLIENTS
     until(lambda: not set(old) & set(daemon.workers()))
-
-
-@pytest.fixture
-def silent(new_daemon: NewDaemon) -> Iterator[tuple[Daemon, list[socket.socket]]]:
-    """A daemon with one worker of one thread, and many clients that have sent nothing yet."""
-    daemon = new_daemon(f"workers = 1\nthreads = 1\nlimits.max_connections = {CLIENTS + 5}").run()
-    with ExitStack() as stack:
-        clients = [stack.enter_context(connect(daemon.path)) for _ in range(CLIENTS)]
-        until(lambda: daemon.metrics()["gate"]["connections"] == CLIENTS + 1)
-        yield daemon, clients
-
-
-def test_those_that_have_sent_nothing_yet_take_no_threads_and_keep_nobody_out(
-    silent: tuple[Daemon, list[socket.socket]],
-) -> None:
-    daemon, clients = silent
-    assert threads(daemon) <= 3
-    statuses = daemon.call("system", "connections")["connections"]
-    assert [each["status"] for each in statuses].count("reading") == CLIENTS
-    for client in clients:
-        client.sendall(PING)
-    for client in clients:
-        assert json.loads(read_to_end(client))["success"]
-
-
-def test_those_that_send_first_when_the_daemon_stops_are_served_or_told(
-    silent: tuple[Daemon, list[socket.socket]],
-) -> None:
-    daemon, clients = silent
-    (worker,) = daemon.workers()
-    halt(worker)
-    one_shots, framed, rest = clients[:20], clients[20:40], clients[40:]
-    for client in one_shots:
-        client.sendall(PING)
-    for client in framed:
-        client.sendall(struct.pack(">I", len(PING)) + PING)
-    os.kill(daemon.pid, signal.SIGTERM)
-    os.kill(worker, signal.SIGCONT)
-    replies = [json.loads(read_to_end(client)) for client in one_shots]
-    assert {reply.get("error_type") for reply in replies} <= {None, "ShuttingDown"}
-    for client in framed:
-        assert read_to_end(client).endswith(NO_MORE_REQUESTS)
-    for client in rest:
-        assert read_to_end(client) == b""
 
 
 def unread(client: Framed) -> int:
