@@ -182,12 +182,12 @@ class Affinity:
         return chosen
 
     def _least(self, burden: Callable[[Owner], int]) -> Owner | None:
-        staying = [
-            self._shared.owner(number)
-            for number, slot in enumerate(self._shared.used_slots)
-            if slot.is_staying
-        ]
-        return min(staying, key=burden, default=None)
+        slots = list(enumerate(self._shared.used_slots))
+        serving = [number for number, slot in slots if slot.serves]
+        # None does when a reload has just told the old ones to leave, and the new ones are about to
+        # say that they serve.
+        staying = [number for number, slot in slots if slot.is_staying]
+        return min(map(self._shared.owner, staying or serving), key=burden, default=None)
 
     # -- when it is this worker --
 

@@ -104,7 +104,7 @@ class Calls:
         return self._find_if_valid(message, arrived)
 
     def resolve(self, data: bytes) -> Call:
-        """The call in a whole request's bytes. Raises Refusal."""
+        """The call in a whole request's bytes. Raises Refusal, for which it is decoded anew."""
         return self._find_if_valid(data, None) or self._find(protocol.decode(data, self._limits))
 
     def _find_if_valid(self, data: bytes, arrived: float | None) -> Call | None:

@@ -137,11 +137,12 @@ class Dismissal:
             with self._lock:
                 resting = [each for each in self._framed if each.idle and not each.dismissed]
             for peer in resting:
-                ends = peer.quiet_since / 1e9 + limit
                 with self._lock:
-                    is_due = ends <= now and peer.idle and peer.journey is None
+                    quiet_since = peer.quiet_since  # read once: it may send something just now
+                    ends = quiet_since / 1e9 + limit
+                    is_due = ends <= now and quiet_since and peer.idle and peer.journey is None
                     if is_due:
                         peer.dismiss()
-                if not is_due and peer.idle:
+                if quiet_since and not is_due:
                     self._next_idle = min(self._next_idle, ends)
         return self._next_idle - now

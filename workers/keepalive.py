@@ -44,9 +44,10 @@ class KeepAlive:
         try:
             self._watch(descriptor)
         except OSError:
-            peer.rested = False
-            self._resting.pop(descriptor, None)
-            raise
+            if self._resting.pop(descriptor, None) is not None:
+                peer.rested = False
+                raise
+            # `wake_any` has given it to somebody already, who may have closed it.
 
     def _watch(self, descriptor: int) -> None:
         self._unwatched.discard(descriptor)
@@ -64,11 +65,15 @@ class KeepAlive:
         Called by the thread at the door.
         """
         for descriptor in self._ready.look():
-            peer = self._resting.pop(descriptor, None)
-            if peer is not None:
-                self.awake.append(peer)
-            else:
+            if not self._wake(descriptor):
                 self._leave_alone(descriptor)
+
+    def _wake(self, descriptor: int) -> bool:
+        """Whether it has rested."""
+        peer = self._resting.pop(descriptor, None)
+        if peer is not None:
+            self.awake.append(peer)
+        return peer is not None
 
     def _leave_alone(self, descriptor: int) -> None:
         """A thread has it, so there is no use in being told of it again and again."""
@@ -80,7 +85,7 @@ class KeepAlive:
             try:
                 self._watch(descriptor)
             except OSError:
-                self.awake.append(self._resting.pop(descriptor))
+                self._wake(descriptor)
 
     def wake_any(self) -> Peer | None:
         """One that rests, whether it has sent something or not; None when there is none.

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from cpanbridge.supervisor.config import (
+    MAX_FUNCTION_NAME,
     MAX_MODULE_NAME,
     NAME_PATTERN,
     Functions,
@@ -191,7 +192,9 @@ def _public_functions(module: ModuleType) -> Iterable[tuple[str, Callable[..., A
     """
     declared = set(getattr(module, "__all__", ()))
     for name, value in vars(module).items():
-        if not re.match(NAME_PATTERN, name) or name in ("cleanup_stale_resources", "shutdown"):
+        if not re.match(NAME_PATTERN, name) or len(name) > MAX_FUNCTION_NAME:
+            continue  # no request can name it
+        if name in ("cleanup_stale_resources", "shutdown"):
             continue
         if not inspect.isroutine(value) or inspect.iscoroutinefunction(value):
             continue

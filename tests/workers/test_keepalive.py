@@ -131,6 +131,18 @@ def test_without_memory_it_is_the_callers_still(
     assert looked(keep_alive) == [pair.peer]
 
 
+def test_one_that_somebody_ends_while_it_is_put_to_rest_is_theirs(
+    keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_it_before(_epoll: int, _descriptor: int) -> None:
+        assert keep_alive.wake_any() is pair.peer
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(brief, "watch", end_it_before)
+    keep_alive.rest(pair.peer)
+    assert keep_alive.wake_any() is None
+
+
 def test_one_that_cannot_be_watched_again_is_awake(
     keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,11 @@ def test_star_exposes_the_public_functions_that_a_module_defines(tmp_path: Path)
     assert registry.functions_of("helper") == ["a_lambda", "cached", "plain", "wrapped"]
 
 
+def test_star_leaves_out_what_no_request_may_name(tmp_path: Path) -> None:
+    text = f"def {'f' * 100}(): pass\ndef {'g' * 101}(): pass\n"
+    assert expose(tmp_path, helper=text).functions_of("helper") == ["f" * 100]
+
+
 def test_all_adds_what_a_module_imported_but_no_underscore(tmp_path: Path) -> None:
     text = HELPER + '__all__ = ["join", "exported", "_private", "OrderedDict", "no_such"]\n'
     names = expose(tmp_path, helper=text).functions_of("helper")
