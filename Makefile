@@ -27,8 +27,10 @@ types: $(VENV)/.installed-test $(TYPING)
 	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml .
 	cd examples/modules && ../../$(BIN)/mypy --config-file ../../pyproject.toml .
 
+# Compiled once: the tests start hundreds of daemons, also where PYTHONDONTWRITEBYTECODE is set.
 pytest: $(VENV)/.installed-test
-	$(BIN)/pytest -n 4 --dist worksteal
+	$(BIN)/python -m compileall -q supervisor workers
+	$(BIN)/pytest -n 6 --dist worksteal
 
 perl-test: $(VENV)/.installed
 	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l t

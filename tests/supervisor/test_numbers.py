@@ -11,10 +11,19 @@ from cpanbridge.supervisor.histogram import SLICE_NS, SLICES
 from cpanbridge.supervisor.shared import Shared
 
 
+def counting() -> float:
+    """The seconds of processor time that Python takes to count to a million."""
+    began = time.thread_time()
+    for _ in range(1_000_000):
+        pass
+    return time.thread_time() - began
+
+
 def test_a_full_memory_is_told_in_less_than_a_step_of_the_loop_may_take() -> None:
     """Of 64 workers, each of which has called a thousand functions and has errors to show.
 
-    The time is what the processor spends on it, the best of some: others run here too.
+    The time is what the processor spends on it, the best of some: others run here too. The limit is
+    what it takes for counting to five million: a tenth of a second, or what that is here.
     """
     settings = Settings()
     shared = Shared.create(64, settings.limits)
@@ -42,4 +51,4 @@ def test_a_full_memory_is_told_in_less_than_a_step_of_the_loop_may_take() -> Non
 
     best = min(spent() for _ in range(10))
     os.close(shared.fd)
-    assert best < 0.05
+    assert best < 5 * min(counting() for _ in range(10))

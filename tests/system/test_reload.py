@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon, NewDaemon
-from hammer import Hammer
 from plain_client import Framed, connect, one_shot, until
 
 
@@ -364,28 +363,6 @@ def test_an_idle_framed_client_of_a_retiring_worker_is_told_to_go_elsewhere(
         reload(daemon)
         assert used.receive() is None
         assert begun.receive() is None
-
-
-def test_no_client_meets_an_error_through_ten_reloads_under_load(new_daemon: NewDaemon) -> None:
-    config = (
-        "limits.max_requests_per_minute = 0\nlimits.max_connections = 90\n"
-        "limits.max_concurrent_requests = 80"
-    )
-    daemon = new_daemon(f"workers = 2\n{config}").run()
-    hammer = Hammer(daemon.path, one_shots=16, framed=16)
-    try:
-        for number in range(10):
-            daemon.write_config(f"workers = {2 + number % 2}\n{config}{number % 2}")
-            reload(daemon)
-            answered = hammer.answered
-            until(lambda answered=answered: hammer.answered > answered + 100)
-    finally:
-        hammer.stop()
-    assert hammer.errors == []
-    until(lambda: len(daemon.workers()) == 3)
-    assert daemon.metrics()["performance_metrics"]["failed_requests"] == 0
-    counted = daemon.metrics()["performance_metrics"]["total_requests"]
-    assert counted == hammer.answered + 1
 
 
 def test_a_retiring_worker_reads_and_runs_what_it_has_accepted(daemon: Daemon) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Daemon, NewDaemon
-from hammer import Hammer
 from plain_client import Framed, connect, one_shot, until
 
 CONFIG = "workers = 2\nlimits.max_requests_per_minute = 0"
@@ -424,24 +422,6 @@ def test_an_old_worker_that_is_killed_after_an_upgrade_leaks_no_room(daemon: Dae
         assert isinstance(call.exception(20), ConnectionError | ValueError)
     until(lambda: state(daemon)["gate"]["running"] == 0)
     until(lambda: len(state(daemon)["workers"]) == 2)
-
-
-def test_no_client_meets_an_error_through_three_upgrades_under_load(new_daemon: NewDaemon) -> None:
-    daemon = new_daemon(CONFIG).run()
-    hammer = Hammer(daemon.path, one_shots=16, framed=16)
-    try:
-        for _ in range(3):
-            upgrade(daemon)
-            answered = hammer.answered
-            until(lambda answered=answered: hammer.answered > answered + 100)
-            time.sleep(0.1)
-    finally:
-        hammer.stop()
-    assert hammer.errors == []
-    performance = daemon.metrics()["performance_metrics"]
-    assert performance["failed_requests"] == 0
-    assert performance["total_requests"] == hammer.answered
-    assert daemon.stop() == 0
 
 
 def test_workers_of_the_old_master_are_watched_by_the_new_one(daemon: Daemon) -> None:
