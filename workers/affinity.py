@@ -142,7 +142,7 @@ class Affinity:
         return client
 
     def _by_connection(self, peer: Peer) -> Client:
-        peer.client = Client(BY_CONNECTION, os.fstat(peer.socket.fileno()).st_ino)
+        peer.client = Client(BY_CONNECTION, os.fstat(peer.descriptor).st_ino)
         peer.lent = True  # its session holds the socket as well, to see its end
         return peer.client
 
@@ -194,7 +194,7 @@ class Affinity:
     def _begin(self, call: Call, peer: Peer, client: Client, owned_as: int) -> Session | None:
         """Take a client's state up; None when the answer has changed, so look again."""
         try:
-            session = self.sessions.enter(client, peer.socket)
+            session = self.sessions.enter(client, peer.descriptor)
         except ProcessLookupError:
             # It has ended, and left the connection to a child, or does not wait for its reply.
             self._by_connection(peer)
@@ -265,7 +265,7 @@ class Affinity:
         self, call: Call, peer: Peer, data: bytes, *, may_be_dismissed: bool
     ) -> Passenger:
         history = self._roster.history(peer.entry)
-        return Passenger(peer.socket, data, *history, call.arrived, may_be_dismissed)
+        return Passenger(peer.descriptor, data, *history, call.arrived, may_be_dismissed)
 
     def send(self, peer: Peer) -> None:
         """Put a client into another worker's postbox, as `peer.journey` says.

@@ -48,6 +48,7 @@ _recv.restype = ctypes.c_ssize_t
 _send = _libc.send
 _send.restype = ctypes.c_ssize_t
 _close = _libc.close
+_shutdown = _libc.shutdown
 _epoll_ctl = _libc.epoll_ctl
 _epoll_wait = _libc.epoll_wait
 _ioctl = _libc.ioctl
@@ -87,6 +88,12 @@ def send(descriptor: int, data: bytes) -> int:
     if sent < 0:
         raise _error()
     return sent
+
+
+def shutdown(descriptor: int, how: int) -> None:
+    """End a socket's receiving side (SHUT_RD), its sending side (SHUT_WR), or both (SHUT_RDWR)."""
+    if _shutdown(descriptor, how) < 0:
+        raise _error()
 
 
 def close(descriptor: int) -> None:

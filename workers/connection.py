@@ -109,7 +109,7 @@ class Connections:
             self.close(peer)
 
     def _welcome(self, arrival: Arrival[Call]) -> Peer:
-        peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
+        peer = Peer(arrival.descriptor, self._roster.enter(arrival.number, time.monotonic_ns()))
         if (passenger := arrival.passenger) is not None:
             peer.taken_over = peer.lent = True
             peer.was_dismissed = passenger.may_be_dismissed
@@ -167,7 +167,7 @@ class Connections:
 
     def turn_away(self, arrival: Arrival[Call]) -> None:
         """Tell a client that was waiting outside that nothing is taken up any more."""
-        peer = Peer(arrival.client, self._roster.enter(arrival.number, time.monotonic_ns()))
+        peer = Peer(arrival.descriptor, self._roster.enter(arrival.number, time.monotonic_ns()))
         try:
             self._say_shutting_down(peer)
         except OSError:

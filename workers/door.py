@@ -50,7 +50,7 @@ C = TypeVar("C")
 class Arrival(msgspec.Struct, Generic[C]):
     """A client that was let in, and charged as a connection."""
 
-    client: SocketType  # blocking
+    descriptor: int  # a blocking socket's
     number: int  # counts the clients of this worker's slot
     data: bytes | None  # what was there to read; None: nothing yet; empty: end of file
     call: C | None  # the first request in `data`, if it is all there; not admitted yet
@@ -182,7 +182,7 @@ class Door(Generic[C]):
             return client
         number = gate.opened()
         try:
-            data = self._receiver.receive(client.fileno())
+            data = self._receiver.receive(client)
         except BlockingIOError:
             return Arrival(client, number, None, None)
         except OSError:
@@ -224,7 +224,8 @@ class Door(Generic[C]):
         client = self._accept()
         if isinstance(client, _Nobody):
             return client
-        turnstile.take(client, obstacle)
+        made = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, client)
+        turnstile.take(made, obstacle)
         return _Nobody.BUT_LOOK_AGAIN
 
     def _look_inside(self) -> Arrival[C] | None:
@@ -253,7 +254,7 @@ class Door(Generic[C]):
         assert peer.journey is not None
         passenger = peer.journey.passenger
         call = self._prepare(passenger.data, passenger.arrived)
-        return Arrival(peer.socket, 0, passenger.data, call, peer=peer)
+        return Arrival(peer.descriptor, 0, passenger.data, call, peer=peer)
 
     def _take_up(self) -> Arrival[C] | None:
         """A connection that has rested and has sent something, or has ended."""
@@ -262,13 +263,13 @@ class Door(Generic[C]):
             peer = awake.popleft()
             try:
                 try:
-                    data = self._receiver.receive(peer.socket.fileno())
+                    data = self._receiver.receive(peer.descriptor)
                 except BlockingIOError:
                     self._keep_alive.rest(peer)  # it has nothing after all
                     continue
             except OSError:
                 data = b""
-            return Arrival(peer.socket, 0, data, self._prepare(data, None), peer=peer)
+            return Arrival(peer.descriptor, 0, data, self._prepare(data, None), peer=peer)
         return None
 
     def _take_over(self) -> Arrival[C] | None:
@@ -282,7 +283,7 @@ class Door(Generic[C]):
             return None
         passenger, number = found
         call = self._prepare(passenger.data, passenger.arrived)
-        return Arrival(passenger.client, number, passenger.data, call, passenger)
+        return Arrival(passenger.descriptor, number, passenger.data, call, passenger)
 
     def look_again(self) -> None:
         """Somebody waits inside of whom no descriptor tells. Called in the main thread."""
@@ -314,12 +315,12 @@ class Door(Generic[C]):
             time.sleep(0.01)
         return None
 
-    def _accept(self) -> SocketType | _Nobody:
-        """A waiting client."""
+    def _accept(self) -> int | _Nobody:
+        """A waiting client's descriptor."""
         try:
             for turn, listener in enumerate(self._listeners):
                 try:
-                    client = _accept(listener)
+                    client = brief.accept(listener.fileno())
                 except (BlockingIOError, ConnectionAbortedError):
                     continue
                 if len(self._listeners) > 1:  # the next look begins at another one
@@ -337,15 +338,3 @@ class Door(Generic[C]):
         if now - self._complained >= _COMPLAIN_EVERY:
             self._complained = now
             LOGGER.error(message, error.strerror)
-
-
-def _accept(listener: socket.socket) -> SocketType:
-    """As `listener.accept()`, but without the layer of Python around a socket.
-
-    That is of no use to one that is only read from and sent to, and takes almost a tenth of the
-    time of a quick call.
-    """
-    client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, brief.accept(listener.fileno()))
-    if client.gettimeout() is not None:
-        client.settimeout(None)  # a module has called socket.setdefaulttimeout
-    return client

@@ -6,7 +6,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
-from socket import SocketType
 
 from cpanbridge.supervisor import postbox
 from cpanbridge.supervisor.gate import Bells, Gate, ring
@@ -50,7 +49,7 @@ class Incoming:
             number = self._accept(parcel)
             if number is not None:
                 return parcel.passenger, number
-            parcel.passenger.client.close()
+            os.close(parcel.passenger.descriptor)
         return None
 
     def _next_waiting(self) -> Parcel | None:
@@ -78,7 +77,7 @@ class Incoming:
             if self._shared.tickets[parcel.sender].is_offered(parcel.ticket):
                 self.waiting.append(parcel)
             else:
-                parcel.passenger.client.close()
+                os.close(parcel.passenger.descriptor)
         return bool(self.waiting)
 
     def _workers_ended(self) -> int:
@@ -128,10 +127,11 @@ class Incoming:
             self._refuse(sender, ticket)
             if not complete:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0])
-        if client.gettimeout() is not None:
-            client.settimeout(None)  # a module has called socket.setdefaulttimeout
-        data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
+        try:
+            data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
+        except OSError:
+            os.close(descriptors[0])
+            raise
         may_be_dismissed = not flags & NOT_DISMISSED
-        passenger = Passenger(client, data, opened_at, requests, arrived, may_be_dismissed)
+        passenger = Passenger(descriptors[0], data, opened_at, requests, arrived, may_be_dismissed)
         return Parcel(passenger, sender, ticket)

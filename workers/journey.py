@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from socket import SocketType
 from typing import NamedTuple
 
 from cpanbridge.supervisor.owners import Owner
@@ -18,7 +17,7 @@ class Fate(Enum):
 class Passenger(NamedTuple):
     """A client that changes hands."""
 
-    client: SocketType
+    descriptor: int
     data: bytes  # what was read of it, beginning with a request
     opened_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
     requests: int  # that it has made so far

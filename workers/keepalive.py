@@ -36,7 +36,7 @@ class KeepAlive:
         Called in the thread that has served it. Raises OSError when there is no memory for it; it
         is the caller's still.
         """
-        descriptor = peer.socket.fileno()
+        descriptor = peer.descriptor
         self._resting[descriptor] = peer
         if peer.rested and descriptor not in self._unwatched:
             return
@@ -107,4 +107,4 @@ class KeepAlive:
         if peer.rested:
             peer.rested = False
             with contextlib.suppress(OSError):
-                brief.unwatch(self.descriptor, peer.socket.fileno())
+                brief.unwatch(self.descriptor, peer.descriptor)

@@ -147,7 +147,7 @@ class Outgoing:
         return not self._shared.is_there(journey.owner)
 
     def _send(self, journey: Journey, ticket: Ticket) -> None:
-        client, data, opened_at, requests, arrived, may_be_dismissed = journey.passenger
+        descriptor, data, opened_at, requests, arrived, may_be_dismissed = journey.passenger
         owner = journey.owner
         is_large = len(data) > MOST_INLINE
         flags = (IN_MEMORY if is_large else 0) | (0 if may_be_dismissed else NOT_DISMISSED)
@@ -156,11 +156,11 @@ class Outgoing:
         )
         box = self._box(owner.slot)
         if not is_large:
-            post(box, [head, data], client.fileno())
+            post(box, [head, data], descriptor)
             return
         memory = in_memory(data)
         try:
-            post(box, [head], client.fileno(), memory)
+            post(box, [head], descriptor, memory)
         finally:
             os.close(memory)
 

@@ -1,4 +1,4 @@
-"""A client's socket in one thread's hands: receiving and sending with limits of time.
+"""A client's connection in one thread's hands: receiving and sending with limits of time.
 
 The socket is blocking, and the kernel ends a call that takes too long (SO_RCVTIMEO, SO_SNDTIMEO):
 unlike poll(2) before each read, that costs a call nothing. A limit is handed to the kernel only
@@ -7,10 +7,21 @@ when it differs from the last one.
 
 import contextlib
 import select
-import socket
 import struct
 import time
-from socket import SocketType
+from socket import (
+    AF_UNIX,
+    MSG_DONTWAIT,
+    SHUT_RD,
+    SHUT_RDWR,
+    SHUT_WR,
+    SO_PEERCRED,
+    SO_RCVTIMEO,
+    SO_SNDTIMEO,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    SocketType,
+)
 from typing import NamedTuple
 
 import msgspec
@@ -36,7 +47,7 @@ class Credentials(NamedTuple):
 def credentials(connection: SocketType) -> Credentials:
     """The other end's (SO_PEERCRED); -1 each for a socket that is broken already."""
     try:
-        told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        told = connection.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
     except OSError:
         return Credentials(-1, -1, -1)
     return Credentials(*_UCRED.unpack(told))
@@ -45,7 +56,7 @@ def credentials(connection: SocketType) -> Credentials:
 class Peer(msgspec.Struct, eq=False):
     """The other end of a connection. Every method raises OSError when the client has left."""
 
-    socket: SocketType
+    descriptor: int  # a blocking socket's; -1 once it is closed
     entry: int  # in the worker's roster
     dismissed: bool = False  # no further request of it is taken up
     stale: bool = False  # because it was silent for too long
@@ -59,7 +70,21 @@ class Peer(msgspec.Struct, eq=False):
     was_dismissed: bool = False  # perhaps, by a worker that had it before
     lent: bool = False  # another process may hold the socket as well
     journey: Journey | None = None  # to another worker, which has not taken it
+    _socket: SocketType | None = None
     _receive_limit: float | None = None  # seconds; None: the kernel was told none yet
+
+    @property
+    def socket(self) -> SocketType:
+        """For what may wait, or needs an option. A quick call needs neither, so it makes none.
+
+        Called by the one that has the connection in its hands.
+        """
+        if self._socket is None:
+            # Without the layer of Python around it, which is of no use to one that is only read
+            # from and sent to.
+            self._socket = SocketType(AF_UNIX, SOCK_STREAM, 0, self.descriptor)
+            self._socket.settimeout(None)  # whatever a module has told socket.setdefaulttimeout
+        return self._socket
 
     @property
     def may_be_dismissed(self) -> bool:
@@ -71,17 +96,17 @@ class Peer(msgspec.Struct, eq=False):
 
         One that has only ended its sending side waits for the reply.
         """
-        return brief.has_hung_up(self.socket.fileno())
+        return brief.has_hung_up(self.descriptor)
 
     def say_last(self, data: bytes) -> None:
-        """Send what there is room for, and end the connection both ways.
+        """Send what there is room for, and end the connection both ways. At most `brief.MOST`.
 
-        Called in the place of the thread that serves this client, which still has the socket.
+        Called in the place of the thread that serves this client, which still has the connection.
         """
         with contextlib.suppress(OSError):
-            self.socket.send(data, socket.MSG_DONTWAIT)
+            brief.send(self.descriptor, data)
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            brief.shutdown(self.descriptor, SHUT_RDWR)
 
     def credentials(self) -> "Credentials":
         """Who the client is."""
@@ -91,7 +116,7 @@ class Peer(msgspec.Struct, eq=False):
         """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""
         if seconds != self._receive_limit:
             self._receive_limit = seconds
-            _set_timeout(self.socket, socket.SO_RCVTIMEO, seconds)
+            _set_timeout(self.socket, SO_RCVTIMEO, seconds)
         try:
             return self.socket.recv(READ_SIZE)
         except BlockingIOError:
@@ -100,7 +125,7 @@ class Peer(msgspec.Struct, eq=False):
     def wait(self, seconds: float, stop: int) -> bool:
         """Wait for the client or for `stop` to be readable; False when neither was in time."""
         poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
+        poll.register(self.descriptor, select.POLLIN)
         poll.register(stop, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
@@ -108,14 +133,14 @@ class Peer(msgspec.Struct, eq=False):
         """Send it all. Raises TimeoutError when the client takes nothing for so long."""
         try:
             if len(data) <= brief.MOST:
-                sent = brief.send(self.socket.fileno(), data)
+                sent = brief.send(self.descriptor, data)
             else:
-                sent = self.socket.send(data, socket.MSG_DONTWAIT)
+                sent = self.socket.send(data, MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         if sent == len(data):
             return
-        _set_timeout(self.socket, socket.SO_SNDTIMEO, seconds)
+        _set_timeout(self.socket, SO_SNDTIMEO, seconds)
         rest = memoryview(data)[sent:]
         while rest:
             try:
@@ -130,9 +155,9 @@ class Peer(msgspec.Struct, eq=False):
         an error after the reply instead of its end.
         """
         for _ in range(MOST_DROPPED):
-            if not brief.unread(self.socket.fileno()):
+            if not brief.unread(self.descriptor):
                 return
-            self.socket.recv(READ_SIZE, socket.MSG_DONTWAIT)
+            self.socket.recv(READ_SIZE, MSG_DONTWAIT)
 
     def linger(self, seconds: float) -> None:
         """End the sending side and read on until the client ends its own, but not for longer.
@@ -140,7 +165,7 @@ class Peer(msgspec.Struct, eq=False):
         For a client that may still be sending: closed with bytes unread, it would get an error
         instead of the reply that tells what is wrong.
         """
-        self.socket.shutdown(socket.SHUT_WR)
+        brief.shutdown(self.descriptor, SHUT_WR)
         until = time.monotonic() + seconds
         with contextlib.suppress(TimeoutError):
             while (left := until - time.monotonic()) > 0 and self.receive(left):
@@ -151,8 +176,11 @@ class Peer(msgspec.Struct, eq=False):
         if self.lent:
             # Closing one of several descriptors would leave the client without an end.
             with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)
-        brief.close(self.socket.detach())
+                brief.shutdown(self.descriptor, SHUT_RDWR)
+        if self._socket is not None:
+            self._socket.detach()
+        descriptor, self.descriptor = self.descriptor, -1
+        brief.close(descriptor)
 
     def dismiss(self, *, stale: bool = False) -> None:
         """Take up no further request: wake a thread that waits in `receive`.
@@ -162,11 +190,11 @@ class Peer(msgspec.Struct, eq=False):
         self.stale = stale
         self.dismissed = True
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD)
+            brief.shutdown(self.descriptor, SHUT_RD)
 
 
 def _set_timeout(client: SocketType, option: int, seconds: float) -> None:
     # 0 would mean forever, so a time that is over becomes the shortest there is.
     microseconds = max(1, int(seconds * 1e6))
     timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
-    client.setsockopt(socket.SOL_SOCKET, option, timeval)
+    client.setsockopt(SOL_SOCKET, option, timeval)

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from socket import SocketType
 from typing import Any
 
 from cpanbridge.supervisor.owners import BY_CONNECTION, Client
@@ -180,9 +179,10 @@ class Sessions:
         session = self._sessions.get(client) if client is not None else None
         return session is not None and not session.expired
 
-    def enter(self, client: Client, connection: SocketType) -> Session:
+    def enter(self, client: Client, connection: int) -> Session:
         """The client's session, for one call; it begins if there is none. `leave` must follow.
 
+        `connection` is the descriptor of the one that it has called on.
         Raises ProcessLookupError when the client process has ended, another OSError when there is
         no descriptor or thread to watch it by.
         """
@@ -200,7 +200,7 @@ class Sessions:
             session.running += 1
             return session
 
-    def _begin(self, client: Client, connection: SocketType) -> Session:
+    def _begin(self, client: Client, connection: int) -> Session:
         if self._watch is None:
             watch = threading.Thread(target=self._watch_ends, name="sessions", daemon=True)
             try:
@@ -209,7 +209,7 @@ class Sessions:
                 raise OSError(errno.EAGAIN, str(error)) from None
             self._watch = watch
         if client.pid == BY_CONNECTION:
-            session = Session(client, os.dup(connection.fileno()))
+            session = Session(client, os.dup(connection))
             events = 0  # a hang-up is told unasked, when both sides are shut down
         else:
             session = Session(client, os.pidfd_open(client.pid))

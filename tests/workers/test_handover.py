@@ -43,8 +43,8 @@ class Client(NamedTuple):
     ) -> Peer:
         """The client as its sender has it, when it is about to be put into the postbox."""
         shared.slots[SENDER].opened += 1
-        peer = Peer(self.near, 0)
-        passenger = Passenger(self.near, data, 123, 4, 5.5, may_be_dismissed)
+        peer = Peer(self.near.fileno(), 0, _socket=self.near)
+        passenger = Passenger(self.near.fileno(), data, 123, 4, 5.5, may_be_dismissed)
         peer.journey = Journey(passenger, shared.owner(RECEIVER), until, known=True)
         return peer
 
@@ -104,9 +104,9 @@ def serve(found: tuple[Passenger, int] | None) -> None:
     """What the receiver does with a client."""
     if found is not None:
         passenger, _ = found
-        passenger.client.sendall(b"served")
-        passenger.client.shutdown(socket.SHUT_RDWR)
-        passenger.client.close()
+        with socket.socket(fileno=passenger.descriptor) as client:
+            client.sendall(b"served")
+            client.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("may_be_dismissed", [True, False])

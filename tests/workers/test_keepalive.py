@@ -19,7 +19,7 @@ class Pair:
 
     def __init__(self) -> None:
         ours, self.client = socket.socketpair()
-        self.peer = Peer(ours, 0)
+        self.peer = Peer(ours.detach(), 0)
 
     def send(self) -> None:
         self.client.send(b"x")
@@ -39,9 +39,9 @@ def keep_alive() -> Iterator[KeepAlive]:
 def pair() -> Iterator[Pair]:
     pair = Pair()
     yield pair
-    for end in (pair.peer.socket, pair.client):
-        with contextlib.suppress(OSError):
-            end.close()
+    with contextlib.suppress(OSError):
+        pair.peer.close()
+    pair.client.close()
 
 
 def is_told(keep_alive: KeepAlive) -> bool:
@@ -172,7 +172,7 @@ def test_of_one_that_is_forgotten_nobody_is_told_though_another_process_has_it(
     keep_alive.rest(pair.peer)
     pair.send()
     assert looked(keep_alive) == [pair.peer]
-    others = os.dup(pair.peer.socket.fileno())
+    others = os.dup(pair.peer.descriptor)
     keep_alive.forget(pair.peer)
     pair.peer.close()
     pair.send()
@@ -186,15 +186,15 @@ def test_its_number_may_become_anothers(keep_alive: KeepAlive, pair: Pair) -> No
     pair.send()
     assert looked(keep_alive) == [pair.peer]
     assert looked(keep_alive) == []  # it is left alone
-    number = pair.peer.socket.fileno()
+    number = pair.peer.descriptor
     keep_alive.forget(pair.peer)
     pair.peer.close()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert number in (ours.fileno(), theirs.fileno())
-        other = Peer(ours if ours.fileno() == number else theirs, 0)
+        other = Peer(number, 0)
         keep_alive.rest(other)
-        (theirs if other.socket is ours else ours).send(b"x")
+        (theirs if ours.fileno() == number else ours).send(b"x")
         assert looked(keep_alive) == [other]
 
 
@@ -208,5 +208,5 @@ def test_all_can_be_woken_when_nobody_is_at_the_door(keep_alive: KeepAlive) -> N
     assert woken == {id(each.peer) for each in pairs}
     assert keep_alive.wake_any() is None
     for each in pairs:
-        each.peer.socket.close()
+        each.peer.close()
         each.client.close()

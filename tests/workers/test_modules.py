@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from cpanbridge.workers.modules import Exposed, Registry
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.protocol import Refusal, Request
 
-PEER = Peer(socket.socket(), 0)
+PEER = Peer(-1, 0)
 
 
 @pytest.fixture(autouse=True)
