@@ -60,11 +60,15 @@ def _let_go(paths: Collection[str]) -> None:
     signal.set_wakeup_fd(-1)
     for number in _HANDLED:
         signal.signal(number, signal.SIG_DFL)
+    # Where a module has set this, looking at a socket makes it non-blocking, in the worker too.
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         if _is_ours(int(name), paths):
             os.dup2(null, int(name), inheritable=False)
     os.close(null)
+    socket.setdefaulttimeout(default)
 
 
 def _is_ours(descriptor: int, paths: Collection[str]) -> bool:

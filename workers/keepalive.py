@@ -45,7 +45,6 @@ class KeepAlive:
             self._watch(descriptor)
         except OSError:
             if self._resting.pop(descriptor, None) is not None:
-                peer.rested = False
                 raise
             # `wake_any` has given it to somebody already, who may have closed it.
 

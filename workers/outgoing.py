@@ -111,7 +111,7 @@ class Outgoing:
         with self._lock:
             self._away[ticket] = peer, journey
         try:
-            self._send(journey, ticket)
+            self._send(peer, journey, ticket)
         except OSError as error:
             if not self._forget(ticket):
                 return True  # it was withdrawn meanwhile, and has come back already
@@ -146,8 +146,8 @@ class Outgoing:
             return True
         return not self._shared.is_there(journey.owner)
 
-    def _send(self, journey: Journey, ticket: Ticket) -> None:
-        descriptor, data, opened_at, requests, arrived, may_be_dismissed = journey.passenger
+    def _send(self, peer: Peer, journey: Journey, ticket: Ticket) -> None:
+        _, data, opened_at, requests, arrived, may_be_dismissed = journey.passenger
         owner = journey.owner
         is_large = len(data) > MOST_INLINE
         flags = (IN_MEMORY if is_large else 0) | (0 if may_be_dismissed else NOT_DISMISSED)
@@ -156,11 +156,12 @@ class Outgoing:
         )
         box = self._box(owner.slot)
         if not is_large:
-            post(box, [head, data], descriptor)
+            post(box, [head, data], peer.descriptor)
             return
         memory = in_memory(data)
         try:
-            post(box, [head], descriptor, memory)
+            # Asked now: it may have been withdrawn and closed, and its number be another's.
+            post(box, [head], peer.descriptor, memory)
         finally:
             os.close(memory)
 

@@ -44,15 +44,6 @@ class Credentials(NamedTuple):
     gid: int
 
 
-def credentials(connection: SocketType) -> Credentials:
-    """The other end's (SO_PEERCRED); -1 each for a socket that is broken already."""
-    try:
-        told = connection.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
-    except OSError:
-        return Credentials(-1, -1, -1)
-    return Credentials(*_UCRED.unpack(told))
-
-
 class Peer(msgspec.Struct, eq=False):
     """The other end of a connection. Every method raises OSError when the client has left."""
 
@@ -108,9 +99,13 @@ class Peer(msgspec.Struct, eq=False):
         with contextlib.suppress(OSError):
             brief.shutdown(self.descriptor, SHUT_RDWR)
 
-    def credentials(self) -> "Credentials":
-        """Who the client is."""
-        return credentials(self.socket)
+    def credentials(self) -> Credentials:
+        """Who the client is (SO_PEERCRED); -1 each for a socket that is broken already."""
+        try:
+            told = self.socket.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
+        except OSError:
+            return Credentials(-1, -1, -1)
+        return Credentials(*_UCRED.unpack(told))
 
     def receive(self, seconds: float) -> bytes:
         """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""

@@ -1,12 +1,13 @@
 """What a module does in one worker does not reach the clients of another."""
 
 import contextlib
+import json
 import threading
 import time
 from pathlib import Path
 
 from conftest import Daemon, NewDaemon
-from plain_client import connect, one_shot, until
+from plain_client import Framed, connect, one_shot, request, until
 
 
 def test_a_module_that_keeps_the_interpreter_lock_holds_up_no_other_worker(
@@ -39,6 +40,25 @@ def test_a_default_timeout_set_by_a_module_changes_no_client(new_daemon: NewDaem
         daemon.call("test", "echo", [1])
         assert time.monotonic() - began < 5
     assert daemon.call("probe", "nap", [0.5])
+
+
+def test_a_fork_after_that_changes_none_either(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 1\nlimits.max_requests_per_minute = 0").run()
+    daemon.call("probe", "set_default_timeout", [5])
+    with Framed(daemon.path) as client:
+
+        def call_in_two_pieces() -> None:
+            whole = json.dumps(request("probe", "worker_pid")).encode()
+            client.socket.sendall(len(whole).to_bytes(4, "big") + whole[:10])
+            time.sleep(0.2)  # a thread waits for the rest by then; if not, that is no fault
+            client.socket.sendall(whole[10:])
+            reply = client.receive()
+            assert reply is not None
+            assert reply["success"]
+
+        call_in_two_pieces()
+        daemon.call("probe", "fork_and_return")
+        call_in_two_pieces()
 
 
 def test_terminating_a_child_that_a_module_forked_ends_the_child_and_not_the_worker(

@@ -18,6 +18,7 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Bells, Gate
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.supervisor.tickets import TICKETS
+from cpanbridge.workers import outgoing
 from cpanbridge.workers.handover import MOST_INLINE
 from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.journey import Fate, Journey, Passenger
@@ -163,6 +164,23 @@ def crowd() -> Iterator[list[Client]]:
     for each in clients:
         each.near.close()
         each.far.close()
+
+
+def test_of_one_that_is_closed_while_it_is_put_in_nothing_gets_there(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another client's by then."""
+    peer = client.journey(house.shared, b"x" * (MOST_INLINE + 1))
+
+    def in_memory(data: bytes) -> int:
+        assert house.outgoing.withdraw_all() == [peer]
+        peer.close()
+        return os.open(os.devnull, os.O_RDONLY)
+
+    monkeypatch.setattr(outgoing, "in_memory", in_memory)
+    house.outgoing.put(peer)
+    assert not select.select([house.incoming.descriptor], [], [], 0)[0]
+    assert house.outgoing.count == 0
 
 
 @pytest.mark.parametrize("size", [len(DATA), MOST_INLINE])
