@@ -229,9 +229,11 @@ def cpu_seconds(master: psutil.Process) -> float:
     From /proc/PID/stat, which counts in ticks of 10 ms per process.
     """
     total = 0.0
-    for process in tree(master):
-        times = process.cpu_times()
-        total += times.user + times.system + times.children_user + times.children_system
+    # The children first: what one has used that ends meanwhile counts in who has waited for it.
+    for process in reversed(tree(master)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
     return total
 
 
