@@ -33,7 +33,7 @@ pytest: $(VENV)/.installed-test
 	$(BIN)/pytest -n 6 --dist worksteal
 
 perl-test: $(VENV)/.installed
-	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l t
+	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l -j 4 t
 
 # Not part of the tests: what takes minutes (see tests/soak).
 soak: $(VENV)/.installed-test
