@@ -2,9 +2,9 @@ r"""Bytes to requests, replies to bytes. Nothing here touches a socket.
 
 A request is one JSON object, decoded and checked against `Request` in one pass, but for its names:
 what they may be is looked at when they are not found. The result has the values that the client
-sent, never altered ones. A reply is one JSON object as well. In the framed
-form each has its length before it, 4 bytes, big-endian; in the one-shot form replies are pure
-ASCII, because deployed clients decode them twice.
+sent, never altered ones. A reply is one JSON object as well. In the framed form each has its length
+before it, 4 bytes, big-endian; in the one-shot form replies are pure ASCII, because deployed
+clients decode them twice.
 """
 
 import json

@@ -22,8 +22,9 @@ def counting() -> float:
 def test_a_full_memory_is_told_in_less_than_a_step_of_the_loop_may_take() -> None:
     """Of 64 workers, each of which has called a thousand functions and has errors to show.
 
-    The time is what the processor spends on it, the best of some: others run here too. The limit is
-    what it takes for counting to five million: a tenth of a second, or what that is here.
+    The time is what the processor spends on it, beside what it spends on counting to a million just
+    then, the best of some: others run here too. Four times that is a twentieth of a second, or
+    where Python is slower, what it does elsewhere in that time.
     """
     settings = Settings()
     shared = Shared.create(64, settings.limits)
@@ -49,6 +50,6 @@ def test_a_full_memory_is_told_in_less_than_a_step_of_the_loop_may_take() -> Non
         assert told["metrics"]["performance_metrics"]["requests_last_5_minutes"] >= 64 * 9
         return time.thread_time() - began
 
-    best = min(spent() for _ in range(10))
+    best = min(spent() / counting() for _ in range(10))
     os.close(shared.fd)
-    assert best < 5 * min(counting() for _ in range(10))
+    assert best < 4

@@ -47,15 +47,20 @@ def test_a_fork_after_that_changes_none_either(new_daemon: NewDaemon) -> None:
     daemon.call("probe", "set_default_timeout", [5])
     with Framed(daemon.path) as client:
 
+        def is_being_read() -> bool:
+            found = daemon.call("system", "connections")["connections"]
+            return "reading" in [each["status"] for each in found]
+
         def call_in_two_pieces() -> None:
             whole = json.dumps(request("probe", "worker_pid")).encode()
             client.socket.sendall(len(whole).to_bytes(4, "big") + whole[:10])
-            time.sleep(0.2)  # a thread waits for the rest by then; if not, that is no fault
+            until(is_being_read)
             client.socket.sendall(whole[10:])
             reply = client.receive()
             assert reply is not None
             assert reply["success"]
 
+        client.call("test", "ping")  # from now on it is told whether a request of it has begun
         call_in_two_pieces()
         daemon.call("probe", "fork_and_return")
         call_in_two_pieces()

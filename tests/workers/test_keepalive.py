@@ -91,6 +91,20 @@ def test_of_one_in_use_nobody_is_told_more_than_once(
     assert looked(keep_alive) == [pair.peer]
 
 
+def test_one_that_is_watched_is_put_to_rest_without_a_system_call(
+    keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_alive.rest(pair.peer)
+    pair.send()
+    assert looked(keep_alive) == [pair.peer]
+    assert looked(keep_alive) == []  # it is left alone
+    keep_alive.rest(pair.peer)  # and watched again
+    monkeypatch.setattr(brief, "watch", None)
+    for _ in range(2):
+        assert looked(keep_alive) == [pair.peer]
+        keep_alive.rest(pair.peer)
+
+
 def test_one_that_is_put_to_rest_just_when_it_is_to_be_left_alone_is_not_forgotten(
     keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
