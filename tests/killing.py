@@ -13,7 +13,7 @@ from cpanbridge.supervisor import gate, owners, robustlock, shared, tickets, win
 from cpanbridge.workers import handover, incoming, outgoing
 
 # All instructions by which others could see a difference; those between them only look.
-EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "CALL", "BEFORE_WITH", "RETURN_VALUE")
+EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "CALL", "BEFORE_WITH", "RETURN_")
 STEPS = (gate, owners, robustlock, shared, tickets, window, handover, incoming, outgoing)
 FILES = {module.__file__ for module in STEPS}
 
