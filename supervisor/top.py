@@ -25,7 +25,7 @@ from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.control import ControlError
 from cpanbridge.supervisor.screen import BY_CALLS, BY_TIME, Look, absent, screen
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _QUIT = "q"
 _ORDERS = {"t": BY_TIME, "c": BY_CALLS}
 
@@ -81,7 +81,7 @@ def run(settings: Settings, interval: float) -> None:
     console, watcher = Console(), Watcher(settings)
     with (
         contextlib.suppress(KeyboardInterrupt),
-        _keyboard() as keyboard,
+        keyboard() as keys,
         # On the alternate screen, drawn over what is there: nothing flickers, nothing is left.
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
@@ -92,48 +92,59 @@ def run(settings: Settings, interval: float) -> None:
                 watcher.look()
                 next_look = time.monotonic() + interval
             live.update(watcher.shown(console.height, order), refresh=True)
-            key = keyboard.wait(next_look - time.monotonic())
+            key = keys.wait(next_look - time.monotonic())
             if key == _QUIT:
                 return
             order = _ORDERS.get(key, order)
 
 
 class Keyboard:
-    """What is typed, and that the terminal has another size."""
+    """What is typed, that the terminal has another size, and that it is to end.
 
-    def __init__(self, stdin: int | None, resized: int) -> None:
+    `end` is a signal's handler: it raises at once, so that nothing is waited for, and again in
+    `wait`, for an exception that comes while the interpreter cleans up is lost. `signalled` is
+    readable when there was a signal.
+    """
+
+    def __init__(self, stdin: int | None, signalled: int) -> None:
         self._stdin = stdin
-        self._resized = resized
+        self._signalled = signalled
+        self._ended_by: int | None = None
+
+    def end(self, number: int, _: FrameType | None = None) -> NoReturn:
+        self._ended_by = number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
 
     def wait(self, seconds: float) -> str:
         """The next key; `q` at the end of the input; nothing on a resize, and after the time."""
-        descriptors = [fd for fd in (self._stdin, self._resized) if fd is not None]
+        descriptors = [fd for fd in (self._stdin, self._signalled) if fd is not None]
         ready, _, _ = select.select(descriptors, [], [], max(0.0, seconds))
-        if self._resized in ready:
-            os.read(self._resized, 4096)
+        if self._signalled in ready:
+            os.read(self._signalled, 4096)
+        if self._ended_by is not None:
+            self.end(self._ended_by)
         if self._stdin in ready:
             return os.read(self._stdin, 1).decode("latin-1") or _QUIT
         return ""
 
 
 @contextlib.contextmanager
-def _keyboard() -> Iterator[Keyboard]:
+def keyboard() -> Iterator[Keyboard]:
     """Keys are read one by one and not echoed; signals that end it leave by an exception."""
-
-    def end(number: int, _: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
-
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    handlers = {number: signal.signal(number, end) for number in _ENDING}
+    stdin = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
+    keys = Keyboard(stdin, read_end)
+    handlers = {number: signal.signal(number, keys.end) for number in _ENDING}
     handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: None)
     wake_up = signal.set_wakeup_fd(write_end)
-    stdin = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
     before = termios.tcgetattr(stdin) if stdin is not None else None
     try:
         if stdin is not None:
             tty.setcbreak(stdin)
-        yield Keyboard(stdin, read_end)
+        yield keys
     finally:
         if stdin is not None and before is not None:
             termios.tcsetattr(stdin, termios.TCSADRAIN, before)

@@ -16,6 +16,8 @@ import pytest
 from conftest import COMMAND, Daemon, NewDaemon
 from plain_client import one_shot, until
 
+from cpanbridge.supervisor.top import keyboard
+
 _HOME = "\x1b[H"  # every screen is drawn from there
 _SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -201,6 +203,18 @@ def test_it_ends_and_leaves_the_terminal_as_it_was(
     assert terminal.ends() == status
     assert terminal.process.stderr is not None
     assert terminal.process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_the_interpreter_cleans_up_is_not_lost(
+    number: signal.Signals,
+) -> None:
+    with keyboard() as keys:
+        for _ in range(2):
+            with contextlib.suppress(BaseException):  # as what `__del__` raises is
+                signal.raise_signal(number)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                keys.wait(3600)
 
 
 def test_it_says_that_the_daemon_has_gone_and_goes_on_when_it_is_back(
