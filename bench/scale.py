@@ -3,6 +3,7 @@
     scale.py [--quick] [--rounds 3] [--seconds 2] [--json] [--write]
 
 - throughput with 1 to 8 workers, and with 1 to 500 connections, one-shot and framed
+- what the workers that have nothing to do cost a lone client
 - a fast function's p99 alone, beside calls that wait, and beside calls that compute
 - how the calls spread over the workers at full load
 
@@ -32,6 +33,7 @@ from servers import BenchError, daemon_config, find_cpanbridged, running, send_c
 
 FORMS = ("oneshot", "framed")
 WORKERS = (1, 2, 4, 8)
+MORE_WORKERS = (1, 2, 4, 8, 16)
 CONNECTIONS = (1, 16, 100, 250, 500)
 CLIENTS = 16
 WARM_UP_SECONDS = 0.5
@@ -133,6 +135,10 @@ def settings(quick: bool) -> dict[str, list[Setting]]:
     return {
         f"Workers ({CLIENTS} clients)": [
             Setting(f"{count} workers", form, count, CLIENTS) for form in FORMS for count in workers
+        ],
+        "Workers (1 client)": [
+            Setting(f"{count} workers", "oneshot", count, 1)
+            for count in ((1, 2) if quick else MORE_WORKERS)
         ],
         "Connections (2 workers)": [
             Setting(f"{clients} connections", form, 2, clients)

@@ -219,6 +219,10 @@ class Gate:
         self._leaving = True
         ring(self._bells.request)
 
+    def leave_to_others(self) -> None:
+        """Somebody may wait outside whom this worker does not let in: let the others look."""
+        ring_watchers(self._shared, self._all_bells)
+
     def _tell_who_waits_for_connection(self) -> None:
         for other, bells in self._workers:
             if other.door_waits_for == WAITS_FOR_CONNECTION:

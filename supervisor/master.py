@@ -18,7 +18,7 @@ import setproctitle
 from cpanbridge.supervisor import logs, numbers, status
 from cpanbridge.supervisor.config import Load, Loaded
 from cpanbridge.supervisor.controlserver import ControlServer, Visitor
-from cpanbridge.supervisor.gate import Bells
+from cpanbridge.supervisor.gate import Bells, ring_watchers
 from cpanbridge.supervisor.generation import Generation
 from cpanbridge.supervisor.hangs import HangDetector
 from cpanbridge.supervisor.logs import LogError
@@ -81,7 +81,7 @@ class Master:
             self._workforce.retire_for_memory,
         )
         self._hangs = HangDetector(self._loop, shared, self._workforce)
-        self._shared = shared
+        self._shared, self._bells = shared, bells
         self._control = ControlServer(
             self._loop,
             {"status": self._status, "metrics": self._metrics},
@@ -236,7 +236,8 @@ class Master:
             self._stop(None, reason)
 
     def seat_emptied(self) -> None:
-        """A worker has gone; a reload may have waited for its slot."""
+        """A worker has gone; a reload may have waited for its slot, or a client for the worker."""
+        ring_watchers(self._shared, self._bells)
         self._reloader.seat_emptied()
 
     # -- reloading, stopping --

@@ -39,7 +39,8 @@ A = TypeVar("A")
 class Crew(Generic[A]):
     """Threads that each repeat: `fetch` an arrival, `serve` it; `fetch` returns None at the end.
 
-    `limit` is how many may serve at the same time.
+    `limit` is how many may serve at the same time. `left` is called when they do, so that nobody is
+    left to be at the door.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class Crew(Generic[A]):
         fetch: Callable[[], A | None],
         is_quick: Callable[[A], bool],
         serve: Callable[[A], None],
+        left: Callable[[], None] = lambda: None,
     ) -> None:
         self._limit = limit
         self._fetch = fetch
         self._is_quick = is_quick
         self._serve = serve
+        self._left = left
         self._lock = threading.Lock()  # over all that follows
         self._idle = threading.Condition(self._lock)
         self._started = False
@@ -190,8 +193,11 @@ class Crew(Generic[A]):
         self._at_door = 0
         if self._over:
             self._tell_idle()
-        elif self._serving < self._limit:
+            return
+        if self._serving < self._limit:
             self._send_to_door()
+        if not self._at_door:
+            self._left()
 
     def _send_to_door(self) -> None:
         self._at_door = 1

@@ -7,6 +7,14 @@ request by then, so it is read at once, and the thread knows what it has before 
 A client that another worker hands over has its connection's room already, and so has one that keeps
 its connection and sends another request. So these are let in while the gate has none, and while the
 worker is about to leave and accepts nobody from outside.
+
+Who waits outside waits at the doors of all workers. Of the workers that have nothing to do, the
+kernel wakes one for each client (EPOLLEXCLUSIVE): if it woke all, most would find nobody, and a
+lone client would cost more the more workers there are. A worker that runs calls is woken as well,
+and never in place of another: a call may keep the interpreter lock, and the client would wait for
+that. Who is woken and does not let the client in has the others look (`Gate.leave_to_others`), and
+so has the master for who has died. Where nobody can, because the process is stopped, the others
+find the client within a second (`look_out`).
 """
 
 import contextlib
@@ -72,9 +80,10 @@ class Door(Generic[C]):
     """Lets clients in, one at a time. Called from the threads of one worker.
 
     `prepare` turns the first bytes into a call that can run at once, or None; it is told when they
-    arrived, if that was in another worker. `incoming` has the clients that other workers put there,
-    `outgoing` those on their way to them, `keep_alive` those at rest; `restraint` says when who
-    waits outside is left to other workers. With a `turnstile` nobody is left to wait there.
+    arrived, if that was in another worker. `runs_calls` says whether any run in this worker.
+    `incoming` has the clients that other workers put there, `outgoing` those on their way to them,
+    `keep_alive` those at rest; `restraint` says when who waits outside is left to other workers.
+    With a `turnstile` nobody is left to wait there.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class Door(Generic[C]):
         listeners: Sequence[socket.socket],
         gate: Gate,
         prepare: Callable[[bytes, float | None], C | None],
+        runs_calls: Callable[[], bool],
         incoming: Incoming,
         outgoing: Outgoing,
         keep_alive: KeepAlive,
@@ -93,6 +103,7 @@ class Door(Generic[C]):
         self.is_shut = False  # nobody is about to let a client in from outside
         self._gate = gate
         self._prepare = prepare
+        self._runs_calls = runs_calls
         self._incoming = incoming
         self._outgoing = outgoing
         self._keep_alive = keep_alive
@@ -104,11 +115,6 @@ class Door(Generic[C]):
         self._receiver = brief.Receiver()
         self._turns_away = False  # since it last let somebody in
         self._complained = -_COMPLAIN_EVERY
-        # Not EPOLLEXCLUSIVE: the one worker that the kernel wakes may be one whose module keeps the
-        # interpreter lock, and the client would wait for that while other workers are idle.
-        self._arrivals = select.epoll()
-        for listener in listeners:
-            self._arrivals.register(listener, select.EPOLLIN)
         # What is looked at while there is no room as well; it is readable when one of these is.
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._interrupts = select.epoll()
@@ -117,12 +123,27 @@ class Door(Generic[C]):
         for descriptor in inside:
             self._interrupts.register(descriptor, select.EPOLLIN)
         self._interrupted = brief.ReadySet(self._interrupts, len(inside))
-        self._arrivals.register(self._interrupts, select.EPOLLIN)
+        self._told_in_turn = self._watch_outside(select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self._told_always = self._watch_outside(select.EPOLLIN)
+        self._queue = select.poll()
+        for listener in listeners:
+            self._queue.register(listener, select.POLLIN)
+        self._sleeps = False  # and relies on being told of who comes
+        self._told = False  # of somebody outside, and has not looked yet
+        self._looks_outside = True
         self._inside = {self._interrupts.fileno(), *inside}
+
+    def _watch_outside(self, events: int) -> select.epoll:
+        """What tells of those who wait outside, and of the interrupts."""
+        epoll = select.epoll()
+        for listener in self._listeners:
+            epoll.register(listener, events)
+        epoll.register(self._interrupts, select.EPOLLIN)
+        return epoll
 
     def next(self) -> Arrival[C] | None:
         """Wait for a client and let it in; None when the door is closed."""
-        look_outside = True
+        self._looks_outside = True
         while not self._closed:
             self._outgoing.settle(FEW)
             if self._turns_inside > 0:
@@ -136,9 +157,9 @@ class Door(Generic[C]):
             outcome = _Nobody.OUTSIDE
             if self._shut:
                 self.is_shut = True
-            elif look_outside and self._restraint.holds_back():
+            elif self._looks_outside and self._restraint.holds_back():
                 outcome = _Nobody.OTHERS_FIRST
-            elif look_outside:
+            elif self._looks_outside:
                 found = self._let_in()
                 if isinstance(found, Arrival):
                     self._turns_outside -= 1
@@ -147,7 +168,7 @@ class Door(Generic[C]):
                         self._turns_inside = 1
                     return found
                 outcome = found
-            look_outside = outcome is _Nobody.BUT_LOOK_AGAIN or self._wait(outcome)
+            self._looks_outside = outcome is _Nobody.BUT_LOOK_AGAIN or self._wait(outcome)
         return None
 
     def _wait(self, outcome: _Nobody) -> bool:
@@ -158,18 +179,31 @@ class Door(Generic[C]):
         if self._shut:
             ready = self._interrupts.poll()
         elif outcome is _Nobody.OUTSIDE:
-            ready = self._arrivals.poll()
+            ready = self._sleep()
+        elif outcome is _Nobody.OTHERS_FIRST:
+            ready = self._interrupts.poll(A_MOMENT)
         else:
-            others_first = outcome is _Nobody.OTHERS_FIRST
-            ready = self._interrupts.poll(A_MOMENT if others_first else A_LITTLE_SECONDS)
+            self._gate.leave_to_others()
+            ready = self._interrupts.poll(A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
             self._turns_inside = MOST_IN_A_ROW
             self._turns_outside = MOST_IN_A_ROW
-        return len(inside) < len(ready) or outcome is not _Nobody.OUTSIDE
+        self._told = len(inside) < len(ready)
+        return self._told or outcome is not _Nobody.OUTSIDE
+
+    def _sleep(self) -> list[tuple[int, int]]:
+        """Wait for somebody to come, from wherever; returns what tells of it."""
+        arrivals = self._told_always if self._runs_calls() else self._told_in_turn
+        self._sleeps = True
+        try:
+            return arrivals.poll()
+        finally:
+            self._sleeps = False
 
     def _let_in(self) -> Arrival[C] | _Nobody:
         gate = self._gate
+        self._told = False
         if self._turnstile is not None:
             obstacle = self._obstacle()
             if obstacle is not None:
@@ -241,6 +275,7 @@ class Door(Generic[C]):
         if self._bell in told:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
+            self._looks_outside = True
         if self._outgoing.descriptor in told:
             arrival = self._let_back_in()
         if arrival is None and (self._incoming.waiting or self._incoming.descriptor in told):
@@ -286,8 +321,22 @@ class Door(Generic[C]):
         return Arrival(passenger.descriptor, number, passenger.data, call, passenger)
 
     def look_again(self) -> None:
-        """Somebody waits inside of whom no descriptor tells. Called in the main thread."""
+        """Somebody waits of whom no descriptor tells. Called in the main thread."""
         os.eventfd_write(self._bell, 1)
+
+    def look_out(self) -> None:
+        """See that nobody waits outside of whom only another worker was told.
+
+        Called in the main thread, now and then, and when another worker asks for it.
+        """
+        if self._sleeps and not self._shut and self._queue.poll(0):
+            self.look_again()
+
+    def left(self) -> None:
+        """Nobody is at the door for now: all threads are busy. Called in whichever sees it."""
+        if self._told:
+            self._told = False
+            self._gate.leave_to_others()
 
     def shut(self) -> None:
         """Let nobody in from outside any more."""

@@ -155,7 +155,7 @@ class Worker:
         )
         self._incoming = Incoming(place.shared, place.slot, place.bells, self._gate)
         self._door: Door[Call] = Door(
-            *(place.listeners, self._gate, calls.prepare),
+            *(place.listeners, self._gate, calls.prepare, lambda: self._crew.serving > 0),
             self._incoming,
             *(self._affinity.outgoing, keep_alive, Restraint(self._affinity.outgoing)),
             self._turnstile,
@@ -167,7 +167,8 @@ class Worker:
         # door when all are taken: to see who is to wait, or to be turned away.
         most = self._threads + (place.settings.threads == 0)
         self._crew: Crew[Arrival[Call]] = Crew(
-            most, self._door.next, self._connections.is_quick, self._connections.serve
+            *(most, self._door.next, self._connections.is_quick, self._connections.serve),
+            self._door.left,
         )
         self._most_requests = _with_jitter(place.settings.max_requests)
         self._retiring = self._door_closed = False
@@ -263,6 +264,7 @@ class Worker:
             self._affinity.sessions.let_go()
             self._dismissal.leave()  # before anybody is woken, who would not know why
             self._gate.leave()
+            self._gate.leave_to_others()
             os.eventfd_write(self._stops.door, 1)
 
     def _close_door(self) -> None:
@@ -316,6 +318,7 @@ class Worker:
             self._affinity.outgoing.look_after(),
             self._dismissal.dismiss_idle(),
         )
+        self._door.look_out()
         if self._crew.door_is_left:
             self._connections.answer_for_the_door()
             if self._incoming.look_through():
