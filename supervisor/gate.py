@@ -14,14 +14,20 @@ interpreter lock: a thread that did would wait for a busy module of its own work
 and all other workers with it. So a client is accepted outside the lock, into room that was reserved
 under it.
 
+Room is counted from what all slots say. That takes longer the more workers there are, so it is done
+once for many who take room: the one who counts leaves word of how many others may pass without
+counting again, whether for a connection or a request (`header.passes`). Room that is given back
+meanwhile only makes it more. Where there is less room than that, each one counts.
+
 The rate is exact: the ring holds the times of the last admissions, and a request is admitted when
 the entry `max_requests_per_minute` places back has left the window. One comparison, whatever the
 load. Times are CLOCK_MONOTONIC: setting the machine's clock changes nothing.
 
 Who finds no room says in its slot what it waits for, looks once more, and sleeps on its worker's
-eventfd, the bell. Whoever gives room back rings the bell of every worker that waits for such room;
-two threads of a worker wait at most, one at the door and one for all that have a request. A ring is
-only a hint to look again: one that is lost because its process was killed costs `LOST_RING_MS`.
+eventfd, the bell. Whoever gives room back rings the bell of every worker that waits for such room,
+where anybody waits at all (`header.somebody_waits`); two threads of a worker wait at most, one at
+the door and one for all that have a request. A ring is only a hint to look again: one that is lost
+because its process was killed costs `LOST_RING_MS`.
 
 Called in the worker process, from any of its threads, but for what says otherwise.
 """
@@ -43,6 +49,7 @@ from cpanbridge.supervisor.shared import (
     WAITS_FOR_REQUEST,
     WAITS_FOR_VERDICT,
     Shared,
+    Slot,
 )
 
 # Clients that a worker is telling so, at a time, where those that find no room are turned away.
@@ -50,6 +57,11 @@ MOST_TURNED_AWAY = 64
 
 LOST_RING_MS = 100
 VERDICT_MS = 1000
+
+# How often room is taken before all slots are counted again; as often as there are slots where
+# these are more. A peak of connections that nobody counts, and that is over before a report or the
+# monitor's next look, is told too low by as much at most.
+PASSES = 8
 
 T = TypeVar("T")
 
@@ -102,8 +114,7 @@ class Gate:
         self._slot = shared.slots[slot]
         self._bells = bells[slot]
         self._all_bells = bells
-        self._slots = shared.used_slots
-        self._workers = list(zip(self._slots, bells, strict=False))
+        self._workers: list[tuple[Slot, Bells]] = []
         self._leaving = False
         self._release = threading.Lock()
         self._line_for_connection = threading.Lock()
@@ -113,12 +124,27 @@ class Gate:
 
     def obstacle(self, *, connection: bool) -> Obstacle | None:
         """What keeps a request out, or with `connection` a new client; None when there is room."""
-        # Written out, and all sums in one loop: this is the hottest code under the lock.
         header = self._header
-        if header.slots_used != len(self._slots):
-            self._look_at_more_slots()
+        if header.verdict != VERDICT_OPEN and not self._leaving:
+            return Obstacle("verdict", WAITS_FOR_VERDICT)
+        if header.passes <= 0:
+            obstacle = self._count(connection)
+            if obstacle is not None:
+                return obstacle
+        free_at = self._shared.window.free_at()
+        if free_at > time.monotonic_ns():
+            return Obstacle("rate", WAITS_FOR_RATE, free_at)
+        return None
+
+    def _count(self, connection: bool) -> Obstacle | None:
+        """Count what is taken, say how many may pass without that, and what is in the way of one.
+
+        Fewer may have passed by then than there is room for: what `took_over` counts twice is room
+        that is taken once.
+        """
+        header = self._header
         connections = reserved = running = 0
-        for slot in self._slots:
+        for slot, _ in self._used():
             reserved += slot.reserved  # before `opened`, which it turns into
             connections += slot.opened - slot.closed
             running += slot.admitted - slot.succeeded - slot.failed
@@ -126,29 +152,40 @@ class Gate:
             # While a client changes hands it may be counted twice, see `took_over`.
             most = min(connections, header.max_connections)
             header.peak_connections = max(header.peak_connections, most)
-        if header.verdict != VERDICT_OPEN and not self._leaving:
-            return Obstacle("verdict", WAITS_FOR_VERDICT)
-        if connection and connections + reserved >= header.max_connections:
+        if header.somebody_waits:
+            self._see_who_waits()
+        connections_left = header.max_connections - connections - reserved
+        requests_left = header.max_concurrent_requests - running
+        header.passes = min(max(PASSES, len(self._workers)), connections_left, requests_left)
+        if connection and connections_left <= 0:
             taken = connections >= header.max_connections
             return Obstacle("connections" if taken else "reservations", WAITS_FOR_CONNECTION)
-        if running >= header.max_concurrent_requests:
+        if requests_left <= 0:
             return Obstacle("concurrency", WAITS_FOR_REQUEST)
-        free_at = self._shared.window.free_at()
-        if free_at > time.monotonic_ns():
-            return Obstacle("rate", WAITS_FOR_RATE, free_at)
         return None
 
-    def _look_at_more_slots(self) -> None:
-        self._slots = self._shared.used_slots
-        self._workers = list(zip(self._slots, self._all_bells, strict=False))
+    def _see_who_waits(self) -> None:
+        """Whether anybody does. Who was killed while it waited waits no longer."""
+        self._header.somebody_waits = any(
+            slot.door_waits_for or slot.request_waits_for for slot, _ in self._used()
+        )
+
+    def _used(self) -> list[tuple[Slot, Bells]]:
+        """The slots that a worker may have, or has had, with their bells."""
+        used: int = self._header.slots_used
+        if used != len(self._workers):
+            self._workers = list(zip(self._shared.used_slots, self._all_bells, strict=False))
+        return self._workers
 
     def reserve(self) -> Literal[True]:
         """Take room for one client; `opened` or `nobody_came` must follow."""
+        self._header.passes -= 1
         self._slot.reserved = 1
         return True
 
     def admitted(self) -> Literal[True]:
         """Charge a request that is complete and about to run."""
+        self._header.passes -= 1
         self._slot.admitted += 1
         self._shared.window.record(time.monotonic_ns())
         return True
@@ -205,7 +242,9 @@ class Gate:
                 self._slot.succeeded += 1
             else:
                 self._slot.failed += 1
-        for other, bells in self._workers:
+        if not self._header.somebody_waits:
+            return
+        for other, bells in self._used():
             if other.request_waits_for == WAITS_FOR_REQUEST:
                 ring(bells.request)
             if other.door_waits_for == WAITS_FOR_REQUEST:
@@ -224,7 +263,9 @@ class Gate:
         ring_watchers(self._shared, self._all_bells)
 
     def _tell_who_waits_for_connection(self) -> None:
-        for other, bells in self._workers:
+        if not self._header.somebody_waits:
+            return
+        for other, bells in self._used():
             if other.door_waits_for == WAITS_FOR_CONNECTION:
                 ring(bells.door)
 
@@ -277,22 +318,27 @@ class Gate:
                     obstacle = self.obstacle(connection=connection)
                     if obstacle is None:
                         return take()
+                    is_new = self._register(obstacle.waits_for, connection)
                 # Room that was given back before this thread was registered has rung nobody: so
                 # it looks once more before it sleeps.
-                if self._register(obstacle.waits_for, connection):
-                    continue
-                if self._sleep(obstacle, stop, connection):
+                if not is_new and self._sleep(obstacle, stop, connection):
                     return None
         finally:
-            self._register(WAITS_FOR_NOTHING, connection)
+            with self._lock:
+                self._register(WAITS_FOR_NOTHING, connection)
+                self._see_who_waits()
 
     def _register(self, waits_for: int, connection: bool) -> bool:
-        """Say what this thread waits for, so that it is rung; whether that is something new."""
+        """Say what this thread waits for, so that it is rung; whether that is something new.
+
+        Called under the lock.
+        """
         slot = self._slot
         if connection:
             before, slot.door_waits_for = slot.door_waits_for, waits_for
         else:
             before, slot.request_waits_for = slot.request_waits_for, waits_for
+        self._header.somebody_waits = 1
         return bool(before != waits_for)
 
     def _sleep(self, obstacle: Obstacle, stop: int, connection: bool) -> bool:

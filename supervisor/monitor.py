@@ -339,7 +339,7 @@ class Monitor:
             counts.finished,
             counts.failed,
             counts.connections,
-            self._shared.header.peak_connections,
+            self._shared.peak_connections(),
         )
 
     def _log_summary(self) -> None:

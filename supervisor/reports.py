@@ -104,7 +104,7 @@ def connection_summary(shared: Shared, settings: Settings, counts: Totals) -> di
         "total_connections": counts.opened,
         "active_connections": counts.connections,
         "stale_connections": len(stale_connections(shared, settings)),
-        "peak_connections": shared.header.peak_connections,
+        "peak_connections": shared.peak_connections(),
     }
 
 
@@ -271,7 +271,7 @@ def _counted(shared: Shared, counts: Totals) -> dict[str, Any]:
         "requests_failed": counts.failed,
         "requests_rejected": counts.refused,
         "connections_total": counts.opened,
-        "peak_connections": shared.header.peak_connections,
+        "peak_connections": shared.peak_connections(),
         "start_time": shared.header.started_at / 1e9,
     }
 

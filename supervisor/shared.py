@@ -37,7 +37,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 10
+LAYOUT = 11
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -121,6 +121,9 @@ class Header(ctypes.Structure):
         ("cleanups", ctypes.c_int64),  # times that stale connections were to be closed at once
         ("cleanup_at", ctypes.c_int64),  # the last time, CLOCK_MONOTONIC, nanoseconds
         ("peak_connections", ctypes.c_int64),
+        # How often room can be taken, for whatever, before all slots must be counted: see gate.py.
+        ("passes", ctypes.c_int64),
+        ("somebody_waits", ctypes.c_int64),  # 1: a thread may wait at the gate, as its slot says
     )
 
 
@@ -155,12 +158,12 @@ class Slot(ctypes.Structure):
         ("reserved", ctypes.c_int64),
         # Written by the thread at the worker's door; there is one at a time.
         ("opened", ctypes.c_int64),  # connections accepted
-        ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...
+        ("door_waits_for", ctypes.c_int64),  # WAITS_FOR_...; under the gate's lock
         ("full", ctypes.c_int64),  # times that it found all connections taken
         ("taken_over", ctypes.c_int64),  # of those opened, connections that came from other workers
         ("awaits_receipts", ctypes.c_int64),  # 1: ring it when clients of it were taken over
         # Written by the one thread of the worker that looks for a request's room.
-        ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...
+        ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...; under the gate's lock
         # Written by the worker under its own release lock, and by the master once it is dead.
         ("closed", ctypes.c_int64),  # connections closed
         ("queued", ctypes.c_int64),  # threads that have a request and wait for its room
@@ -317,6 +320,21 @@ class Shared:
         """Requests running in all workers."""
         return sum(slot.running for slot in self.used_slots)
 
+    def peak_connections(self) -> int:
+        """The most connections that there were at a time; for reports.
+
+        The gate counts now and then only. So what it has missed is noted here, as long as it is
+        there. Does not wait for the gate's lock.
+        """
+        header = self.header
+        peak: int = header.peak_connections
+        # While a client changes hands it may be counted twice.
+        now: int = min(self.connections(), header.max_connections)
+        if now > peak and self.lock.take():
+            header.peak_connections = max(now, header.peak_connections)
+            self.lock.give_back()
+        return max(now, peak)
+
     def admitted_in_window(self) -> int:
         """Requests admitted in the last 60 seconds."""
         return self.window.count()
@@ -374,6 +392,7 @@ class Shared:
         """
         self.resize_window(limits.max_requests_per_minute)
         header = self.header
+        header.passes = 0  # they were for other limits
         header.max_connections = limits.max_connections
         header.max_concurrent_requests = limits.max_concurrent_requests
         header.max_memory_mb = limits.max_memory_mb

@@ -659,12 +659,142 @@ def test_a_ring_for_the_door_is_not_taken_from_who_has_a_request(
 
 def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
     house = new_house()
-    house.shared.slots[
-        1
-    ].request_waits_for = WAITS_FOR_REQUEST  # somebody waits, and is slow to wake
+    with house.shared.lock:  # somebody waits, and is slow to wake
+        house.gates[1]._register(WAITS_FOR_REQUEST, connection=False)
     for _ in range(20):
         assert house.try_to_admit(house.gates[0])
         house.gates[0].finished(True)
     os.eventfd_read(house.bells[1].request)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(house.bells[1].request)
+
+
+# -- counting now and then --
+
+
+OPERATIONS = ("open", "reserve", "nobody", "close", "admit", "finish", "hand over", "die", "limits")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2), st.integers(1, 12)), max_size=120
+    )
+)
+@hypothesis_settings(deadline=None, max_examples=150)
+def test_there_is_room_just_when_all_slots_together_leave_some(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    house = House(3, max_connections=12, max_concurrent_requests=6)
+    try:
+        connections, reserved, running = [0] * 3, [0] * 3, [0] * 3
+        most, most_running = 12, 6
+        for operation, who, number in steps:
+            gate = house.gates[who]
+            has_request_room = sum(running) < most_running
+            has_room = has_request_room and sum(connections) + sum(reserved) < most
+            if operation == "open" and not reserved[who]:
+                assert house.try_to_open(gate) == has_room
+                connections[who] += has_room
+            elif operation == "reserve" and not reserved[who]:
+                found = gate.attempt(gate.reserve, connection=True)
+                assert isinstance(found, Obstacle) != has_room
+                reserved[who] = int(has_room)
+            elif operation == "nobody" and reserved[who]:
+                gate.nobody_came()
+                reserved[who] = 0
+            elif operation == "close" and connections[who]:
+                gate.closed()
+                connections[who] -= 1
+            elif operation == "admit":
+                assert house.try_to_admit(gate) == has_request_room
+                running[who] += has_request_room
+            elif operation == "finish" and running[who]:
+                gate.finished(number % 2 == 0)
+                running[who] -= 1
+            elif operation == "hand over" and connections[who]:
+                other = (who + 1) % 3
+                house.gates[other].took_over()
+                gate.closed()
+                connections[who] -= 1
+                connections[other] += 1
+            elif operation == "die":
+                house.shared.clear(house.shared.slots[who])
+                connections[who] = reserved[who] = running[who] = 0
+            elif operation == "limits":
+                most, most_running = number, 1 + number // 2
+                limits = Limits(
+                    max_connections=most,
+                    max_concurrent_requests=most_running,
+                    max_requests_per_minute=0,
+                )
+                with house.shared.lock:
+                    house.shared.apply_limits(limits)
+            assert house.shared.connections() == sum(connections)
+            assert house.shared.running() == sum(running)
+    finally:
+        house.close()
+
+
+def test_slots_are_counted_once_for_many(
+    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = new_house(16, max_connections=1000, max_concurrent_requests=1000)
+    counted = 0
+    count = Gate._count
+
+    def counts(gate: Gate, connection: bool) -> Obstacle | None:
+        nonlocal counted
+        counted += 1
+        return count(gate, connection)
+
+    monkeypatch.setattr(Gate, "_count", counts)
+    for number in range(160):
+        assert house.try_to_open(house.gates[number % 16])
+    assert counted == 10
+
+
+def test_who_waits_in_a_slot_that_was_not_used_before_is_rung(
+    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "LOST_RING_MS", 60_000)
+    house = new_house(3, max_concurrent_requests=2)
+    house.shared.header.slots_used = 2
+    assert house.try_to_admit(house.gates[0])  # it has seen two slots
+    house.shared.header.slots_used = 3
+    assert house.try_to_admit(house.gates[2])
+    waiter = Waiter(house, house.gates[2], connection=False)
+    until(lambda: registered(house) == 1)
+    house.gates[0].finished(True)
+    waiter.join(20)
+    assert waiter.result == "in"
+
+
+def test_nobody_is_looked_for_once_who_was_killed_while_it_waited_is_gone(
+    new_house: NewHouse,
+) -> None:
+    house = new_house()
+    with house.shared.lock:
+        house.gates[1]._register(WAITS_FOR_REQUEST, connection=False)
+    assert house.shared.header.somebody_waits
+    house.shared.clear(house.shared.slots[1])
+    for _ in range(2 * gate_module.PASSES):
+        assert house.try_to_admit(house.gates[0])
+        house.gates[0].finished(True)
+    assert not house.shared.header.somebody_waits
+
+
+def test_a_peak_that_a_report_has_told_is_not_forgotten(new_house: NewHouse) -> None:
+    house = new_house(max_connections=100)
+    for _ in range(5):
+        assert house.try_to_open(house.gates[0])
+    assert house.shared.peak_connections() == 5
+    for _ in range(5):
+        house.gates[0].closed()
+    assert house.shared.peak_connections() == 5
+    assert house.shared.lock.take()  # it is free
+    house.shared.header.peak_connections = 0
+    for _ in range(3):
+        house.gates[0].reserve()
+        house.gates[0].opened()
+    assert house.shared.peak_connections() == 3  # and nobody is waited for
+    house.shared.lock.give_back()
