@@ -30,7 +30,7 @@ types: $(VENV)/.installed-test $(TYPING)
 # Compiled once: the tests start hundreds of daemons, also where PYTHONDONTWRITEBYTECODE is set.
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m compileall -q supervisor workers
-	$(BIN)/pytest -n 6 --dist worksteal
+	$(BIN)/pytest -n 8 --dist worksteal
 
 perl-test: $(VENV)/.installed
 	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l -j 4 t
