@@ -59,8 +59,8 @@ LOST_RING_MS = 100
 VERDICT_MS = 1000
 
 # How often room is taken before all slots are counted again; as often as there are slots where
-# these are more. A peak of connections that nobody counts, and that is over before a report or the
-# monitor's next look, is told too low by as much at most.
+# these are more. So a rise in connections that is over before the monitor's next look may be told
+# too low by as many, and by those that doors had reserved when it was counted.
 PASSES = 8
 
 T = TypeVar("T")
@@ -148,10 +148,7 @@ class Gate:
             reserved += slot.reserved  # before `opened`, which it turns into
             connections += slot.opened - slot.closed
             running += slot.admitted - slot.succeeded - slot.failed
-        if connections > header.peak_connections:
-            # While a client changes hands it may be counted twice, see `took_over`.
-            most = min(connections, header.max_connections)
-            header.peak_connections = max(header.peak_connections, most)
+        self._shared.note_connections(connections)
         if header.somebody_waits:
             self._see_who_waits()
         connections_left = header.max_connections - connections - reserved

@@ -324,16 +324,23 @@ class Shared:
         """The most connections that there were at a time; for reports.
 
         The gate counts now and then only. So what it has missed is noted here, as long as it is
-        there. Does not wait for the gate's lock.
+        there. Does not wait for the gate's lock, without which it would not count rightly.
         """
+        if self.lock.take():
+            try:
+                self.note_connections(self.connections())
+            finally:
+                self.lock.give_back()
+        peak: int = self.header.peak_connections
+        return peak
+
+    def note_connections(self, connections: int) -> None:
+        """There are so many now. Called under the gate's lock."""
         header = self.header
-        peak: int = header.peak_connections
-        # While a client changes hands it may be counted twice.
-        now: int = min(self.connections(), header.max_connections)
-        if now > peak and self.lock.take():
-            header.peak_connections = max(now, header.peak_connections)
-            self.lock.give_back()
-        return max(now, peak)
+        if connections > header.peak_connections:
+            # While a client changes hands it may be counted twice, see `Gate.took_over`.
+            most = min(connections, header.max_connections)
+            header.peak_connections = max(header.peak_connections, most)
 
     def admitted_in_window(self) -> int:
         """Requests admitted in the last 60 seconds."""

@@ -137,7 +137,8 @@ def keyboard() -> Iterator[Keyboard]:
     os.set_blocking(write_end, False)
     stdin = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
     keys = Keyboard(stdin, read_end)
-    handlers = {number: signal.signal(number, keys.end) for number in _ENDING}
+    ignored = {number for number in _ENDING if signal.getsignal(number) is signal.SIG_IGN}
+    handlers = {each: signal.signal(each, keys.end) for each in _ENDING if each not in ignored}
     handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: None)
     wake_up = signal.set_wakeup_fd(write_end)
     before = termios.tcgetattr(stdin) if stdin is not None else None

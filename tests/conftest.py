@@ -28,10 +28,15 @@ hypothesis.settings.load_profile("no deadline")
 
 def halt(pid: int) -> None:
     """Stop a worker once it has nothing to do; it does nothing from then on."""
-    until(lambda: _thread_states(pid) == {"S"})
+    until(lambda: is_idle(pid))
     os.kill(pid, signal.SIGSTOP)
     # One thread is told and stops the others when it gets the processor; until then they go on.
     until(lambda: _thread_states(pid) == {"T"})
+
+
+def is_idle(pid: int) -> bool:
+    """Whether all threads of a process wait for something."""
+    return _thread_states(pid) == {"S"}
 
 
 def _thread_states(pid: int) -> set[str]:

@@ -45,6 +45,7 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 AGAIN_MS = 50  # before a client is put in again that its owner had no descriptor for
 COMPLAIN_SECONDS = 60.0
 RETRY_SECONDS = 1.0  # when to try again where all sessions are taken
+_MORE = 2  # sessions than another worker has, and who comes next goes there
 
 
 class HandedOver(Exception):
@@ -91,6 +92,8 @@ class Affinity:
         owned_as = call.target.owned_as
         assert owned_as is not None
         until = call.arrived + self._patience(call)
+        # Who was sent here, or has come back, is not sent on for that.
+        may_be_sent_on = owned_as == FOR_CLIENT and not peer.taken_over and peer.journey is None
         if peer.journey is not None:
             journey, peer.journey = peer.journey, None
             until = journey.until
@@ -108,6 +111,9 @@ class Affinity:
                 lost = answer.known and not self._shared.is_there(answer.owner)
                 if lost:
                     self._shared.sessions.remove(client, answer.owner)
+                elif may_be_sent_on and answer == _Answer(self._me, known=False):
+                    answer = _Answer(self._less_burdened() or self._me, known=False)
+            may_be_sent_on = False
             if lost:
                 raise _session_lost(call, f"worker {answer.owner.slot} has ended")
             if answer.owner == self._me:
@@ -159,7 +165,20 @@ class Affinity:
     def _owner_for_client(self) -> Owner:
         if self._slots[self._me.slot].is_staying:
             return self._me
-        return self._least(lambda owner: int(self._slots[owner.slot].sessions)) or self._me
+        return self._least(self._sessions_of) or self._me
+
+    def _less_burdened(self) -> Owner | None:
+        """The worker with the fewest sessions, if this one has too many; else None.
+
+        Who is let in where is chance, and of an idle daemon's workers always the same one lets in.
+        """
+        least = self._least(self._sessions_of)
+        if least is None or self._sessions_of(self._me) < self._sessions_of(least) + _MORE:
+            return None
+        return least
+
+    def _sessions_of(self, owner: Owner) -> int:
+        return int(self._slots[owner.slot].sessions)
 
     def _owner_for_module(self, module: int) -> Owner:
         table = self._shared.module_owners

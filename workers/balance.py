@@ -1,10 +1,9 @@
 """Spreading kept connections over the workers.
 
-All workers are woken by a client that waits outside, and who is first has it. For calls on
-connections of their own that spreads the load by itself: who is busy is not first. A connection
-that is kept stays where it was let in, and a worker that is awake anyway would collect them all
-before another one has got the processor; and when a worker is added or replaced, the new one would
-have none.
+A client that waits outside is let in by a worker that has nothing to do. For calls on connections
+of their own that spreads the load by itself: who is busy does not come. A connection that is kept
+stays where it was let in, and a worker that is awake anyway would collect them all before another
+one has got the processor; and when a worker is added or replaced, the new one would have none.
 
 So a worker that keeps at least two more than another one has clients passes one on to it, by the
 way that clients take to their state (handover.py), and another one a little later, the sooner the
@@ -13,7 +12,8 @@ more it has, until nobody keeps two more than anybody else has. Where one is not
 all, and for `REST_SECONDS` nobody is passed on.
 
 One at a time is on its way, so that a worker that takes nothing holds up one and no more. None is
-passed on where `threads` is set: all of them may be busy there, and here when it comes back.
+passed on where `threads` is set: all of them may be busy there, and here when it comes back. So
+what spreads those is only that the worker which has let one in is not the next one to be woken.
 
 That costs as much as several calls, so only a connection that has rested is passed on: with its
 first request, nobody knows whether there will be another one. And of its own clients a worker

@@ -49,7 +49,8 @@ class Connections:
     """What all connections of a worker need, and the life of each. Called from its threads.
 
     `dismissal` sends them away, `keep_alive` has those at rest, `balance` spreads those that are
-    kept over the workers. `step_aside` is called before a thread waits for something.
+    kept over the workers. `step_aside` is called before a thread waits for something, and
+    `let_others_come_first` when a connection has come to stay.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Connections:
         balance: Balance,
         stops: Stops,
         step_aside: Callable[[], None],
+        let_others_come_first: Callable[[], None],
     ) -> None:
         self._limits = limits
         self._gate = gate
@@ -73,6 +75,7 @@ class Connections:
         self._balance = balance
         self._stops = stops
         self._step_aside = step_aside
+        self._let_others_come_first = let_others_come_first
         self._roster = calls.roster
         self._reader = Reader(limits, calls.roster, step_aside)
 
@@ -321,6 +324,8 @@ class Connections:
         self._roster.is_doing(peer.entry, IDLE)
         peer.quiet_since = time.monotonic_ns()
         peer.idle = True
+        if not peer.rested:
+            self._let_others_come_first()
         try:
             self._keep_alive.rest(peer)
         except OSError as error:

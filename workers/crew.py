@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from cpanbridge.workers.ownthreads import OwnThread
+
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 TAKEOVER_SECONDS = 0.01
@@ -103,23 +105,30 @@ class Crew(Generic[A]):
 
         Called in the worker's main thread, then, and when `attention` is readable.
         """
+        left = False
         with self._lock:
             if self._kept_since and time.monotonic() - self._kept_since >= TAKEOVER_SECONDS:
                 self._kept_since = 0.0
-                self._leave_door()
+                left = self._leave_door()
             open_ = self._started and not self._over
             if open_ and not self._at_door and self._serving < self._limit:
                 self._send_to_door()  # no thread was to be had before
             self._looked_after = bool(self._kept_since) or self._keeps != self._keeps_seen
             self._keeps_seen = self._keeps
-            return TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
+            seconds = TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
+        if left:
+            self._left()
+        return seconds
 
     def step_aside(self) -> None:
         """This thread is about to wait for something: it keeps the door no longer, if it does."""
+        left = False
         with self._lock:
             if self._kept_since and self._keeper == threading.get_ident():
                 self._kept_since = 0.0
-                self._leave_door()
+                left = self._leave_door()
+        if left:
+            self._left()
 
     def close_door(self) -> None:
         """Nobody goes to the door any more; who keeps it while serving does not come back."""
@@ -169,7 +178,9 @@ class Crew(Generic[A]):
             self._keep_door()
         else:
             with self._lock:
-                self._leave_door()
+                left = self._leave_door()
+            if left:
+                self._left()
         try:
             self._serve(arrival)
         except Exception:
@@ -187,17 +198,19 @@ class Crew(Generic[A]):
         if not looked_after:
             os.eventfd_write(self.attention, 1)
 
-    def _leave_door(self) -> None:
-        """The one at the door is serving now: send another there. Called under the lock."""
+    def _leave_door(self) -> bool:
+        """The one at the door is serving now: send another there. Called under the lock.
+
+        Whether there is nobody to be sent, and so `left` is to be called when the lock is free.
+        """
         self._serving += 1
         self._at_door = 0
         if self._over:
             self._tell_idle()
-            return
+            return False
         if self._serving < self._limit:
             self._send_to_door()
-        if not self._at_door:
-            self._left()
+        return not self._at_door
 
     def _send_to_door(self) -> None:
         self._at_door = 1
@@ -216,7 +229,7 @@ class Crew(Generic[A]):
                 LOGGER.warning("Cannot start another thread; clients wait for one that is there")
 
     def _start_thread(self) -> None:
-        threading.Thread(target=self._run, name="client", daemon=True).start()
+        OwnThread(target=self._run, name="client", daemon=True).start()
 
     def _return_to_door(self) -> bool:
         """Whether this thread, done with serving, is at the door again; it is to park otherwise."""

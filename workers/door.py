@@ -9,12 +9,13 @@ its connection and sends another request. So these are let in while the gate has
 worker is about to leave and accepts nobody from outside.
 
 Who waits outside waits at the doors of all workers. Of the workers that have nothing to do, the
-kernel wakes one for each client (EPOLLEXCLUSIVE): if it woke all, most would find nobody, and a
-lone client would cost more the more workers there are. A worker that runs calls is woken as well,
-and never in place of another: a call may keep the interpreter lock, and the client would wait for
-that. Who is woken and does not let the client in has the others look (`Gate.leave_to_others`), and
-so has the master for who has died. Where nobody can, because the process is stopped, the others
-find the client within a second (`look_out`).
+kernel wakes one for each client (EPOLLEXCLUSIVE), the one that has stood there longest: if it woke
+all, most would find nobody, and a lone client would cost more the more workers there are. A worker
+that runs calls, or has threads of a module's, is woken as well, and never in place of another: they
+may keep the interpreter lock, and the client would wait for that. Who is woken and cannot let the
+client in has the others look (`Gate.leave_to_others`), and so has the master for who has died.
+Where nobody can, because who was woken does not get to run, the others find the client within a
+second (`look_out`).
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -45,10 +47,12 @@ from cpanbridge.workers.turnstile import Turnstile
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 A_LITTLE_SECONDS = 0.1
+A_WHILE_SECONDS = 1.0
 A_MOMENT = 0.001
 LOOKS = 50  # before the first client is turned away
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
+_IN_TURN = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epoll_ctl(2)
 # While clients come in from one side without a pause, the other one is looked at after so many.
 MOST_IN_A_ROW = 8
 
@@ -80,7 +84,8 @@ class Door(Generic[C]):
     """Lets clients in, one at a time. Called from the threads of one worker.
 
     `prepare` turns the first bytes into a call that can run at once, or None; it is told when they
-    arrived, if that was in another worker. `runs_calls` says whether any run in this worker.
+    arrived, if that was in another worker. `may_be_held_up` says whether anything in this worker
+    may keep the interpreter lock when a client comes.
     `incoming` has the clients that other workers put there, `outgoing` those on their way to them,
     `keep_alive` those at rest; `restraint` says when who waits outside is left to other workers.
     With a `turnstile` nobody is left to wait there.
@@ -91,19 +96,20 @@ class Door(Generic[C]):
         listeners: Sequence[socket.socket],
         gate: Gate,
         prepare: Callable[[bytes, float | None], C | None],
-        runs_calls: Callable[[], bool],
+        may_be_held_up: Callable[[], bool],
         incoming: Incoming,
         outgoing: Outgoing,
         keep_alive: KeepAlive,
         restraint: Restraint,
         turnstile: Turnstile | None = None,
     ) -> None:
-        self._listeners = list(listeners)
+        self._outside = tuple(listeners)
+        self._listeners = list(listeners)  # in the order in which they are looked at
         self._shut = self._closed = False
         self.is_shut = False  # nobody is about to let a client in from outside
         self._gate = gate
         self._prepare = prepare
-        self._runs_calls = runs_calls
+        self._may_be_held_up = may_be_held_up
         self._incoming = incoming
         self._outgoing = outgoing
         self._keep_alive = keep_alive
@@ -123,20 +129,20 @@ class Door(Generic[C]):
         for descriptor in inside:
             self._interrupts.register(descriptor, select.EPOLLIN)
         self._interrupted = brief.ReadySet(self._interrupts, len(inside))
-        self._told_in_turn = self._watch_outside(select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self._told_in_turn = self._watch_outside(_IN_TURN)
         self._told_always = self._watch_outside(select.EPOLLIN)
-        self._queue = select.poll()
-        for listener in listeners:
-            self._queue.register(listener, select.POLLIN)
-        self._sleeps = False  # and relies on being told of who comes
-        self._told = False  # of somebody outside, and has not looked yet
+        self._queueing = threading.Lock()
         self._looks_outside = True
+        self._told = False  # of somebody outside, and has not tried to let them in yet
+        self._outside_first = False  # it was told just now
+        self._relies_on_others = False  # it has found nobody outside, or is about to
+        self._left_to_others = -A_WHILE_SECONDS
         self._inside = {self._interrupts.fileno(), *inside}
 
     def _watch_outside(self, events: int) -> select.epoll:
         """What tells of those who wait outside, and of the interrupts."""
         epoll = select.epoll()
-        for listener in self._listeners:
+        for listener in self._outside:
             epoll.register(listener, events)
         epoll.register(self._interrupts, select.EPOLLIN)
         return epoll
@@ -146,7 +152,7 @@ class Door(Generic[C]):
         self._looks_outside = True
         while not self._closed:
             self._outgoing.settle(FEW)
-            if self._turns_inside > 0:
+            if self._turns_inside > 0 and not self._outside_first:
                 self._turns_inside -= 1
                 arrival = self._look_inside()
                 if arrival is not None:
@@ -155,6 +161,7 @@ class Door(Generic[C]):
                 if self._closed:
                     return None  # its bell was heard just now, and does not ring again
             outcome = _Nobody.OUTSIDE
+            self._outside_first = False
             if self._shut:
                 self.is_shut = True
             elif self._looks_outside and self._restraint.holds_back():
@@ -183,37 +190,51 @@ class Door(Generic[C]):
         elif outcome is _Nobody.OTHERS_FIRST:
             ready = self._interrupts.poll(A_MOMENT)
         else:
-            self._gate.leave_to_others()
+            self._leave_to_others()
             ready = self._interrupts.poll(A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
             self._turns_inside = MOST_IN_A_ROW
             self._turns_outside = MOST_IN_A_ROW
-        self._told = len(inside) < len(ready)
-        return self._told or outcome is not _Nobody.OUTSIDE
+        told = len(inside) < len(ready)
+        # Not where there was no room for who waits there, who is told of again and again.
+        self._outside_first = told and not self._told
+        self._told = self._told or told
+        return told or outcome is not _Nobody.OUTSIDE
 
     def _sleep(self) -> list[tuple[int, int]]:
         """Wait for somebody to come, from wherever; returns what tells of it."""
-        arrivals = self._told_always if self._runs_calls() else self._told_in_turn
-        self._sleeps = True
-        try:
-            return arrivals.poll()
-        finally:
-            self._sleeps = False
+        arrivals = self._told_always if self._may_be_held_up() else self._told_in_turn
+        return arrivals.poll()
+
+    def _leave_to_others(self) -> None:
+        """This worker can let nobody in for now; ask the others, but not all the time."""
+        now = time.monotonic()
+        if now - self._left_to_others >= A_WHILE_SECONDS and self._somebody_waits():
+            self._left_to_others = now
+            self._gate.leave_to_others()
+
+    def _somebody_waits(self) -> bool:
+        queues = select.poll()
+        for listener in self._outside:
+            queues.register(listener, select.POLLIN)
+        return bool(queues.poll(0))
 
     def _let_in(self) -> Arrival[C] | _Nobody:
         gate = self._gate
-        self._told = False
+        self._relies_on_others = False
         if self._turnstile is not None:
             obstacle = self._obstacle()
             if obstacle is not None:
                 return self._turn_away(obstacle, self._turnstile)
         elif not self._reserve():
             return _Nobody.OUTSIDE  # interrupted, as a look at the descriptors will say
+        self._relies_on_others = True
         client = self._accept()
         if isinstance(client, _Nobody):
             gate.nobody_came()
             return client
+        self._relies_on_others = False
         number = gate.opened()
         try:
             data = self._receiver.receive(client)
@@ -275,7 +296,7 @@ class Door(Generic[C]):
         if self._bell in told:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
-            self._looks_outside = True
+            self._looks_outside = self._told = True
         if self._outgoing.descriptor in told:
             arrival = self._let_back_in()
         if arrival is None and (self._incoming.waiting or self._incoming.descriptor in told):
@@ -329,8 +350,25 @@ class Door(Generic[C]):
 
         Called in the main thread, now and then, and when another worker asks for it.
         """
-        if self._sleeps and not self._shut and self._queue.poll(0):
+        if self._relies_on_others and not self._shut and self._somebody_waits():
             self.look_again()
+
+    def queue_up_again(self) -> None:
+        """Be the last of those that are woken in turn: this worker has a client that stays.
+
+        Called in the thread that serves it.
+        """
+        with self._queueing, contextlib.suppress(OSError, ValueError):  # it is closed
+            for listener in self._outside:
+                if self._told_in_turn is self._told_always:
+                    return
+                self._told_in_turn.unregister(listener)
+                try:
+                    self._told_in_turn.register(listener, _IN_TURN)
+                except OSError:
+                    self._told_in_turn = self._told_always  # no memory: better too often than never
+                    self.look_again()
+                    return
 
     def left(self) -> None:
         """Nobody is at the door for now: all threads are busy. Called in whichever sees it."""
@@ -366,6 +404,7 @@ class Door(Generic[C]):
 
     def _accept(self) -> int | _Nobody:
         """A waiting client's descriptor."""
+        self._told = False
         try:
             for turn, listener in enumerate(self._listeners):
                 try:

@@ -22,6 +22,7 @@ from typing import Any
 from cpanbridge.supervisor.owners import BY_CONNECTION, Client
 from cpanbridge.supervisor.shared import Slot
 from cpanbridge.workers.identity import start_time
+from cpanbridge.workers.ownthreads import OwnThread
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -202,7 +203,7 @@ class Sessions:
 
     def _begin(self, client: Client, connection: int) -> Session:
         if self._watch is None:
-            watch = threading.Thread(target=self._watch_ends, name="sessions", daemon=True)
+            watch = OwnThread(target=self._watch_ends, name="sessions", daemon=True)
             try:
                 watch.start()
             except RuntimeError as error:

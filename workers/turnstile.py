@@ -21,6 +21,7 @@ from socket import SocketType
 
 from cpanbridge.supervisor.gate import MOST_TURNED_AWAY, Obstacle
 from cpanbridge.workers import protocol
+from cpanbridge.workers.ownthreads import OwnThread
 
 FIRST_BYTES_SECONDS = 5.0  # for a client to send something, and so to say which form it speaks
 CROWDED_SECONDS = 0.5  # the same when all places are taken
@@ -98,7 +99,7 @@ class Turnstile:
         with self._lock:
             self._guests += 1
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="turnstile", daemon=True)
+                self._thread = OwnThread(target=self._run, name="turnstile", daemon=True)
                 self._thread.start()
         self._arrivals.put(_Guest(client, obstacle))
         os.eventfd_write(self._wake, 1)

@@ -45,6 +45,7 @@ from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.loading import Loader, ModuleLoadError
 from cpanbridge.workers.modules import Registry
 from cpanbridge.workers.orphans import end_with_master
+from cpanbridge.workers.ownthreads import there_are_others
 from cpanbridge.workers.restraint import Restraint
 from cpanbridge.workers.turnstile import Turnstile
 from cpanbridge.workers.watch import Watch
@@ -149,13 +150,14 @@ class Worker:
             Balance(place.shared, place.slot, self._affinity.outgoing, place.settings.threads),
             self._stops,
             lambda: self._crew.step_aside(),
+            lambda: self._door.queue_up_again(),
         )
         self._turnstile = (
             Turnstile(calls.turn_away) if place.settings.overload == "reject" else None
         )
         self._incoming = Incoming(place.shared, place.slot, place.bells, self._gate)
         self._door: Door[Call] = Door(
-            *(place.listeners, self._gate, calls.prepare, lambda: self._crew.serving > 0),
+            *(place.listeners, self._gate, calls.prepare, self._may_be_held_up),
             self._incoming,
             *(self._affinity.outgoing, keep_alive, Restraint(self._affinity.outgoing)),
             self._turnstile,
@@ -235,6 +237,10 @@ class Worker:
         if self._turnstile is not None:
             self._turnstile.wait_until_empty(min(1.0, self._leave_by - time.monotonic()))
         self._run_hooks("shutdown", self._leave_by - time.monotonic())
+
+    def _may_be_held_up(self) -> bool:
+        """Whether something here may keep the interpreter lock when a client comes."""
+        return self._crew.serving > 0 or there_are_others()
 
     def _close_queues(self) -> None:
         """Nobody will accept from these queues again; let clients see that at once.

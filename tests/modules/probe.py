@@ -1,5 +1,6 @@
 """What the tests call: functions that do one thing that can be seen from outside."""
 
+import _thread
 import ctypes
 import dataclasses
 import datetime
@@ -67,6 +68,25 @@ def hold_interpreter(seconds: int, note: str) -> None:
     """As `span`, in C code that never lets another thread of the process run."""
     span(0, note)
     ctypes.PyDLL(None).sleep(seconds)
+
+
+def hold_interpreter_aside(seconds: int, file: str, known: bool) -> int:
+    """Begin to do so in another thread, as soon as the file is there, which it then removes.
+
+    A thread that is not `known` is none of `threading`'s. Returns the process id.
+    """
+
+    def hold() -> None:
+        while not os.path.exists(file):
+            time.sleep(0.02)
+        os.remove(file)
+        ctypes.PyDLL(None).sleep(seconds)
+
+    if known:
+        threading.Thread(target=hold, daemon=True).start()
+    else:
+        _thread.start_new_thread(hold, ())
+    return os.getpid()
 
 
 def stamp(file: str) -> float:

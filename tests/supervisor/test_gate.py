@@ -791,10 +791,29 @@ def test_a_peak_that_a_report_has_told_is_not_forgotten(new_house: NewHouse) -> 
     for _ in range(5):
         house.gates[0].closed()
     assert house.shared.peak_connections() == 5
-    assert house.shared.lock.take()  # it is free
-    house.shared.header.peak_connections = 0
-    for _ in range(3):
-        house.gates[0].reserve()
-        house.gates[0].opened()
-    assert house.shared.peak_connections() == 3  # and nobody is waited for
-    house.shared.lock.give_back()
+    for _ in range(7):
+        assert house.try_to_open(house.gates[0])
+    with house.shared.lock:
+        assert house.shared.peak_connections() == 5  # nobody is waited for
+    assert house.shared.peak_connections() == 7
+
+
+def test_a_report_takes_nobody_for_two_who_opens_while_it_counts(new_house: NewHouse) -> None:
+    house = new_house(max_connections=1000)
+    gate, over = house.gates[0], threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            assert house.try_to_open(gate)
+            gate.closed()
+
+    visitor = threading.Thread(target=come_and_go)
+    before, peaks = sys.getswitchinterval(), set()
+    sys.setswitchinterval(1e-6)
+    visitor.start()
+    for _ in range(3000):
+        peaks.add(house.shared.peak_connections())
+    over.set()
+    visitor.join(20)
+    sys.setswitchinterval(before)
+    assert peaks <= {0, 1}

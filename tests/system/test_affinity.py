@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import COMMAND, Daemon, NewDaemon, halt
+from conftest import COMMAND, Daemon, NewDaemon, halt, is_idle
 from plain_client import Framed, connect, most_at_once, one_shot, read_to_end, request, until
 from stateful import ClientProcess
 
@@ -110,6 +110,18 @@ def test_no_state_is_lost_over_many_processes_and_workers(
     assert all(len(place) == 1 for place in places)
     used = set().union(*places)
     assert len(used) == 1 if module == "m" else len(used) > 1
+
+
+def test_clients_that_come_one_by_one_are_spread(new_daemon: NewDaemon) -> None:
+    daemon = stateful(new_daemon)
+    with clients(daemon, 8) as processes:
+        places: Counter[int] = Counter()
+        for client in processes:
+            places[client.call("c", "where")] += 1
+            until(lambda: all(map(is_idle, daemon.workers())))
+        assert len(places) == 4
+        assert max(places.values()) <= 4
+        assert [client.call("c", "where") for client in processes for _ in range(3)]
 
 
 def test_a_module_without_affinity_runs_in_any_worker(house: Daemon) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from conftest import Daemon, NewDaemon, halt
+from conftest import Daemon, NewDaemon, halt, is_idle
 from plain_client import Framed, one_shot, until
 
 UNLIMITED = "workers = {}\nlimits.max_requests_per_minute = 0"
@@ -53,6 +53,17 @@ def test_those_that_come_all_at_once_are_spread(new_daemon: NewDaemon) -> None:
         until(lambda: spread(daemon, clients))
     gate = daemon.metrics()["gate"]
     assert gate["worker_deaths"] == 0
+
+
+def test_those_that_come_one_by_one_are_spread_where_threads_is_set(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(UNLIMITED.format(4) + "\nthreads = 8").run()
+    with ExitStack() as stack:
+        pids: list[int] = []
+        for _ in range(12):
+            pids += where([stack.enter_context(Framed(daemon.path))])
+            until(lambda: all(map(is_idle, daemon.workers())))
+        # Not evenly: who has just run a call may let in the next one as well.
+        assert max(Counter(pids).values()) <= 6
 
 
 def test_a_worker_that_is_added_gets_its_part(new_daemon: NewDaemon) -> None:

@@ -214,7 +214,7 @@ def test_a_signal_that_comes_while_the_interpreter_cleans_up_is_not_lost(
             with contextlib.suppress(BaseException):  # as what `__del__` raises is
                 signal.raise_signal(number)
             with pytest.raises((KeyboardInterrupt, SystemExit)):
-                keys.wait(3600)
+                keys.wait(20)
 
 
 def test_it_says_that_the_daemon_has_gone_and_goes_on_when_it_is_back(

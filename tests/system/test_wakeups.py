@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-from contextlib import ExitStack
 from pathlib import Path
 
-import pytest
-from conftest import Daemon, NewDaemon, halt
-from plain_client import Framed, connect, one_shot, read_to_end, request, until
+from conftest import Daemon, NewDaemon
+from plain_client import connect, one_shot, read_to_end, request, until
 
 UNLIMITED = "workers = {}\nlimits.max_requests_per_minute = 0"
 CALLS = 200
@@ -40,63 +38,61 @@ def test_a_lone_client_does_not_wake_all_workers(new_daemon: NewDaemon) -> None:
     until(lambda: woken() < 4 * CALLS, 60)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_client_for_whom_a_stopped_worker_was_woken_is_served_by_another(
-    daemon: Daemon, which: int
+# -- the worker that was woken does not get to run --
+
+NO_LOOKS = "from cpanbridge.workers import crew\ncrew.LOOK_SECONDS = 3600.0\n"
+NO_REPLACEMENT = (
+    "from cpanbridge.supervisor import workforce\n"
+    "workforce.SETTLED_SECONDS = workforce.PAUSE_AFTER_READY = 3600.0\n"
+)
+HELD_SECONDS = 40  # longer than anybody here waits
+
+
+def hold_up(daemon: Daemon, folder: Path, *, known: bool) -> int:
+    """Let the worker that is woken first not get to run for a while; returns its process id.
+
+    Where the thread that keeps the others from it is `known`, it is one that has been woken.
+    """
+    for number in range(100):
+        file = folder / f"begin-{number}"
+        params = {"seconds": HELD_SECONDS, "file": str(file), "known": known}
+        pid = daemon.call("probe", "hold_interpreter_aside", params)
+        # Quick ones, after which its door is idle again, and all of them came to this worker.
+        came_to = {daemon.call("probe", "worker_pid") for _ in range(20)}
+        if known or came_to == {pid}:
+            file.touch()
+            until(lambda file=file: not file.exists())
+            return int(pid)
+    raise AssertionError("another worker is woken each time")
+
+
+def test_a_client_for_whom_a_worker_was_woken_that_does_not_get_to_run_is_served_by_another(
+    daemon: Daemon, tmp_path: Path
 ) -> None:
-    pid = daemon.workers()[which]
-    halt(pid)
-    try:
-        for number in range(3):
-            reply = one_shot(daemon.path, "probe", "echo", {"value": number})
-            assert reply["result"] == {"value": number}
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    hold_up(daemon, tmp_path, known=False)
+    for _ in range(3):
+        assert one_shot(daemon.path, "probe", "echo", {"value": 1})["success"]
 
 
-@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_with_a_modules_thread_is_not_woken_in_place_of_others(
+    new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    daemon = new_daemon(UNLIMITED.format(2))
+    daemon.will_run(NO_LOOKS)
+    daemon.run()
+    hold_up(daemon, tmp_path, known=True)
+    for _ in range(3):
+        assert one_shot(daemon.path, "probe", "echo", {"value": 1})["success"]
+
+
 def test_a_client_for_whom_a_worker_was_woken_that_dies_is_served_by_another(
-    daemon: Daemon, which: int
+    new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
-    pid = daemon.workers()[which]
-    halt(pid)
+    daemon = new_daemon(UNLIMITED.format(2))
+    daemon.will_run(NO_LOOKS + NO_REPLACEMENT)
+    daemon.run()
+    pid = hold_up(daemon, tmp_path, known=False)
     with connect(daemon.path) as client:
         client.sendall(ECHO)
         os.kill(pid, signal.SIGKILL)
         assert json.loads(read_to_end(client))["result"] == {"value": 1}
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_client_for_whom_a_worker_was_woken_that_retires_is_served_by_another(
-    daemon: Daemon, which: int
-) -> None:
-    pid = daemon.workers()[which]
-    halt(pid)
-    with connect(daemon.path) as client:
-        client.sendall(ECHO)
-        os.kill(daemon.pid, signal.SIGTTOU)
-        until(lambda: "1 worker fewer" in daemon.log())
-        os.kill(pid, signal.SIGCONT)
-        assert json.loads(read_to_end(client))["result"] == {"value": 1}
-    until(lambda: len(daemon.workers()) == 1)
-
-
-def test_a_client_is_served_while_the_only_thread_of_the_woken_worker_is_busy(
-    new_daemon: NewDaemon, tmp_path: Path
-) -> None:
-    daemon = new_daemon(UNLIMITED.format(2) + "\nthreads = 1").run()
-    end = tmp_path / "end"
-    # An idle daemon wakes the same worker for each client: this one's, when both come at one time.
-    with ExitStack() as stack:
-        kept = stack.enter_context(Framed(daemon.path))
-        kept.send("probe", "worker_pid")
-        kept.receive()
-        with daemon.held():
-            kept.send("probe", "run_until", {"file": str(end), "note": str(tmp_path / "note")})
-            client = stack.enter_context(connect(daemon.path))
-            client.sendall(ECHO)
-        assert json.loads(read_to_end(client))["result"] == {"value": 1}
-        end.touch()
-        reply = kept.receive()
-        assert reply is not None
-        assert reply["success"]

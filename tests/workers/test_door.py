@@ -1,5 +1,6 @@
 """The thread at the door hears of everything, and lets others know of whom it does not let in."""
 
+import contextlib
 import errno
 import os
 import select
@@ -30,12 +31,12 @@ class House:
     def __init__(self, listeners: Sequence[socket.socket] = ()) -> None:
         self.bells = [Bells.hang(), Bells.hang()]
         self.keep_alive = KeepAlive()
-        self.runs_calls = False
+        self.may_be_held_up = False
         self.door: Door[None] = Door(
             listeners=listeners,
             gate=Gate(Shared.create(2, Limits()), 0, self.bells),
             prepare=lambda data, arrived: None,
-            runs_calls=lambda: self.runs_calls,
+            may_be_held_up=lambda: self.may_be_held_up,
             incoming=self.nobody(),
             outgoing=self.nobody(),
             keep_alive=self.keep_alive,
@@ -92,34 +93,91 @@ def come(listener: socket.socket) -> socket.socket:
 
 
 def sleeps(house: House) -> bool:
-    """Whether the thread at the door waits in the kernel."""
+    """Whether the thread at the door waits for somebody to come."""
     assert house.thread is not None
-    stat = Path(f"/proc/self/task/{house.thread.native_id}/stat").read_text()
-    return house.door._sleeps and stat.rpartition(")")[2].split()[0] == "S"
+    function = Path(f"/proc/self/task/{house.thread.native_id}/wchan").read_text()
+    return function in ("do_epoll_wait", "ep_poll")
+
+
+def asleep(listener: socket.socket, count: int) -> list[House]:
+    """So many workers with one listener, whose threads have come to the door in this order."""
+    houses = [House([listener]) for _ in range(count)]
+    for house in houses:
+        house.send_thread()
+        until(lambda house=house: sleeps(house))
+    return houses
+
+
+def watch_who_looks(houses: Sequence[House]) -> set[House]:
+    """Who looks outside from now on. They find nobody, and are let go when their door is closed."""
+    looked: set[House] = set()
+
+    def look(house: House) -> door._Nobody:
+        looked.add(house)
+        until(lambda: house.door._closed)
+        return door._Nobody.OUTSIDE
+
+    for house in houses:
+        house.door._let_in = lambda house=house: look(house)  # type: ignore
+    return looked
 
 
 def test_of_idle_workers_one_is_woken_for_a_client_and_of_busy_ones_all(
     listener: socket.socket,
 ) -> None:
     houses = [House([listener]) for _ in range(6)]
-    busy = houses[:2]
+    busy = set(houses[:2])
     for house in busy:
-        house.runs_calls = True
+        house.may_be_held_up = True
     for house in houses:
         house.send_thread()
     until(lambda: all(map(sleeps, houses)))
-    woken: list[House] = []
-    for house in houses:
-        house.door._let_in = lambda house=house: woken.append(house) or until(all_are)  # type: ignore
-    expected = len(busy) + 1
-
-    def all_are() -> bool:
-        return len(woken) == expected
-
+    looked = watch_who_looks(houses)
     with come(listener):
-        until(all_are)
-        assert set(busy) < set(woken)
-        assert sum(map(sleeps, houses)) == len(houses) - expected
+        until(lambda: len(looked) >= 3)
+        assert busy < looked
+        assert sum(map(sleeps, houses)) == 3
+    for house in houses:
+        house.close()
+
+
+def test_who_has_a_client_that_stays_is_woken_last(listener: socket.socket) -> None:
+    houses = asleep(listener, 3)
+    looked = watch_who_looks(houses)
+    order: list[House] = []
+    houses[0].door.queue_up_again()
+    with contextlib.ExitStack() as clients:
+        for number in range(3):
+            clients.enter_context(come(listener))
+            until(lambda number=number: len(looked) > number)
+            order.append(next(iter(looked - set(order))))
+    for house in houses:
+        house.close()
+    assert order == [houses[1], houses[2], houses[0]]
+
+
+def test_who_cannot_be_told_in_turn_is_told_of_everybody(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    houses = asleep(listener, 2)
+    own = houses[1].door
+
+    class Full:
+        """An epoll, of which no other can be had any more."""
+
+        unregister = own._told_in_turn.unregister
+
+        @staticmethod
+        def register(listener: socket.socket, events: int) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(own, "_told_in_turn", Full())
+    own.queue_up_again()
+    own.queue_up_again()
+    with come(listener), come(listener):
+        for house in houses:
+            until(lambda house=house: house.arrivals)
+            os.close(house.arrivals[0].descriptor)
     for house in houses:
         house.close()
 
@@ -146,49 +204,106 @@ def test_a_client_of_whom_only_another_worker_was_told_is_found(
     assert (house.arrivals == [None]) is is_shut
 
 
-def test_a_client_that_waits_outside_while_all_threads_are_busy_is_left_to_others(
+def test_a_client_is_found_by_who_has_just_looked_and_does_not_sleep_yet(
     listener: socket.socket,
 ) -> None:
     house = House([listener])
-    ours, rests = socket.socketpair()
-    peer = Peer(ours.detach(), 0)
-    house.keep_alive.rest(peer)
     clients: list[socket.socket] = []
     sleep = house.door._sleep
 
-    def come_both() -> Any:
-        """At one time, after a look at either side."""
-        clients.append(come(listener))
-        rests.send(b"x")
+    def come_and_be_looked_for() -> Any:
+        if not clients:
+            house.door._told_in_turn = house.door._interrupts
+            clients.append(come(listener))
+            house.door.look_out()
         return sleep()
 
-    house.door._sleep = come_both  # type: ignore[method-assign]
+    house.door._sleep = come_and_be_looked_for  # type: ignore[method-assign]
+    house.send_thread()
+    until(lambda: house.arrivals)
+    os.close(house.arrivals[0].descriptor)
+    clients[0].close()
+    house.close()
+
+
+class Both:
+    """A client that waits outside and one that has rested, who come while nobody is awake."""
+
+    def __init__(self, house: House, listener: socket.socket) -> None:
+        self.house = house
+        ours, self.rests = socket.socketpair()
+        self.peer = Peer(ours.detach(), 0)
+        self.outside: list[socket.socket] = []
+        house.keep_alive.rest(self.peer)
+        sleep = house.door._sleep
+
+        def come_then_sleep() -> Any:
+            if not self.outside:
+                self.outside.append(come(listener))
+                self.rests.send(b"x")
+            return sleep()
+
+        house.door._sleep = come_then_sleep  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        for each in (*self.outside, self.rests):
+            each.close()
+        self.peer.close()
+        self.house.close()
+
+
+def test_of_two_who_come_at_once_the_one_outside_is_let_in_first(listener: socket.socket) -> None:
+    both = Both(House([listener]), listener)
+    first, second = both.house.door.next(), both.house.door.next()
+    assert first is not None
+    assert second is not None
+    assert first.peer is None
+    assert second.peer is both.peer
+    os.close(first.descriptor)
+    both.close()
+
+
+@pytest.mark.parametrize("why", ["no room", "others first"])
+def test_a_client_that_waits_outside_while_all_threads_are_busy_is_left_to_others(
+    listener: socket.socket, why: str
+) -> None:
+    house = House([listener])
+    both = Both(house, listener)
+    if why == "no room":
+        house.door._reserve = lambda: not both.outside  # type: ignore[method-assign]
+    else:
+        house.door._restraint.holds_back = lambda: bool(both.outside)  # type: ignore
     arrival = house.door.next()
     assert arrival is not None
-    assert arrival.peer is peer  # who waited inside
+    assert arrival.peer is both.peer  # who waited inside
     assert not house.others_are_told()
     house.door.left()
     assert house.others_are_told()
     house.door.left()
     assert not house.others_are_told()
-    for each in (*clients, rests):
-        each.close()
-    peer.close()
-    house.close()
+    both.close()
 
 
 def test_a_client_that_cannot_be_let_in_for_want_of_descriptors_is_left_to_others(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house = House([listener])
+    tries = 0
 
     def accept(_: int) -> int:
+        nonlocal tries
+        tries += 1
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(brief, "accept", accept)
+    house.send_thread()
+    until(lambda: tries > 1)
+    assert not house.others_are_told()  # nobody is there
     with come(listener):
-        house.send_thread()
         until(house.others_are_told)
+        before = tries
+        until(lambda: tries > before + 2)
+        assert not house.others_are_told()  # not all the time
         house.close()
 
 
