@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
-from conftest import Daemon, NewDaemon
-from plain_client import connect, one_shot, read_to_end, request, until
+from conftest import Daemon, NewDaemon, is_idle
+from plain_client import Framed, connect, one_shot, read_to_end, request, until
 
 UNLIMITED = "workers = {}\nlimits.max_requests_per_minute = 0"
 CALLS = 200
@@ -48,28 +49,39 @@ NO_REPLACEMENT = (
 HELD_SECONDS = 40  # longer than anybody here waits
 
 
-def hold_up(daemon: Daemon, folder: Path, *, known: bool) -> int:
+def called(daemon: Daemon) -> int:
+    """The worker that is woken for a quick call by an idle daemon."""
+    until(lambda: all(map(is_idle, daemon.workers())))
+    pid: int = daemon.call("probe", "worker_pid")
+    return pid
+
+
+def hold_up(daemon: Daemon, folder: Path) -> int:
     """Let the worker that is woken first not get to run for a while; returns its process id.
 
-    Where the thread that keeps the others from it is `known`, it is one that has been woken.
+    What keeps it from that is neither a call nor a thread that Python knows.
     """
     for number in range(100):
         file = folder / f"begin-{number}"
-        params = {"seconds": HELD_SECONDS, "file": str(file), "known": known}
+        params = {"seconds": HELD_SECONDS, "file": str(file), "known": False}
         pid = daemon.call("probe", "hold_interpreter_aside", params)
-        # Quick ones, after which its door is idle again, and all of them came to this worker.
-        came_to = {daemon.call("probe", "worker_pid") for _ in range(20)}
-        if known or came_to == {pid}:
-            file.touch()
-            until(lambda file=file: not file.exists())
+        if all(called(daemon) == pid for _ in range(10)):
+            hold(daemon, file)
             return int(pid)
     raise AssertionError("another worker is woken each time")
+
+
+def hold(daemon: Daemon, file: Path) -> None:
+    """Have the thread begin that waits for this file."""
+    until(lambda: all(map(is_idle, daemon.workers())))
+    file.touch()
+    until(lambda: not file.exists())
 
 
 def test_a_client_for_whom_a_worker_was_woken_that_does_not_get_to_run_is_served_by_another(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    hold_up(daemon, tmp_path, known=False)
+    hold_up(daemon, tmp_path)
     for _ in range(3):
         assert one_shot(daemon.path, "probe", "echo", {"value": 1})["success"]
 
@@ -80,9 +92,25 @@ def test_a_worker_with_a_modules_thread_is_not_woken_in_place_of_others(
     daemon = new_daemon(UNLIMITED.format(2))
     daemon.will_run(NO_LOOKS)
     daemon.run()
-    hold_up(daemon, tmp_path, known=True)
-    for _ in range(3):
-        assert one_shot(daemon.path, "probe", "echo", {"value": 1})["success"]
+    file = tmp_path / "begin"
+    params = {"seconds": HELD_SECONDS, "file": str(file), "known": True}
+    pid = daemon.call("probe", "hold_interpreter_aside", params)
+    for _ in range(10):
+        called(daemon)  # so that its door is idle again
+    with ExitStack() as stack:
+        while (
+            True
+        ):  # who gets a kept connection goes to the end of the line: the other one, at last
+            kept = stack.enter_context(Framed(daemon.path))
+            kept.send("probe", "worker_pid")
+            reply = kept.receive()
+            assert reply is not None
+            until(lambda: all(map(is_idle, daemon.workers())))
+            if reply["result"] != pid:
+                break
+        hold(daemon, file)
+        for _ in range(3):
+            assert one_shot(daemon.path, "probe", "echo", {"value": 1})["success"]
 
 
 def test_a_client_for_whom_a_worker_was_woken_that_dies_is_served_by_another(
@@ -91,7 +119,7 @@ def test_a_client_for_whom_a_worker_was_woken_that_dies_is_served_by_another(
     daemon = new_daemon(UNLIMITED.format(2))
     daemon.will_run(NO_LOOKS + NO_REPLACEMENT)
     daemon.run()
-    pid = hold_up(daemon, tmp_path, known=False)
+    pid = hold_up(daemon, tmp_path)
     with connect(daemon.path) as client:
         client.sendall(ECHO)
         os.kill(pid, signal.SIGKILL)

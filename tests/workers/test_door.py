@@ -260,6 +260,8 @@ def test_of_two_who_come_at_once_the_one_outside_is_let_in_first(listener: socke
     assert first.peer is None
     assert second.peer is both.peer
     os.close(first.descriptor)
+    both.house.door.left()
+    assert not both.house.others_are_told()  # nobody is left outside
     both.close()
 
 
