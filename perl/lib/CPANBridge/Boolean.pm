@@ -5,7 +5,7 @@ use strict;
 use warnings;
 no if $] >= 5.035, warnings => 'experimental::builtin';
 
-our $VERSION = '0.3.0';
+our $VERSION = '0.4.0';
 
 # Code that asks isa('JSON::PP::Boolean'), such as JSON::PP's own encoder, takes these for booleans
 # as well. That package need not be loaded; naming it makes it exist, which isa() wants.

@@ -7,7 +7,7 @@ use warnings;
 use Errno qw(EINTR);
 use Time::HiRes ();
 
-our $VERSION = '0.3.0';
+our $VERSION = '0.4.0';
 
 # A clock that setting the date doesn't move. Without one, the time of day has to do.
 my $monotonic = eval {

@@ -14,7 +14,7 @@ use CPANBridge::Error;
 use CPANBridge::JSON;
 use Time::HiRes ();
 
-our $VERSION = '0.3.0';
+our $VERSION = '0.4.0';
 
 # As many calls may be on their way at a time, so that a lost worker leaves few in doubt; and so many
 # bytes may wait to be sent, so that a large batch isn't held in memory twice.

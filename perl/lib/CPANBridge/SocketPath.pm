@@ -6,7 +6,7 @@ use warnings;
 
 use Fcntl ();
 
-our $VERSION = '0.3.0';
+our $VERSION = '0.4.0';
 
 # The paths at which the daemon may listen, in the order in which they are to be looked at: a list
 # of [path, problem, is_set]; a path with a problem must not be used; of those that were set, each is
