@@ -18,6 +18,13 @@ STEPS = (gate, owners, robustlock, shared, tickets, window, handover, incoming, 
 FILES = {module.__file__ for module in STEPS}
 
 
+def trace_opcodes(trace: Callable[[FrameType, str, object], Any]) -> None:
+    """As `sys.settrace`, for a function that asks for opcodes in the frames that it is shown."""
+    # Python 3.12 heeds that it was asked for them, by any frame, at `settrace` only.
+    sys._getframe().f_trace_opcodes = True
+    sys.settrace(trace)
+
+
 def has_effect(frame: FrameType) -> bool:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(EFFECTS)
 
@@ -43,7 +50,7 @@ def kill_at(step: int, work: Callable[[], object]) -> bool:
                     left -= 1
                 return trace
 
-            sys.settrace(trace)
+            trace_opcodes(trace)
             work()
             os._exit(0)
         os._exit(1)

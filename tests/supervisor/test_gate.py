@@ -16,7 +16,7 @@ from conftest import Clock
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from killing import kill_at
+from killing import kill_at, trace_opcodes
 from plain_client import until
 
 from cpanbridge.supervisor import gate as gate_module
@@ -147,7 +147,7 @@ def test_room_never_appears_while_a_reservation_becomes_a_connection(new_house: 
         return look
 
     tracer = sys.gettrace()
-    sys.settrace(look)
+    trace_opcodes(look)
     try:
         first.opened()
     finally:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from killing import trace_opcodes
 
 from cpanbridge.supervisor import tally as tally_module
 from cpanbridge.supervisor.config import Limits
@@ -141,7 +142,7 @@ def test_threads_that_look_at_the_same_time_number_no_function_twice(shared: Sha
         step, looks = step + 1, 0
         added.append(f"m.f{step}")
         number_of(elsewhere, added[-1])
-        sys.settrace(look_again)
+        trace_opcodes(look_again)
         try:
             shared.names.all()
         finally:

@@ -63,7 +63,7 @@ def test_those_that_come_one_by_one_are_spread_where_threads_is_set(new_daemon: 
             pids += where([stack.enter_context(Framed(daemon.path))])
             until(lambda: all(map(is_idle, daemon.workers())))
         # Not evenly: who has just run a call may let in the next one as well.
-        assert max(Counter(pids).values()) <= 6
+        assert len(set(pids)) > 2
 
 
 def test_a_worker_that_is_added_gets_its_part(new_daemon: NewDaemon) -> None:
