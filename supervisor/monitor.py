@@ -207,7 +207,7 @@ class Monitor:
         }
         for kind, value in values.items():
             header.values[kind] = round(value * SCALE)
-        shared.peak_connections()
+        shared.peak_connections()  # which notes it
         header.peak_memory = max(header.peak_memory, usage.memory)
         header.peak_cpu = max(header.peak_cpu, header.values[Kind.CPU])
         header.processes = usage.processes

@@ -174,6 +174,7 @@ def test_who_cannot_be_told_in_turn_is_told_of_everybody(
     monkeypatch.setattr(own, "_told_in_turn", Full())
     own.queue_up_again()
     own.queue_up_again()
+    until(lambda: not select.select([own._bell], [], [], 0)[0] and sleeps(houses[1]))
     with come(listener), come(listener):
         for house in houses:
             until(lambda house=house: house.arrivals)
