@@ -1,6 +1,7 @@
 """Real daemons for the tests: each in its own folder, started and stopped by its own command."""
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -24,6 +25,11 @@ TEMPLATE = "cpanbridged: template"  # a template's title begins so
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with those that wait longest: the others run beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("waits_long") is None)
 
 
 def halt(pid: int) -> None:
@@ -224,6 +230,21 @@ class Clock:
         fake = types.SimpleNamespace(monotonic_ns=lambda: self.now, time_ns=lambda: self.now)
         for module in modules:
             monkeypatch.setattr(module, "time", fake)
+
+
+@pytest.fixture
+def imports_undone() -> Iterator[None]:
+    """What a test imports, and where it has Python look for it, is not there for the next one."""
+    names = set(sys.modules)
+    lists: list[list[Any]] = [sys.path, sys.meta_path, sys.path_hooks]
+    before = [list(each) for each in lists]
+    yield
+    for name in set(sys.modules) - names:
+        del sys.modules[name]
+    for each, kept in zip(lists, before, strict=True):
+        each[:] = kept
+    sys.path_importer_cache.clear()
+    importlib.invalidate_caches()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+
+from cpanbridge.workers.sources import FreshLoader
 
 
 class _HelperSpec(ModuleSpec):
@@ -82,7 +84,7 @@ class HelperFolder(MetaPathFinder):
         """Called by the import system."""
         if fullname in self._files:
             file = str(self._files[fullname])
-            spec = _HelperSpec(fullname, SourceFileLoader(fullname, file), origin=file)
+            spec = _HelperSpec(fullname, FreshLoader(fullname, file), origin=file)
             spec.has_location = True
             spec.package = self._package
             return spec
@@ -97,7 +99,7 @@ class HelperFolder(MetaPathFinder):
 
     def _init(self, fullname: str) -> Loader | None:
         file = self._folder / "__init__.py"
-        return SourceFileLoader(fullname, str(file)) if file.exists() else None
+        return FreshLoader(fullname, str(file)) if file.exists() else None
 
 
 def _is_taken(file: Path) -> bool:

@@ -30,6 +30,7 @@ from cpanbridge.supervisor.config import (
 )
 from cpanbridge.workers.helpers import HelperFolder
 from cpanbridge.workers.modules import Exposed, Registry
+from cpanbridge.workers.sources import load_fresh
 
 _IMPORTLIB = os.path.dirname(importlib.__file__)
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
@@ -111,6 +112,7 @@ class Loader:
         return Registry(built_in | exposed, self.left_out)
 
     def _look(self) -> Iterator[Entry]:
+        load_fresh()
         settings = self._settings
         for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
             if not Path(folder).is_dir():

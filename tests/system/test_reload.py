@@ -53,6 +53,23 @@ def test_a_reload_imports_modules_anew_in_new_workers(new_daemon: NewDaemon) -> 
     assert len(daemon.workers()) == 2
 
 
+def test_a_reload_sees_a_change_that_has_neither_another_size_nor_another_time(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(PYTHONDONTWRITEBYTECODE="")
+    table = helpers(daemon, version="def number():\n    return 1\n")
+    daemon.write_config(f"workers = 2\n{table}")
+    file = daemon.folder / "helpers" / "version.py"
+    times = file.stat()
+    daemon.run()
+    assert daemon.call("version", "number") == 1
+    helpers(daemon, version="def number():\n    return 2\n")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    reload(daemon)
+    assert daemon.call("version", "number") == 2
+    assert os.listdir(file.parent) == ["version.py"]  # nothing of ours is left there
+
+
 def broken_file(daemon: Daemon) -> str:
     daemon.config.write_text("workers = [\n")
     return "not valid TOML"

@@ -1,10 +1,7 @@
 """What is exposed, what is not, and how a call's params reach the function."""
 
-import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,7 @@ from cpanbridge.workers.protocol import Refusal, Request
 PEER = Peer(-1, 0)
 
 
-@pytest.fixture(autouse=True)
-def _imports_undone() -> Iterator[None]:
-    """What a test imports is not there for the next one."""
-    names, path, finders = set(sys.modules), list(sys.path), list(sys.meta_path)
-    yield
-    for name in set(sys.modules) - names:
-        del sys.modules[name]
-    sys.path[:] = path
-    sys.meta_path[:] = finders
-    importlib.invalidate_caches()
+pytestmark = pytest.mark.usefixtures("imports_undone")
 
 
 def settings(folder: Path, config: str) -> Settings:
