@@ -27,9 +27,11 @@ types: $(VENV)/.installed-test $(TYPING)
 	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml .
 	cd examples/modules && ../../$(BIN)/mypy --config-file ../../pyproject.toml .
 
-# Compiled once: the tests start hundreds of daemons, also where PYTHONDONTWRITEBYTECODE is set.
+# Compiled once for the hundreds of daemons that the tests start, and for all of pytest's processes,
+# also where PYTHONDONTWRITEBYTECODE is set.
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m compileall -q supervisor workers
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --collect-only -q >/dev/null || true
 	$(BIN)/pytest -n 8 --dist worksteal
 
 perl-test: $(VENV)/.installed

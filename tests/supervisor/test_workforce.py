@@ -25,9 +25,12 @@ WorkerMain = Callable[[Place], None]
 
 def obedient(place: Place) -> None:
     """Boots, serves, and leaves when told."""
-    signal.set_wakeup_fd(-1)
-    told = os.eventfd(0)
-    signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(told, 1))
+    # Python runs a handler only once it is back from what it is about to call; the kernel has
+    # written to this descriptor by then.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     send_report(place.report, None)
     select.select([told, place.lifeline], [], [], 60)

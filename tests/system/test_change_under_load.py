@@ -4,6 +4,7 @@ import json
 import os
 from typing import Any
 
+import pytest
 from conftest import Daemon, NewDaemon
 from hammer import Hammer
 from leftovers import left_in, memory_of, users_of
@@ -59,6 +60,7 @@ def test_the_limits_above_are_all_that_there_are() -> None:
     assert set(LIMITS) | {"max_sessions"} == set(Limits.__struct_fields__)
 
 
+@pytest.mark.waits_long
 def test_no_call_is_lost_or_doubled_while_every_limit_changes_and_masters_come_and_go(
     new_daemon: NewDaemon,
 ) -> None:

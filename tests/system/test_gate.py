@@ -66,6 +66,7 @@ def in_background(stack: ExitStack, call: Callable[[], object]) -> None:
 # -- max_requests_per_minute --
 
 
+@pytest.mark.waits_long
 def test_no_minute_wherever_it_starts_has_more_requests_than_the_limit(
     new_daemon: NewDaemon, capsys: pytest.CaptureFixture[str]
 ) -> None:
