@@ -1,21 +1,13 @@
 """Where clients come in: from outside, under the gate, from other workers, and from a rest.
 
 A client is accepted only while the gate has room for its connection and a request: room is
-reserved under the gate's lock, and the client accepted into it. Most clients have sent their
-request by then, so it is read at once, and the thread knows what it has before anybody is woken.
+reserved under the gate's lock, and the client accepted into it (`outside.py` says which worker
+hears of it). Most clients have sent their request by then, so it is read at once, and the thread
+knows what it has before anybody is woken.
 
 A client that another worker hands over has its connection's room already, and so has one that keeps
 its connection and sends another request. So these are let in while the gate has none, and while the
 worker is about to leave and accepts nobody from outside.
-
-Who waits outside waits at the doors of all workers. Of the workers that have nothing to do, the
-kernel wakes one for each client (EPOLLEXCLUSIVE), the one that has stood there longest: if it woke
-all, most would find nobody, and a lone client would cost more the more workers there are. A worker
-that runs calls, or has threads of a module's, is woken as well, and never in place of another: they
-may keep the interpreter lock, and the client would wait for that. Who is woken and cannot let the
-client in has the others look (`Gate.leave_to_others`), and so has the master for who has died.
-Where nobody can, because who was woken does not get to run, the others find the client within a
-second (`look_out`).
 """
 
 import contextlib
@@ -24,7 +16,6 @@ import logging
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -40,6 +31,7 @@ from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.journey import Passenger
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.outgoing import FEW, Outgoing
+from cpanbridge.workers.outside import Outside
 from cpanbridge.workers.peer import Peer
 from cpanbridge.workers.restraint import Restraint
 from cpanbridge.workers.turnstile import Turnstile
@@ -47,12 +39,10 @@ from cpanbridge.workers.turnstile import Turnstile
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 A_LITTLE_SECONDS = 0.1
-A_WHILE_SECONDS = 1.0
 A_MOMENT = 0.001
 LOOKS = 50  # before the first client is turned away
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_EVERY = 60.0
-_IN_TURN = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epoll_ctl(2)
 # While clients come in from one side without a pause, the other one is looked at after so many.
 MOST_IN_A_ROW = 8
 
@@ -103,8 +93,6 @@ class Door(Generic[C]):
         restraint: Restraint,
         turnstile: Turnstile | None = None,
     ) -> None:
-        self._outside = tuple(listeners)
-        self._listeners = list(listeners)  # in the order in which they are looked at
         self._shut = self._closed = False
         self.is_shut = False  # nobody is about to let a client in from outside
         self._gate = gate
@@ -129,23 +117,10 @@ class Door(Generic[C]):
         for descriptor in inside:
             self._interrupts.register(descriptor, select.EPOLLIN)
         self._interrupted = brief.ReadySet(self._interrupts, len(inside))
-        self._told_in_turn = self._watch_outside(_IN_TURN)
-        self._told_always = self._watch_outside(select.EPOLLIN)
-        self._queueing = threading.Lock()
-        self._looks_outside = True
-        self._told = False  # of somebody outside, and has not tried to let them in yet
-        self._outside_first = False  # it was told just now
-        self._relies_on_others = False  # it has found nobody outside, or is about to
-        self._left_to_others = -A_WHILE_SECONDS
         self._inside = {self._interrupts.fileno(), *inside}
-
-    def _watch_outside(self, events: int) -> select.epoll:
-        """What tells of those who wait outside, and of the interrupts."""
-        epoll = select.epoll()
-        for listener in self._outside:
-            epoll.register(listener, events)
-        epoll.register(self._interrupts, select.EPOLLIN)
-        return epoll
+        self._outside = Outside(listeners, self._interrupts, gate)
+        self._looks_outside = True
+        self._outside_first = False  # somebody came there just now
 
     def next(self) -> Arrival[C] | None:
         """Wait for a client and let it in; None when the door is closed."""
@@ -186,11 +161,11 @@ class Door(Generic[C]):
         if self._shut:
             ready = self._interrupts.poll()
         elif outcome is _Nobody.OUTSIDE:
-            ready = self._sleep()
+            ready = self._outside.wait(always=self._may_be_held_up())
         elif outcome is _Nobody.OTHERS_FIRST:
             ready = self._interrupts.poll(A_MOMENT)
         else:
-            self._leave_to_others()
+            self._outside.leave_to_others()
             ready = self._interrupts.poll(A_LITTLE_SECONDS)
         inside = self._inside.intersection(fd for fd, _ in ready)
         if inside:
@@ -198,43 +173,23 @@ class Door(Generic[C]):
             self._turns_outside = MOST_IN_A_ROW
         told = len(inside) < len(ready)
         # Not where there was no room for who waits there, who is told of again and again.
-        self._outside_first = told and not self._told
-        self._told = self._told or told
+        self._outside_first = told and not self._outside.told
+        self._outside.told = self._outside.told or told
         return told or outcome is not _Nobody.OUTSIDE
-
-    def _sleep(self) -> list[tuple[int, int]]:
-        """Wait for somebody to come, from wherever; returns what tells of it."""
-        arrivals = self._told_always if self._may_be_held_up() else self._told_in_turn
-        return arrivals.poll()
-
-    def _leave_to_others(self) -> None:
-        """This worker can let nobody in for now; ask the others, but not all the time."""
-        now = time.monotonic()
-        if now - self._left_to_others >= A_WHILE_SECONDS and self._somebody_waits():
-            self._left_to_others = now
-            self._gate.leave_to_others()
-
-    def _somebody_waits(self) -> bool:
-        queues = select.poll()
-        for listener in self._outside:
-            queues.register(listener, select.POLLIN)
-        return bool(queues.poll(0))
 
     def _let_in(self) -> Arrival[C] | _Nobody:
         gate = self._gate
-        self._relies_on_others = False
+        self._outside.relies_on_others = False
         if self._turnstile is not None:
             obstacle = self._obstacle()
             if obstacle is not None:
                 return self._turn_away(obstacle, self._turnstile)
         elif not self._reserve():
             return _Nobody.OUTSIDE  # interrupted, as a look at the descriptors will say
-        self._relies_on_others = True
         client = self._accept()
         if isinstance(client, _Nobody):
             gate.nobody_came()
             return client
-        self._relies_on_others = False
         number = gate.opened()
         try:
             data = self._receiver.receive(client)
@@ -296,7 +251,7 @@ class Door(Generic[C]):
         if self._bell in told:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
-            self._looks_outside = self._told = True
+            self._looks_outside = self._outside.told = True
         if self._outgoing.descriptor in told:
             arrival = self._let_back_in()
         if arrival is None and (self._incoming.waiting or self._incoming.descriptor in told):
@@ -350,31 +305,20 @@ class Door(Generic[C]):
 
         Called in the main thread, now and then, and when another worker asks for it.
         """
-        if self._relies_on_others and not self._shut and self._somebody_waits():
+        if not self._shut and self._outside.is_overlooked():
             self.look_again()
 
     def queue_up_again(self) -> None:
-        """Be the last of those that are woken in turn: this worker has a client that stays.
+        """Be the last of the workers that are woken in turn: this one has a client that stays.
 
         Called in the thread that serves it.
         """
-        with self._queueing, contextlib.suppress(OSError, ValueError):  # it is closed
-            for listener in self._outside:
-                if self._told_in_turn is self._told_always:
-                    return
-                self._told_in_turn.unregister(listener)
-                try:
-                    self._told_in_turn.register(listener, _IN_TURN)
-                except OSError:
-                    self._told_in_turn = self._told_always  # no memory: better too often than never
-                    self.look_again()
-                    return
+        if not self._outside.queue_up_again():
+            self.look_again()
 
     def left(self) -> None:
         """Nobody is at the door for now: all threads are busy. Called in whichever sees it."""
-        if self._told:
-            self._told = False
-            self._gate.leave_to_others()
+        self._outside.leave()
 
     def shut(self) -> None:
         """Let nobody in from outside any more."""
@@ -404,22 +348,14 @@ class Door(Generic[C]):
 
     def _accept(self) -> int | _Nobody:
         """A waiting client's descriptor."""
-        self._told = False
         try:
-            for turn, listener in enumerate(self._listeners):
-                try:
-                    client = brief.accept(listener.fileno())
-                except (BlockingIOError, ConnectionAbortedError):
-                    continue
-                if len(self._listeners) > 1:  # the next look begins at another one
-                    self._listeners.append(self._listeners.pop(turn))
-                return client
+            client = self._outside.accept()
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
             self._complain("Cannot accept clients, they wait: %s", error)
             return _Nobody.FOR_NOW
-        return _Nobody.OUTSIDE
+        return client if client is not None else _Nobody.OUTSIDE
 
     def _complain(self, message: str, error: OSError) -> None:
         now = time.monotonic()

@@ -165,13 +165,13 @@ def test_who_cannot_be_told_in_turn_is_told_of_everybody(
     class Full:
         """An epoll, of which no other can be had any more."""
 
-        unregister = own._told_in_turn.unregister
+        unregister = own._outside._told_in_turn.unregister
 
         @staticmethod
         def register(listener: socket.socket, events: int) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(own, "_told_in_turn", Full())
+    monkeypatch.setattr(own._outside, "_told_in_turn", Full())
     own.queue_up_again()
     own.queue_up_again()
     until(lambda: not select.select([own._bell], [], [], 0)[0] and sleeps(houses[1]))
@@ -188,7 +188,9 @@ def test_a_client_of_whom_only_another_worker_was_told_is_found(
     listener: socket.socket, is_shut: bool
 ) -> None:
     house = House([listener])
-    house.door._told_in_turn = house.door._interrupts  # the other one is the one to be told
+    house.door._outside._told_in_turn = (
+        house.door._interrupts
+    )  # the other one is the one to be told
     house.send_thread()
     until(lambda: sleeps(house))
     house.door.look_out()
@@ -210,16 +212,16 @@ def test_a_client_is_found_by_who_has_just_looked_and_does_not_sleep_yet(
 ) -> None:
     house = House([listener])
     clients: list[socket.socket] = []
-    sleep = house.door._sleep
+    wait = house.door._outside.wait
 
-    def come_and_be_looked_for() -> Any:
+    def come_and_be_looked_for(*, always: bool) -> Any:
         if not clients:
-            house.door._told_in_turn = house.door._interrupts
+            house.door._outside._told_in_turn = house.door._interrupts
             clients.append(come(listener))
             house.door.look_out()
-        return sleep()
+        return wait(always=always)
 
-    house.door._sleep = come_and_be_looked_for  # type: ignore[method-assign]
+    house.door._outside.wait = come_and_be_looked_for  # type: ignore[method-assign]
     house.send_thread()
     until(lambda: house.arrivals)
     os.close(house.arrivals[0].descriptor)
@@ -236,15 +238,15 @@ class Both:
         self.peer = Peer(ours.detach(), 0)
         self.outside: list[socket.socket] = []
         house.keep_alive.rest(self.peer)
-        sleep = house.door._sleep
+        wait = house.door._outside.wait
 
-        def come_then_sleep() -> Any:
+        def come_then_wait(*, always: bool) -> Any:
             if not self.outside:
                 self.outside.append(come(listener))
                 self.rests.send(b"x")
-            return sleep()
+            return wait(always=always)
 
-        house.door._sleep = come_then_sleep  # type: ignore[method-assign]
+        house.door._outside.wait = come_then_wait  # type: ignore[method-assign]
 
     def close(self) -> None:
         for each in (*self.outside, self.rests):
