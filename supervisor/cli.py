@@ -84,6 +84,8 @@ def _open_standard_descriptors() -> None:
     # Python has none for a descriptor that it found closed.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    # What the terminal's encoding lacks is shown escaped, as on standard error.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -435,7 +437,12 @@ def call(options: argparse.Namespace) -> int:
     except client.NotRunningError as error:
         print(f"cpanbridged: not running: {error}; try cpanbridged start", file=sys.stderr)
         return NOT_RUNNING
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # escaped as JSON has it: nothing is altered
+        text = json.dumps(result, indent=2)
+    print(text)
     return DONE
 
 

@@ -27,6 +27,11 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
+def pytest_configure() -> None:
+    """A shell ignores ^C for what it runs in the background, and for all that is started there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with those that wait longest: the others run beside them."""
     items.sort(key=lambda item: item.get_closest_marker("waits_long") is None)
@@ -100,7 +105,7 @@ class Daemon:
         return subprocess.run(
             [COMMAND, arguments[0], "--config", str(self.config), *arguments[1:]],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=timeout,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -162,7 +167,7 @@ class Daemon:
 
     def log(self) -> str:
         """The log so far."""
-        return self.log_file.read_text() if self.log_file.exists() else ""
+        return self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
 
     def call(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
         """One one-shot call; its result. Fails when the call does."""

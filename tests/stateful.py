@@ -19,7 +19,7 @@ class ClientProcess:
             [sys.executable, str(HERE / "stateful.py"), path, form],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
 
     @property

@@ -48,7 +48,11 @@ def begin(place: Place, title: str) -> None:
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
     # What modules print goes where the log goes, never to a client or the terminal's reader.
     os.dup2(2, 1)
-    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
+    # It is UTF-8 as the log is, in any locale.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(  # type: ignore[union-attr]
+            encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=False
+        )
     let_go_in_children([str(each.getsockname()) for each in place.listeners])
 
 

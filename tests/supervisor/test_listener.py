@@ -41,7 +41,7 @@ def test_a_folder_in_which_others_may_write_is_refused(tmp_path: Path, mode: int
 
 
 def test_a_folder_above_in_which_others_may_write_is_refused(tmp_path: Path) -> None:
-    inner = tmp_path / "open" / "inner" / "innermost"
+    inner = tmp_path / "open" / "a" / "b"
     inner.mkdir(parents=True)
     (tmp_path / "open").chmod(0o777)
     assert f"others may write in {tmp_path}/open " in refused(inner / "d.sock")

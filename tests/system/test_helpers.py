@@ -155,7 +155,7 @@ def test_the_deployed_clients_text_comes_out_right_both_ways(daemon: Daemon) -> 
         ["perl", str(OLD_CLIENT), daemon.path, "test", "echo"],
         input=json.dumps(TEXTS),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
         check=False,
     )
@@ -210,7 +210,7 @@ def test_the_example_runs_a_transaction_and_a_report(
             ["perl", str(root / "examples" / "accounts.pl"), *form, str(daemon.folder / name)],
             env={**daemon.environment, "CPAN_BRIDGE_SOCKET": daemon.path},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=60,
             check=False,
         )

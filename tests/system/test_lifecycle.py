@@ -529,7 +529,7 @@ def test_the_socket_has_the_mode_and_group_that_are_set(new_daemon: NewDaemon) -
     daemon = new_daemon("workers = 2").run()
     assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o600
     assert daemon.stop() == 0
-    group = grp.getgrgid(1 if os.getuid() == 0 else os.getgroups()[-1])
+    group = grp.getgrgid(1 if os.getuid() == 0 else [os.getgid(), *os.getgroups()][-1])
     daemon.write_config(f'workers = 2\nsocket_mode = "0660"\nsocket_group = "{group.gr_name}"')
     daemon.run()
     assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o660
@@ -623,6 +623,15 @@ def test_call_prints_the_result_as_json(daemon: Daemon) -> None:
     assert json.loads(done.stdout) == {"a": [1, None, "\u2603"]}
     assert json.loads(daemon.command("call", "test", "ping").stdout)["message"] == "pong"
     assert json.loads(daemon.command("call", "probe", "two", "[1, 2]").stdout) == [1, 2]
+
+
+def test_call_prints_any_result_whatever_the_locale(daemon: Daemon) -> None:
+    daemon.environment["PYTHONIOENCODING"] = "ascii"
+    done = daemon.command("call", "probe", "echo", '{"a": "\\u2603\\ud83d\\ude00"}')
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"a": "\u2603\U0001f600"}
+    done = daemon.command("check", "--set", "socket_group=\u2603")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
 def test_call_tells_in_its_exit_status_how_it_went(daemon: Daemon) -> None:

@@ -246,6 +246,12 @@ def test_what_a_function_prints_is_in_the_log_and_never_in_a_reply(daemon: Daemo
     until(lambda: "printed here\n" in daemon.log() and "printed there\n" in daemon.log())
 
 
+def test_what_a_function_prints_is_utf_8_in_any_locale(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 1", PYTHONIOENCODING="ascii").run()
+    assert one_shot(daemon.path, "probe", "say", ["\u2603 printed"])["success"]
+    until(lambda: "\u2603 printed\n" in daemon.log())
+
+
 # -- hooks --
 
 HOOKS = """
