@@ -37,7 +37,7 @@ from cpanbridge.supervisor.verdict import KINDS, SCALE
 from cpanbridge.supervisor.window import Window, entries_for
 
 # Goes up whenever a field moves: a master of other code must not read this memory wrongly.
-LAYOUT = 11
+LAYOUT = 12
 
 VERDICT_OPEN = 0
 VERDICT_CLOSED = 1
@@ -124,6 +124,8 @@ class Header(ctypes.Structure):
         # How often room can be taken, for whatever, before all slots must be counted: see gate.py.
         ("passes", ctypes.c_int64),
         ("somebody_waits", ctypes.c_int64),  # 1: a thread may wait at the gate, as its slot says
+        # Written by each thread at a door, without a lock: the last one counts.
+        ("last_door", ctypes.c_int64),  # the slot whose worker let the last client in
     )
 
 
@@ -162,6 +164,7 @@ class Slot(ctypes.Structure):
         ("full", ctypes.c_int64),  # times that it found all connections taken
         ("taken_over", ctypes.c_int64),  # of those opened, connections that came from other workers
         ("awaits_receipts", ctypes.c_int64),  # 1: ring it when clients of it were taken over
+        ("door_sleeps", ctypes.c_int64),  # 1: it waits for somebody to come
         # Written by the one thread of the worker that looks for a request's room.
         ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...; under the gate's lock
         # Written by the worker under its own release lock, and by the master once it is dead.
@@ -375,6 +378,7 @@ class Shared:
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.door_waits_for = WAITS_FOR_NOTHING
         slot.awaits_receipts = 0
+        slot.door_sleeps = 0
         slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
         slot.sessions = 0

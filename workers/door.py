@@ -27,6 +27,7 @@ import msgspec
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.shared import WAITS_FOR_CONNECTION
 from cpanbridge.workers import brief
+from cpanbridge.workers.deference import Deference
 from cpanbridge.workers.incoming import Incoming
 from cpanbridge.workers.journey import Passenger
 from cpanbridge.workers.keepalive import KeepAlive
@@ -77,7 +78,8 @@ class Door(Generic[C]):
     arrived, if that was in another worker. `may_be_held_up` says whether anything in this worker
     may keep the interpreter lock when a client comes.
     `incoming` has the clients that other workers put there, `outgoing` those on their way to them,
-    `keep_alive` those at rest; `restraint` says when who waits outside is left to other workers.
+    `keep_alive` those at rest; `restraint` and `deference` say when who waits outside is left to
+    other workers.
     With a `turnstile` nobody is left to wait there.
     """
 
@@ -91,6 +93,7 @@ class Door(Generic[C]):
         outgoing: Outgoing,
         keep_alive: KeepAlive,
         restraint: Restraint,
+        deference: Deference,
         turnstile: Turnstile | None = None,
     ) -> None:
         self._shut = self._closed = False
@@ -118,7 +121,7 @@ class Door(Generic[C]):
             self._interrupts.register(descriptor, select.EPOLLIN)
         self._interrupted = brief.ReadySet(self._interrupts, len(inside))
         self._inside = {self._interrupts.fileno(), *inside}
-        self._outside = Outside(listeners, self._interrupts, gate)
+        self._outside = Outside(listeners, self._interrupts, gate, deference)
         self._looks_outside = True
         self._outside_first = False  # somebody came there just now
 

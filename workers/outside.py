@@ -6,9 +6,10 @@ longest: if it woke all, most would find nobody, and a lone client would cost mo
 there are. A worker that runs calls, or has threads of a module's, is woken as well, and never in
 place of another: they may keep the interpreter lock, and the client would wait for that.
 
-Who is woken and cannot let the client in has the others look (`Gate.leave_to_others`), and so has
-the master for who has died. Where nobody can, because who was woken does not get to run, the others
-find the client within a second (`is_overlooked`).
+Who is told of clients whom another worker would have let in at once stays away for a moment
+(`deference.py`). Who is woken and cannot let the client in has the others look
+(`Gate.leave_to_others`), and so has the master for who has died. Where nobody can, because who was
+woken does not get to run, the others find the client within a second (`is_overlooked`).
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.workers import brief
+from cpanbridge.workers.deference import Deference
 
 A_WHILE_SECONDS = 1.0
 _IN_TURN = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epoll_ctl(2)
@@ -33,12 +35,17 @@ class Outside:
     """
 
     def __init__(
-        self, listeners: Sequence[socket.socket], interrupts: select.epoll, gate: Gate
+        self,
+        listeners: Sequence[socket.socket],
+        interrupts: select.epoll,
+        gate: Gate,
+        deference: Deference,
     ) -> None:
         self._listeners = tuple(listeners)
         self._next = list(listeners)  # in the order in which they are looked at
         self._interrupts = interrupts
         self._gate = gate
+        self._deference = deference
         self._told_in_turn = self._watch(_IN_TURN)
         self._told_always = self._watch(select.EPOLLIN)
         self._queueing = threading.Lock()
@@ -56,9 +63,17 @@ class Outside:
     def wait(self, *, always: bool) -> list[tuple[int, int]]:
         """Wait until somebody comes, or the interrupts are readable; what tells so, as of epoll.
 
-        Where not `always`, another worker may be woken for a client in place of this one.
+        Where not `always`, another worker may be woken for a client in place of this one. Returns
+        nothing where this one was, and the client is left to another one all the same.
         """
-        return (self._told_always if always else self._told_in_turn).poll()
+        self._deference.sleeps(True)
+        ready = (self._told_always if always else self._told_in_turn).poll()
+        self._deference.sleeps(False)
+        if not always and all(fd != self._interrupts.fileno() for fd, _ in ready):
+            seconds = self._deference.seconds_away()
+            if seconds:
+                return self._interrupts.poll(seconds)
+        return ready
 
     def accept(self) -> int | None:
         """A waiting client's descriptor; None when nobody waits. Raises OSError."""
@@ -71,6 +86,7 @@ class Outside:
             if len(self._next) > 1:  # the next look begins at another one
                 self._next.append(self._next.pop(turn))
             self.relies_on_others = False
+            self._deference.has_let_in()
             return client
         return None
 

@@ -38,6 +38,7 @@ from cpanbridge.workers.balance import Balance
 from cpanbridge.workers.calls import Call, Calls
 from cpanbridge.workers.connection import Connections, Stops
 from cpanbridge.workers.crew import Crew
+from cpanbridge.workers.deference import Deference
 from cpanbridge.workers.dismissal import Dismissal
 from cpanbridge.workers.door import Arrival, Door
 from cpanbridge.workers.incoming import Incoming
@@ -160,6 +161,7 @@ class Worker:
             *(place.listeners, self._gate, calls.prepare, self._may_be_held_up),
             self._incoming,
             *(self._affinity.outgoing, keep_alive, Restraint(self._affinity.outgoing)),
+            Deference(place.shared, place.slot),
             self._turnstile,
         )
         self._bell = place.bells[place.slot].watch

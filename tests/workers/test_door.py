@@ -19,6 +19,7 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Bells, Gate
 from cpanbridge.supervisor.shared import Shared
 from cpanbridge.workers import brief, door
+from cpanbridge.workers.deference import Deference
 from cpanbridge.workers.door import Door
 from cpanbridge.workers.keepalive import KeepAlive
 from cpanbridge.workers.peer import Peer
@@ -32,15 +33,19 @@ class House:
         self.bells = [Bells.hang(), Bells.hang()]
         self.keep_alive = KeepAlive()
         self.may_be_held_up = False
+        self.shared = Shared.create(2, Limits())
+        self.shared.header.last_door = 1
+        self.deference = Deference(self.shared, 0)
         self.door: Door[None] = Door(
             listeners=listeners,
-            gate=Gate(Shared.create(2, Limits()), 0, self.bells),
+            gate=Gate(self.shared, 0, self.bells),
             prepare=lambda data, arrived: None,
             may_be_held_up=lambda: self.may_be_held_up,
             incoming=self.nobody(),
             outgoing=self.nobody(),
             keep_alive=self.keep_alive,
             restraint=Restraint(self.nobody()),
+            deference=self.deference,
         )
         self.thread: threading.Thread | None = None
         self.arrivals: list[Any] = []
@@ -226,6 +231,47 @@ def test_a_client_is_found_by_who_has_just_looked_and_does_not_sleep_yet(
     until(lambda: house.arrivals)
     os.close(house.arrivals[0].descriptor)
     clients[0].close()
+    house.close()
+
+
+def test_who_leaves_a_client_to_another_worker_hears_of_all_else_and_comes_back(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House([listener])
+    away = [60.0, 0.2, 0.0]
+    slept = []
+    monkeypatch.setattr(house.deference, "sleeps", lambda asleep: slept.append(asleep))
+    monkeypatch.setattr(house.deference, "seconds_away", lambda: away.pop(0))
+    house.send_thread()
+    until(lambda: sleeps(house))
+    with come(listener):
+        until(lambda: len(away) == 2)  # it stays away for a minute, but for the bell
+        house.door.look_again()
+        # It looks at once, for it was asked to.
+        until(lambda: house.arrivals)
+        os.close(house.arrivals.pop().descriptor)
+    house.send_thread()
+    until(lambda: sleeps(house))
+    with come(listener):
+        until(lambda: house.arrivals)  # when it has come back
+        os.close(house.arrivals[0].descriptor)
+    house.close()
+    assert not away
+    assert slept == [True, False] * 3
+
+
+def test_who_is_told_of_everybody_leaves_nobody_to_another_worker(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House([listener])
+    house.may_be_held_up = True
+    monkeypatch.setattr(house.deference, "seconds_away", lambda: 60.0)
+    house.send_thread()
+    until(lambda: sleeps(house))
+    with come(listener):
+        until(lambda: house.arrivals)
+        os.close(house.arrivals[0].descriptor)
+    assert house.shared.header.last_door == 0
     house.close()
 
 
