@@ -630,8 +630,6 @@ def test_call_prints_any_result_whatever_the_locale(daemon: Daemon) -> None:
     done = daemon.command("call", "probe", "echo", '{"a": "\\u2603\\ud83d\\ude00"}')
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"a": "\u2603\U0001f600"}
-    done = daemon.command("check", "--set", "socket_group=\u2603")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
 def test_call_tells_in_its_exit_status_how_it_went(daemon: Daemon) -> None:
