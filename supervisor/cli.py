@@ -5,7 +5,9 @@ Exit status: 0 done, 1 failed (one line on standard error says what and what to 
 """
 
 import argparse
+import codecs
 import contextlib
+import io
 import json
 import math
 import os
@@ -84,8 +86,17 @@ def _open_standard_descriptors() -> None:
     # Python has none for a descriptor that it found closed.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    # What the terminal's encoding lacks is shown escaped, as on standard error.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # What its encoding lacks is shown escaped, as on standard error; a path stays as it is.
+    codecs.register_error("escape", _escape)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -164,7 +164,9 @@ class Slot(ctypes.Structure):
         ("full", ctypes.c_int64),  # times that it found all connections taken
         ("taken_over", ctypes.c_int64),  # of those opened, connections that came from other workers
         ("awaits_receipts", ctypes.c_int64),  # 1: ring it when clients of it were taken over
-        ("door_sleeps", ctypes.c_int64),  # 1: it waits for somebody to come
+        # 1: a client was let in, and it will look for the next one before it sleeps. Cleared by any
+        # thread that finds that nobody is at the door.
+        ("looks_again", ctypes.c_int64),
         # Written by the one thread of the worker that looks for a request's room.
         ("request_waits_for", ctypes.c_int64),  # WAITS_FOR_...; under the gate's lock
         # Written by the worker under its own release lock, and by the master once it is dead.
@@ -378,7 +380,7 @@ class Shared:
         slot.failed = slot.admitted - slot.succeeded  # what was running is lost
         slot.door_waits_for = WAITS_FOR_NOTHING
         slot.awaits_receipts = 0
-        slot.door_sleeps = 0
+        slot.looks_again = 0
         slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
         slot.sessions = 0

@@ -5,6 +5,7 @@ Called in the child.
 
 import contextlib
 import faulthandler
+import io
 import logging
 import os
 import select
@@ -50,9 +51,13 @@ def begin(place: Place, title: str) -> None:
     os.dup2(2, 1)
     # It is UTF-8 as the log is, in any locale.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(  # type: ignore[union-attr]
-            encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=False
-        )
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                encoding="utf-8",
+                errors="backslashreplace",
+                line_buffering=True,
+                write_through=False,
+            )
     let_go_in_children([str(each.getsockname()) for each in place.listeners])
 
 

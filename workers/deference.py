@@ -6,9 +6,9 @@ waked, taken the gate's lock and looked for nothing, and the client goes from on
 finds cold caches at each. Where a worker is told of clients for whom it was not needed, `TIMES` in
 a row, it stays away for some milliseconds each time that it happens again.
 
-It is needed where the worker that let the last client in runs a call, sleeps at its door, or
-leaves. And nobody relies on that worker for long: who has let nobody in since a client was left to
-it gets no other one, whatever keeps it.
+It is needed where the worker that let the last client in runs a call, leaves, or will not look
+outside any more before it sleeps. And nobody relies on that worker for long: who has let nobody in
+since a client was left to it gets no other one, whatever keeps it.
 
 Called by the thread at the door.
 """
@@ -27,25 +27,32 @@ class Deference:
         self._header = shared.header
         self._slots = shared.slots
         self._number = slot
+        self._own = shared.slots[slot]
         self._times = 0  # that it was not needed, in a row
         self._seconds = FIRST_SECONDS  # for how long it stays away the next time
         self._left_to = (slot, 0)  # whom a client was left to, and how many that had let in then
 
-    def sleeps(self, sleeps: bool) -> None:
-        """The thread is about to wait for somebody to come; or it does not any more."""
-        self._slots[self._number].door_sleeps = sleeps
-
     def has_let_in(self) -> None:
-        """A client from outside was let in."""
+        """A client from outside was let in; this worker looks for the next one after it."""
+        self._own.looks_again = 1
         self._header.last_door = self._number
+
+    def looks(self) -> None:
+        """It looks outside from now on: who comes later may not be seen before it sleeps.
+
+        Or nobody will look, as all threads are busy; called in any thread then.
+        """
+        self._own.looks_again = 0
 
     def seconds_away(self) -> float:
         """For how long to leave the client of which this worker was told to another; 0: not."""
         last = self._header.last_door
         other = self._slots[last]
-        if last == self._number or other.door_sleeps or other.running or not other.is_staying:
+        if last == self._number or other.running or not other.is_staying:
             self._times, self._seconds = 0, FIRST_SECONDS
             return 0.0
+        if not other.looks_again:
+            return 0.0  # it has looked a moment ago, or sleeps
         self._times += 1
         left_to = (last, other.opened)
         if self._times <= TIMES or left_to == self._left_to:

@@ -66,18 +66,19 @@ class Outside:
         Where not `always`, another worker may be woken for a client in place of this one. Returns
         nothing where this one was, and the client is left to another one all the same.
         """
-        self._deference.sleeps(True)
         ready = (self._told_always if always else self._told_in_turn).poll()
-        self._deference.sleeps(False)
-        if not always and all(fd != self._interrupts.fileno() for fd, _ in ready):
-            seconds = self._deference.seconds_away()
-            if seconds:
-                return self._interrupts.poll(seconds)
-        return ready
+        if always or any(fd == self._interrupts.fileno() for fd, _ in ready):
+            return ready
+        seconds = self._deference.seconds_away()
+        if not seconds:
+            return ready
+        interrupted = self._interrupts.poll(seconds)
+        return ready + interrupted if interrupted else []
 
     def accept(self) -> int | None:
         """A waiting client's descriptor; None when nobody waits. Raises OSError."""
         self.told, self.relies_on_others = False, True
+        self._deference.looks()
         for turn, listener in enumerate(self._next):
             try:
                 client = brief.accept(listener.fileno())
@@ -102,6 +103,7 @@ class Outside:
 
         Called in whichever thread sees it.
         """
+        self._deference.looks()
         if self.told:
             self.told = False
             self._gate.leave_to_others()

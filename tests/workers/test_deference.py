@@ -52,10 +52,6 @@ def runs_a_call(pair: Pair) -> None:
     pair.other.admitted += 1
 
 
-def sleeps(pair: Pair) -> None:
-    pair.last.sleeps(True)
-
-
 def is_to_leave(pair: Pair) -> None:
     pair.other.order = ORDER_RETIRE
 
@@ -68,7 +64,7 @@ def was_the_last_itself(pair: Pair) -> None:
     pair.told.has_let_in()
 
 
-@pytest.mark.parametrize("why", [runs_a_call, sleeps, is_to_leave, has_died, was_the_last_itself])
+@pytest.mark.parametrize("why", [runs_a_call, is_to_leave, has_died, was_the_last_itself])
 def test_it_is_needed_where_the_other_one_is_not_about_to_look(pair: Pair, why: object) -> None:
     pair.becomes_a_rule()
     assert callable(why)
@@ -77,7 +73,6 @@ def test_it_is_needed_where_the_other_one_is_not_about_to_look(pair: Pair, why: 
     # And from there on it takes another rule.
     pair.other.succeeded = pair.other.admitted
     pair.other.serves, pair.other.order = 1, 0
-    pair.last.sleeps(False)
     pair.becomes_a_rule()
     pair.let_in()
     assert pair.told.seconds_away() == FIRST_SECONDS
@@ -93,7 +88,28 @@ def test_who_has_let_nobody_in_since_is_left_nobody_else(pair: Pair) -> None:
     assert pair.told.seconds_away() > 0.0
 
 
-def test_what_a_dead_worker_was_at_is_nobodys(pair: Pair) -> None:
-    pair.last.sleeps(True)
+def test_nobody_is_left_to_a_worker_that_has_looked_already(pair: Pair) -> None:
+    pair.becomes_a_rule()
+    pair.let_in()
+    pair.last.looks()
+    assert pair.told.seconds_away() == 0.0
+    pair.let_in()  # it is the rule still
+    assert pair.told.seconds_away() == FIRST_SECONDS
+
+
+def test_another_worker_is_another_matter(pair: Pair) -> None:
+    pair.becomes_a_rule()
+    pair.let_in()
+    assert pair.told.seconds_away() > 0.0
+    third = Deference(pair.shared, 2)
+    pair.shared.slots[2].opened = pair.other.opened
+    third.has_let_in()
+    assert pair.told.seconds_away() > 0.0
+    pair.last.has_let_in()
+    assert pair.told.seconds_away() > 0.0
+
+
+def test_a_dead_worker_does_not_look(pair: Pair) -> None:
+    pair.last.has_let_in()
     pair.shared.clear(pair.other)
-    assert pair.other.door_sleeps == 0
+    assert pair.other.looks_again == 0

@@ -234,30 +234,75 @@ def test_a_client_is_found_by_who_has_just_looked_and_does_not_sleep_yet(
     house.close()
 
 
-def test_who_leaves_a_client_to_another_worker_hears_of_all_else_and_comes_back(
+def test_who_leaves_a_client_to_another_worker_comes_back(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house = House([listener])
-    away = [60.0, 0.2, 0.0]
-    slept = []
-    monkeypatch.setattr(house.deference, "sleeps", lambda asleep: slept.append(asleep))
+    own = house.shared.slots[0]
+    away = [0.2, 0.0]
+    monkeypatch.setattr(house.deference, "seconds_away", lambda: away.pop(0))
+    own.looks_again = 1  # as after a client
+    house.send_thread()
+    until(lambda: sleeps(house))
+    assert not own.looks_again
+    with come(listener):
+        until(lambda: house.arrivals)
+        os.close(house.arrivals[0].descriptor)
+    assert not away
+    assert (own.looks_again, house.shared.header.last_door) == (1, 0)
+    house.door.left()
+    assert not own.looks_again
+    house.close()
+
+
+def test_who_leaves_a_client_to_another_worker_hears_the_bell(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House([listener])
+    away = [60.0]
     monkeypatch.setattr(house.deference, "seconds_away", lambda: away.pop(0))
     house.send_thread()
     until(lambda: sleeps(house))
     with come(listener):
-        until(lambda: len(away) == 2)  # it stays away for a minute, but for the bell
+        until(lambda: not away and sleeps(house))
         house.door.look_again()
-        # It looks at once, for it was asked to.
         until(lambda: house.arrivals)
-        os.close(house.arrivals.pop().descriptor)
-    house.send_thread()
-    until(lambda: sleeps(house))
-    with come(listener):
-        until(lambda: house.arrivals)  # when it has come back
         os.close(house.arrivals[0].descriptor)
     house.close()
-    assert not away
-    assert slept == [True, False] * 3
+
+
+def test_who_has_just_let_somebody_in_overlooks_nobody(listener: socket.socket) -> None:
+    house = House([listener])
+    with come(listener), come(listener):
+        house.door._outside.relies_on_others = True
+        arrival = house.door.next()
+        assert arrival is not None
+        os.close(arrival.descriptor)
+        house.door.look_out()
+        assert not select.select([house.door._bell], [], [], 0)[0]  # it will look by itself
+    house.close()
+
+
+def test_clients_of_all_listeners_are_let_in_by_turns(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        listeners = []
+        for name in ("a", "b"):
+            listeners.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+            listeners[-1].bind(str(tmp_path / name))
+            listeners[-1].listen()
+            listeners[-1].setblocking(False)
+        for _ in range(2):
+            for listener in listeners:
+                stack.enter_context(come(listener))
+        house = House(listeners)
+        names = []
+        for _ in range(4):
+            arrival = house.door.next()
+            assert arrival is not None
+            with socket.socket(fileno=arrival.descriptor) as client:
+                names.append(Path(client.getsockname()).name)
+        house.close()
+    assert names == ["a", "b", "a", "b"]
 
 
 def test_who_is_told_of_everybody_leaves_nobody_to_another_worker(
@@ -276,9 +321,12 @@ def test_who_is_told_of_everybody_leaves_nobody_to_another_worker(
 
 
 class Both:
-    """A client that waits outside and one that has rested, who come while nobody is awake."""
+    """A client that waits outside and one that has rested, who come while nobody is awake.
 
-    def __init__(self, house: House, listener: socket.socket) -> None:
+    With `stays_away` the one outside is to be left to another worker, and the other one comes then.
+    """
+
+    def __init__(self, house: House, listener: socket.socket, *, stays_away: bool = False) -> None:
         self.house = house
         ours, self.rests = socket.socketpair()
         self.peer = Peer(ours.detach(), 0)
@@ -289,10 +337,17 @@ class Both:
         def come_then_wait(*, always: bool) -> Any:
             if not self.outside:
                 self.outside.append(come(listener))
-                self.rests.send(b"x")
+                if not stays_away:
+                    self.rests.send(b"x")
             return wait(always=always)
 
+        def come_then_stay_away() -> float:
+            self.rests.send(b"x")
+            return 60.0
+
         house.door._outside.wait = come_then_wait  # type: ignore[method-assign]
+        if stays_away:
+            house.deference.seconds_away = come_then_stay_away  # type: ignore[method-assign]
 
     def close(self) -> None:
         for each in (*self.outside, self.rests):
@@ -301,8 +356,11 @@ class Both:
         self.house.close()
 
 
-def test_of_two_who_come_at_once_the_one_outside_is_let_in_first(listener: socket.socket) -> None:
-    both = Both(House([listener]), listener)
+@pytest.mark.parametrize("stays_away", [False, True])
+def test_of_two_who_come_at_once_the_one_outside_is_let_in_first(
+    listener: socket.socket, stays_away: bool
+) -> None:
+    both = Both(House([listener]), listener, stays_away=stays_away)
     first, second = both.house.door.next(), both.house.door.next()
     assert first is not None
     assert second is not None
@@ -314,12 +372,13 @@ def test_of_two_who_come_at_once_the_one_outside_is_let_in_first(listener: socke
     both.close()
 
 
+@pytest.mark.parametrize("stays_away", [False, True])
 @pytest.mark.parametrize("why", ["no room", "others first"])
 def test_a_client_that_waits_outside_while_all_threads_are_busy_is_left_to_others(
-    listener: socket.socket, why: str
+    listener: socket.socket, why: str, stays_away: bool
 ) -> None:
     house = House([listener])
-    both = Both(house, listener)
+    both = Both(house, listener, stays_away=stays_away)
     if why == "no room":
         house.door._reserve = lambda: not both.outside  # type: ignore[method-assign]
     else:

@@ -1,7 +1,9 @@
 """What is imported is what the file says now, whatever is cached of it."""
 
+import importlib.machinery
 import importlib.util
 import os
+import pkgutil
 import py_compile
 import sys
 from collections.abc import Callable
@@ -107,11 +109,83 @@ def test_modules_that_are_there_compiled_only_are_found(tmp_path: Path) -> None:
     assert from_path(tmp_path).value == 2
 
 
+def test_a_cache_that_is_as_old_as_the_file_does_not_count(file: Path) -> None:
+    changed = file.stat().st_ctime_ns
+    os.utime(importlib.util.cache_from_source(str(file)), ns=(changed, changed))
+    assert from_path(file.parent).value == 2
+
+
+def test_a_link_that_leads_elsewhere_now_is_a_change(tmp_path: Path) -> None:
+    targets = [tmp_path / "one.py", tmp_path / "two.py"]
+    for target, text in zip(targets, (NEW, OLD), strict=True):
+        target.write_text(text)
+        os.utime(target, ns=(10**18, 10**18))
+    link = tmp_path / "folder" / "changing_module.py"
+    link.parent.mkdir()
+    link.symlink_to(targets[1])
+    py_compile.compile(str(link), doraise=True)
+    link.unlink()
+    link.symlink_to(targets[0])
+    assert from_path(link.parent).value == 2
+
+
+def test_other_files_of_a_package_are_read_however_old(file: Path) -> None:
+    (file.parent / "__init__.py").touch()
+    data = file.parent / "data.sql"
+    data.write_text("select")
+    os.utime(data, (0, 0))
+    from_package(file.parent)
+    assert pkgutil.get_data(file.parent.name, "data.sql") == b"select"
+
+
+def test_the_package_of_a_helper_folder_is_loaded_so(file: Path) -> None:
+    init = file.parent / "__init__.py"
+    init.write_text(OLD)
+    times = init.stat()
+    py_compile.compile(str(init), doraise=True)
+    init.write_text(NEW)
+    os.utime(init, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (file.parent / "helper.py").write_text("from . import value\n")
+    helpers = HelperFolder(str(file.parent))
+    helpers.install()
+    assert helpers.import_helper("helper").value == 2
+
+
+def test_what_was_looked_up_before_is_looked_up_anew(file: Path) -> None:
+    sys.path.append(str(file.parent))
+    assert importlib.util.find_spec("changing_module")
+    assert from_path(file.parent).value == 2
+
+
+def test_extension_modules_come_first_as_they_always_do(file: Path) -> None:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (file.parent / f"changing_module{suffix}").touch()
+    sys.path.append(str(file.parent))
+    load_fresh()
+    spec = importlib.util.find_spec("changing_module")
+    assert spec is not None
+    assert isinstance(spec.loader, importlib.machinery.ExtensionFileLoader)
+
+
+@pytest.mark.parametrize("name", ["site-packages", "dist-packages"])
+def test_installed_packages_are_left_to_python(file: Path, name: str) -> None:
+    """They may be large, and a copy of them has no cache that counts."""
+    folder = file.parent / name
+    folder.mkdir()
+    file.rename(folder / file.name)
+    sys.path.append(str(folder))
+    load_fresh()
+    loader = importlib.util.find_spec("changing_module").loader  # type: ignore[union-attr]
+    assert type(loader) is importlib.machinery.SourceFileLoader
+
+
 def test_pythons_own_folders_are_left_to_python(file: Path) -> None:
     load_fresh()
     load_fresh()
-    assert not isinstance(importlib.util.find_spec("difflib").loader, FreshLoader)  # type: ignore[union-attr]
-    assert not isinstance(importlib.util.find_spec("pytest").loader, FreshLoader)  # type: ignore[union-attr]
+    for name in ("difflib", "pytest"):  # not util.find_spec: they are imported already
+        spec = importlib.machinery.PathFinder.find_spec(name)
+        assert spec is not None
+        assert not isinstance(spec.loader, FreshLoader)
     sys.path.append(str(file.parent))
     loader = importlib.util.find_spec("changing_module").loader  # type: ignore[union-attr]
     assert type(loader) is FreshLoader
