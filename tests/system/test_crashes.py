@@ -296,7 +296,7 @@ def test_when_the_master_is_killed_the_workers_finish_and_a_new_start_succeeds_a
     note = daemon.folder / "runs"
     orphans = settled_workers(daemon, 2)
     with nothing_left_of(orphans), ThreadPoolExecutor(1) as pool:
-        nap = pool.submit(daemon.call, "probe", "span", [3, str(note)])
+        nap = pool.submit(daemon.call, "probe", "span", [6, str(note)])
         until(note.exists)
         busy = int(note.read_text())
         os.kill(daemon.pid, signal.SIGKILL)

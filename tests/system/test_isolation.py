@@ -15,12 +15,12 @@ def test_a_module_that_keeps_the_interpreter_lock_holds_up_no_other_worker(
 ) -> None:
     note = daemon.folder / "note"
     holder = threading.Thread(
-        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [3, str(note)])
+        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [6, str(note)])
     )
     holder.start()
     busy = int(until(lambda: note.exists() and note.read_text(), what="the call's begin"))
     waits = []
-    for _ in range(30):
+    for _ in range(20):
         asked = time.monotonic()
         assert daemon.call("probe", "worker_pid") != busy
         waits.append(time.monotonic() - asked)
