@@ -37,10 +37,10 @@ class Deference:
         self._own.looks_again = 1
         self._header.last_door = self._number
 
-    def looks(self) -> None:
-        """It looks outside from now on: who comes later may not be seen before it sleeps.
+    def will_not_look_again(self) -> None:
+        """It looks outside now: who comes after that may not be seen before it sleeps.
 
-        Or nobody will look, as all threads are busy; called in any thread then.
+        Or nobody looks, as all threads are busy; called in any thread then.
         """
         self._own.looks_again = 0
 

@@ -78,7 +78,7 @@ class Outside:
     def accept(self) -> int | None:
         """A waiting client's descriptor; None when nobody waits. Raises OSError."""
         self.told, self.relies_on_others = False, True
-        self._deference.looks()
+        self._deference.will_not_look_again()
         for turn, listener in enumerate(self._next):
             try:
                 client = brief.accept(listener.fileno())
@@ -103,7 +103,7 @@ class Outside:
 
         Called in whichever thread sees it.
         """
-        self._deference.looks()
+        self._deference.will_not_look_again()
         if self.told:
             self.told = False
             self._gate.leave_to_others()

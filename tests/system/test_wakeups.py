@@ -98,9 +98,8 @@ def test_a_worker_with_a_modules_thread_is_not_woken_in_place_of_others(
     for _ in range(10):
         called(daemon)  # so that its door is idle again
     with ExitStack() as stack:
-        while (
-            True
-        ):  # who gets a kept connection goes to the end of the line: the other one, at last
+        # Who gets a kept connection goes to the end of the line: the other one, at last.
+        while True:
             kept = stack.enter_context(Framed(daemon.path))
             kept.send("probe", "worker_pid")
             reply = kept.receive()

@@ -91,7 +91,7 @@ def test_who_has_let_nobody_in_since_is_left_nobody_else(pair: Pair) -> None:
 def test_nobody_is_left_to_a_worker_that_has_looked_already(pair: Pair) -> None:
     pair.becomes_a_rule()
     pair.let_in()
-    pair.last.looks()
+    pair.last.will_not_look_again()
     assert pair.told.seconds_away() == 0.0
     pair.let_in()  # it is the rule still
     assert pair.told.seconds_away() == FIRST_SECONDS
