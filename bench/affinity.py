@@ -69,10 +69,10 @@ class Bench:
 
     def handed_over(self, form: str, clients: int) -> Report:
         """One run in which the owner of the client's session accepts nobody."""
-        note = self._path.with_suffix(".cpu")
+        event = self._path.with_suffix(".cpu")
         config = str(self._path.with_suffix(".toml"))
-        become = ["--become", str(self._path), config, str(self._master.pid), str(note)]
-        return self._run([sys.executable, __file__, *become], "kept", form, clients, note)
+        become = ["--become", str(self._path), config, str(self._master.pid), str(event)]
+        return self._run([sys.executable, __file__, *become], "kept", form, clients, event)
 
     def _run(
         self, become: list[str], module: str, form: str, clients: int, before: float | Path
@@ -102,7 +102,7 @@ class Bench:
         return report
 
 
-def become(path: str, config: str, master: int, note: str, command: list[str]) -> None:
+def become(path: str, config: str, master: int, event: str, command: list[str]) -> None:
     """Begin a session, have the daemon reload, and become the load generator."""
     if not call_kept(Path(path)):
         raise BenchError("the first call failed")
@@ -110,7 +110,7 @@ def become(path: str, config: str, master: int, note: str, command: list[str]) -
         [find_cpanbridged(), "reload", "--config", config], check=True, stdout=subprocess.DEVNULL
     )
     time.sleep(SETTLING_SECONDS)  # workers without sessions end, and are waited for
-    Path(note).write_text(str(cpu_seconds(psutil.Process(master))))
+    Path(event).write_text(str(cpu_seconds(psutil.Process(master))))
     os.execv(command[0], command)
 
 

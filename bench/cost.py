@@ -23,9 +23,9 @@ import psutil
 from servers import BENCH, BenchError, find_cpanbridged, running
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Bells, Gate
-from cpanbridge.supervisor.shared import Shared
-from cpanbridge.workers.bookkeeper import Bookkeeper
+from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.workers.requests.stats import StatisticsWriter
 
 ROUNDS = 7
 CALLS = 20_000
@@ -68,19 +68,19 @@ class Line:
     def __init__(self, admissions: int) -> None:
         limits = Limits(max_requests_per_minute=10_000_000, max_concurrent_requests=1000)
         self.shared = Shared.create(8, limits)
-        bells = [Bells.hang() for _ in range(8)]
-        self.gate = Gate(self.shared, 0, bells)
-        self.books = Bookkeeper(self.shared, 0)
+        wakeups = [Wakeups.hang() for _ in range(8)]
+        self.gate = Gate(self.shared, 0, wakeups)
+        self.statistics = StatisticsWriter(self.shared, 0)
         for _ in range(admissions):
             self.shared.window.record(time.monotonic_ns())
 
     def nanoseconds(self) -> float:
         """What one request takes, admitted, written down and given back."""
-        gate, books = self.gate, self.books
+        gate, statistics = self.gate, self.statistics
         began = time.perf_counter_ns()
         for _ in range(CALLS):
             assert gate.attempt(gate.admitted, connection=False) is True
-            books.ran(1, True, 1000, time.monotonic_ns())
+            statistics.ran(1, True, 1000, time.monotonic_ns())
             gate.finished(True)
         return (time.perf_counter_ns() - began) / CALLS
 

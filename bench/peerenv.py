@@ -15,21 +15,21 @@ class Missing(Exception):
     """A peer that can't be run here; the message says why."""
 
 
-def install(peer: str) -> Path:
+def install(client: str) -> Path:
     """Install a peer from PyPI unless it is there, and return its command. Raises Missing."""
-    command = BIN / peer.lower()
+    command = BIN / client.lower()
     if command.exists() and version("msgspec"):
         return command
     if not (BIN / "python").exists():
         _run([sys.executable, "-m", "venv", str(FOLDER)])
-    _run([str(BIN / "pip"), "install", "--quiet", "--disable-pip-version-check", peer, "msgspec"])
+    _run([str(BIN / "pip"), "install", "--quiet", "--disable-pip-version-check", client, "msgspec"])
     return command
 
 
-def version(peer: str) -> str | None:
+def version(client: str) -> str | None:
     """The version that is installed."""
     for found in metadata.distributions(path=[str(path) for path in FOLDER.glob("lib/*/site-*")]):
-        if found.name.lower() == peer.lower():
+        if found.name.lower() == client.lower():
             return found.version
     return None
 

@@ -19,21 +19,25 @@ from typing import Any
 
 import msgspec
 
-from cpanbridge.supervisor import background, client, config, control, listener
+from cpanbridge.supervisor import config
+from cpanbridge.supervisor.control import client, one_call
 from cpanbridge.supervisor.daemon import serve, take_over
-from cpanbridge.supervisor.instance import InstanceError
-from cpanbridge.supervisor.listener import ListenError
-from cpanbridge.supervisor.logs import LogError
-from cpanbridge.supervisor.place import Mains
-from cpanbridge.supervisor.privileges import PrivilegeError, identity
-from cpanbridge.supervisor.reports import format_duration
-from cpanbridge.supervisor.shared import Shared
-from cpanbridge.supervisor.status import load_lines, when
-from cpanbridge.supervisor.upgrade import VARIABLE, UpgradeError
+from cpanbridge.supervisor.lifecycle.upgrade import VARIABLE, UpgradeError
+from cpanbridge.supervisor.listening import listener
+from cpanbridge.supervisor.listening.instance import InstanceError
+from cpanbridge.supervisor.listening.listener import ListenError
+from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.processes.context import Mains
+from cpanbridge.supervisor.reports.status import load_lines, when
+from cpanbridge.supervisor.system import daemonize
+from cpanbridge.supervisor.system.log_text import format_duration
+from cpanbridge.supervisor.system.logs import LogError
+from cpanbridge.supervisor.system.privileges import PrivilegeError, identity
 from cpanbridge.supervisor.version import __version__
-from cpanbridge.workers import builtin, template, worker
-from cpanbridge.workers.loading import Loader, ModuleLoadError
-from cpanbridge.workers.modules import Registry
+from cpanbridge.workers import template, worker
+from cpanbridge.workers.modules import builtin
+from cpanbridge.workers.modules.loader import Loader, ModuleLoadError
+from cpanbridge.workers.modules.registry import Registry
 
 MAINS = Mains(worker.run, template.run)
 
@@ -57,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (
         CommandError,
-        control.ControlError,
+        client.ControlError,
         config.ConfigError,
         InstanceError,
         ListenError,
         LogError,
         ModuleLoadError,
-        client.CallError,
+        one_call.CallError,
         UpgradeError,
         PrivilegeError,
     ) as error:
@@ -216,10 +220,10 @@ def start(options: argparse.Namespace) -> int:
     """`cpanbridged start`."""
     settings = _load_for_background(options).settings
     load = partial(_load_for_background, options)
-    with control.shown_progress() as show:
-        outcome = background.start(
+    with client.shown_progress() as show:
+        outcome = daemonize.start(
             lambda tell: _serve_and_tell(load, tell),
-            lambda pipe: control.watch_until(pipe, settings, show),
+            lambda pipe: client.watch_until(pipe, settings, show),
         )
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
@@ -255,8 +259,8 @@ def _serve_and_tell(load: config.Load, tell: Callable[[str | None], None]) -> in
 def stop(options: argparse.Namespace) -> int:
     """`cpanbridged stop`."""
     settings = _locate(options)
-    with control.shown_progress() as show:
-        pid = control.stop(settings, show)
+    with client.shown_progress() as show:
+        pid = client.stop(settings, show)
     if pid is None:
         return _not_running(settings)
     print(f"Stopped: pid {pid}")
@@ -268,11 +272,11 @@ def restart(options: argparse.Namespace) -> int:
     settings = _load(options).settings
     # All that can be known to fail is tried before anything is stopped.
     listener.group_id(settings.socket_group)
-    error = background.try_in_child(lambda: _load_modules(settings))
+    error = daemonize.try_in_child(lambda: _load_modules(settings))
     if error is not None:
         raise CommandError(f"nothing stopped, because it would not start again: {error}")
-    with control.shown_progress() as show:
-        pid = control.stop(settings, show)
+    with client.shown_progress() as show:
+        pid = client.stop(settings, show)
     if pid is not None:
         print(f"Stopped: pid {pid}")
     return start(options)
@@ -292,8 +296,8 @@ def upgrade(options: argparse.Namespace) -> int:
     done = _have_done(options, "upgrade", "not upgraded")
     if done is None:
         return NOT_RUNNING
-    with control.shown_progress() as show:
-        control.wait_until_running(_locate(options), show)
+    with client.shown_progress() as show:
+        client.wait_until_running(_locate(options), show)
     print(f"Upgraded: pid {done['pid']}")
     return DONE
 
@@ -302,30 +306,30 @@ def _have_done(options: argparse.Namespace, command: str, failure: str) -> Any:
     """The result of what the running daemon is asked to do; None when none runs."""
     try:
         settings = _locate(options)
-        if control.master_pid(settings) is None:
+        if client.master_pid(settings) is None:
             print(f"cpanbridged: not running at {settings.sockets[0]}", file=sys.stderr)
             return None
-        with control.shown_progress() as show:
-            return control.ask(settings, command, None, show)
-    except control.EndedError as error:
+        with client.shown_progress() as show:
+            return client.ask(settings, command, None, show)
+    except client.EndedError as error:
         raise CommandError(f"{failure}, as far as is known: {error}") from None
-    except (config.ConfigError, control.ControlError, PrivilegeError) as error:
+    except (config.ConfigError, client.ControlError, PrivilegeError) as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None
 
 
 def metrics(options: argparse.Namespace) -> int:
     """`cpanbridged metrics`."""
     settings = _locate(options)
-    numbers = control.numbers(settings)
+    numbers = client.numbers(settings)
     if numbers is None:
         return _not_running(settings)
     if options.json:
         print(json.dumps(numbers["metrics"]))
     else:
         # Not at the top: the daemon would pay for the library with memory.
-        from cpanbridge.supervisor import exposition
+        from cpanbridge.supervisor.reports import prometheus
 
-        sys.stdout.write(exposition.text(numbers))
+        sys.stdout.write(prometheus.text(numbers))
     return DONE
 
 
@@ -335,9 +339,9 @@ def top(options: argparse.Namespace) -> int:
         print("cpanbridged: top needs a terminal; --once prints one screen", file=sys.stderr)
         return WRONG_USAGE
     settings = _locate(options)
-    if control.master_pid(settings) is None:
+    if client.master_pid(settings) is None:
         return _not_running(settings)
-    from cpanbridge.supervisor import top as live  # as above
+    from cpanbridge.supervisor.control import top as live
 
     if options.once:
         return DONE if live.print_once(settings, options.interval) else _not_running(settings)
@@ -353,8 +357,8 @@ def _not_running(settings: config.Settings) -> int:
 def status(options: argparse.Namespace) -> int:
     """`cpanbridged status`."""
     settings = _locate(options)
-    pid = control.master_pid(settings)
-    state = control.describe(pid, settings) if pid is not None else None
+    pid = client.master_pid(settings)
+    state = client.describe(pid, settings) if pid is not None else None
     if options.json:
         print(json.dumps(state or {"running": False, "sockets": settings.sockets}))
     elif state is None:
@@ -400,8 +404,8 @@ def check(options: argparse.Namespace) -> int:
     with _output_to_standard_error():
         registry = _load_modules(settings)
     print(f"configuration: {loaded.source}: fine")
-    for note in loaded.notes:
-        print(f"note: {note}")
+    for event in loaded.events:
+        print(f"note: {event}")
     print(f"sockets: {', '.join(settings.sockets)}")
     print(f"workers: {settings.worker_count}")
     for name in registry.names:
@@ -444,8 +448,8 @@ def call(options: argparse.Namespace) -> int:
         print(f"cpanbridged: JSON: {error}", file=sys.stderr)
         return WRONG_USAGE
     try:
-        result = client.call(path, options.module, options.function, params, options.timeout)
-    except client.NotRunningError as error:
+        result = one_call.call(path, options.module, options.function, params, options.timeout)
+    except one_call.NotRunningError as error:
         print(f"cpanbridged: not running: {error}; try cpanbridged start", file=sys.stderr)
         return NOT_RUNNING
     text = json.dumps(result, indent=2, ensure_ascii=False)

@@ -35,6 +35,9 @@ MAX_REQUEST_SIZE = 9 * 2**24 - 1
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
+# A worker ends by itself when its time is over, but its shutdown hooks have a second at least; one
+# that cannot end is killed after this.
+KILL_MARGIN = 3.0
 Seconds = Annotated[float, Meta(gt=0, le=LONGEST_SECONDS)]
 SecondsOrNever = Annotated[float, Meta(ge=0, le=LONGEST_SECONDS)]
 ModuleName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_MODULE_NAME)]
@@ -188,7 +191,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
     settings: Settings
     source: str
-    notes: list[str]
+    events: list[str]
     follow_link: bool = True
 
 
@@ -215,7 +218,7 @@ def load(
     `file` is the one that was asked for; without it `/etc/cpanbridged.toml` is read if it is there.
     `flags` are `KEY=VALUE` texts. Raises ConfigError.
     """
-    notes: list[str] = []
+    events: list[str] = []
     tables: dict[str, Any] = {}
     source = "defaults"
     if file is not None or Path(DEFAULT_FILE).exists():
@@ -228,22 +231,22 @@ def load(
         if name in ENVIRONMENT:
             _set(tables, ENVIRONMENT[name], text, f"environment: {name}")
         else:
-            notes.append(f"environment: {name} is not an option and has no effect")
+            events.append(f"environment: {name} is not an option and has no effect")
     for flag in flags:
         key, separator, text = flag.partition("=")
         if not separator:
             raise ConfigError(f"--set {flag}: must be KEY=VALUE, such as limits.max_connections=50")
         _set(tables, key.strip(), text, "--set")
     settings = _convert(tables, source)
-    notes.extend(_beyond_the_machine(tables, settings.limits))
+    events.extend(_beyond_the_machine(tables, settings.limits))
     together = settings.worker_count * settings.thread_count
     if together < settings.limits.max_connections:
-        notes.append(
+        events.append(
             f"threads = {settings.threads}: the {settings.worker_count} workers together serve "
             f"{together} of the {settings.limits.max_connections} connections that "
             "limits.max_connections allows; others wait"
         )
-    return Loaded(settings, source, notes)
+    return Loaded(settings, source, events)
 
 
 def _beyond_the_machine(tables: Mapping[str, Any], limits: Limits) -> Iterator[str]:

@@ -6,13 +6,15 @@ from functools import partial
 
 import msgspec
 
-from cpanbridge.supervisor import descriptors, listener, logs, privileges, upgrade
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded
-from cpanbridge.supervisor.logs import LogError
+from cpanbridge.supervisor.lifecycle import upgrade
+from cpanbridge.supervisor.listening import listener
+from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.master import Master
-from cpanbridge.supervisor.place import Mains
-from cpanbridge.supervisor.shared import slot_capacity
-from cpanbridge.supervisor.sockets import Sockets
+from cpanbridge.supervisor.memory.layout import slot_capacity
+from cpanbridge.supervisor.processes.context import Mains
+from cpanbridge.supervisor.system import logs, privileges, rlimit
+from cpanbridge.supervisor.system.logs import LogError
 
 
 def serve(load: Load, mains: Mains, on_ready: Callable[[str | None], None]) -> int:
@@ -35,9 +37,9 @@ def serve(load: Load, mains: Mains, on_ready: Callable[[str | None], None]) -> i
     sockets.open(settings, lent)
     try:
         logs.configure(logs.LogSettings.of(loaded))
-        for note in loaded.notes:
-            logs.LOGGER.warning("%s", note)
-        descriptors.raise_limit(settings.limits, slot_capacity(settings.worker_count))
+        for event in loaded.events:
+            logs.LOGGER.warning("%s", event)
+        rlimit.raise_limit(settings.limits, slot_capacity(settings.worker_count))
         return Master(load, loaded, sockets, mains, on_ready).run()
     finally:
         sockets.close()

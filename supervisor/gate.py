@@ -40,23 +40,23 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
-from cpanbridge.supervisor import postbox
-from cpanbridge.supervisor.shared import (
-    VERDICT_OPEN,
+from cpanbridge.supervisor.memory import handoff_sockets
+from cpanbridge.supervisor.memory.layout import (
+    GATE_OPEN,
     WAITS_FOR_CONNECTION,
+    WAITS_FOR_LOAD,
     WAITS_FOR_NOTHING,
     WAITS_FOR_RATE,
     WAITS_FOR_REQUEST,
-    WAITS_FOR_VERDICT,
     Shared,
     Slot,
 )
 
 # Clients that a worker is telling so, at a time, where those that find no room are turned away.
-MOST_TURNED_AWAY = 64
+MOST_REJECTED = 64
 
 LOST_RING_MS = 100
-VERDICT_MS = 1000
+OVERLOAD_RECHECK_MS = 1000
 
 # How often room is taken before all slots are counted again; as often as there are slots where
 # these are more. So a rise in connections that is over before the monitor's next look may be told
@@ -66,24 +66,24 @@ PASSES = 8
 T = TypeVar("T")
 
 
-class Bells(NamedTuple):
+class Wakeups(NamedTuple):
     """What others reach one worker by: eventfds that they ring, and its postbox.
 
     Made by the master, before it forks.
     """
 
-    door: int  # for its thread at the door
+    acceptor: int  # for its thread at the door
     request: int  # for the one of its threads that looks for a request's room
     watch: int  # for its main thread, when there is something for it to do
     put: int  # its postbox, for clients that others hand over to it: see postbox.py
     take: int  # where it takes them out
 
     @classmethod
-    def hang(cls) -> "Bells":
+    def hang(cls) -> "Wakeups":
         """Create them. Raises OSError when the process is out of descriptors."""
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        door, request, watch = (os.eventfd(0, flags) for _ in range(3))
-        return cls(door, request, watch, *postbox.hang())
+        acceptor, request, watch = (os.eventfd(0, flags) for _ in range(3))
+        return cls(acceptor, request, watch, *handoff_sockets.hang())
 
 
 class Obstacle(NamedTuple):
@@ -99,7 +99,7 @@ class Obstacle(NamedTuple):
         """In how many seconds it is worth while to try again."""
         if self.until is not None:
             return max(0.001, (self.until - time.monotonic_ns()) / 1e9)
-        return (VERDICT_MS if self.reason == "verdict" else LOST_RING_MS) / 1000
+        return (OVERLOAD_RECHECK_MS if self.reason == "verdict" else LOST_RING_MS) / 1000
 
 
 class Gate:
@@ -107,15 +107,15 @@ class Gate:
     memory each time, so that a change holds for all generations of workers at once.
     """
 
-    def __init__(self, shared: Shared, slot: int, bells: Sequence[Bells]) -> None:
+    def __init__(self, shared: Shared, slot: int, wakeups: Sequence[Wakeups]) -> None:
         self._shared = shared
         self._lock = shared.lock
         self._header = shared.header
         self._slot = shared.slots[slot]
-        self._bells = bells[slot]
-        self._all_bells = bells
-        self._workers: list[tuple[Slot, Bells]] = []
-        self._leaving = False
+        self._wakeups = wakeups[slot]
+        self._all_wakeups = wakeups
+        self._workers: list[tuple[Slot, Wakeups]] = []
+        self._exiting = False
         self._release = threading.Lock()
         self._line_for_connection = threading.Lock()
         self._line_for_request = threading.Lock()
@@ -125,8 +125,8 @@ class Gate:
     def obstacle(self, *, connection: bool) -> Obstacle | None:
         """What keeps a request out, or with `connection` a new client; None when there is room."""
         header = self._header
-        if header.verdict != VERDICT_OPEN and not self._leaving:
-            return Obstacle("verdict", WAITS_FOR_VERDICT)
+        if header.overload_state != GATE_OPEN and not self._exiting:
+            return Obstacle("verdict", WAITS_FOR_LOAD)
         if header.passes <= 0:
             obstacle = self._count(connection)
             if obstacle is not None:
@@ -148,7 +148,7 @@ class Gate:
             reserved += slot.reserved  # before `opened`, which it turns into
             connections += slot.opened - slot.closed
             running += slot.admitted - slot.succeeded - slot.failed
-        self._shared.note_connections(connections)
+        self._shared.record_peak(connections)
         if header.somebody_waits:
             self._see_who_waits()
         connections_left = header.max_connections - connections - reserved
@@ -164,14 +164,14 @@ class Gate:
     def _see_who_waits(self) -> None:
         """Whether anybody does. Who was killed while it waited waits no longer."""
         self._header.somebody_waits = any(
-            slot.door_waits_for or slot.request_waits_for for slot, _ in self._used()
+            slot.accept_waits_for or slot.request_waits_for for slot, _ in self._used()
         )
 
-    def _used(self) -> list[tuple[Slot, Bells]]:
+    def _used(self) -> list[tuple[Slot, Wakeups]]:
         """The slots that a worker may have, or has had, with their bells."""
         used: int = self._header.slots_used
         if used != len(self._workers):
-            self._workers = list(zip(self._shared.used_slots, self._all_bells, strict=False))
+            self._workers = list(zip(self._shared.used_slots, self._all_wakeups, strict=False))
         return self._workers
 
     def reserve(self) -> Literal[True]:
@@ -241,30 +241,30 @@ class Gate:
                 self._slot.failed += 1
         if not self._header.somebody_waits:
             return
-        for other, bells in self._used():
+        for other, wakeups in self._used():
             if other.request_waits_for == WAITS_FOR_REQUEST:
-                ring(bells.request)
-            if other.door_waits_for == WAITS_FOR_REQUEST:
-                ring(bells.door)
+                ring(wakeups.request)
+            if other.accept_waits_for == WAITS_FOR_REQUEST:
+                ring(wakeups.acceptor)
 
     def leave(self) -> None:
         """From now on the verdict is nothing to this worker: what it has taken up, it finishes.
 
         It accepts no more, and the verdict may be waiting for it to have left.
         """
-        self._leaving = True
-        ring(self._bells.request)
+        self._exiting = True
+        ring(self._wakeups.request)
 
     def leave_to_others(self) -> None:
         """Somebody may wait outside whom this worker does not let in: let the others look."""
-        ring_watchers(self._shared, self._all_bells)
+        wake_main_threads(self._shared, self._all_wakeups)
 
     def _tell_who_waits_for_connection(self) -> None:
         if not self._header.somebody_waits:
             return
-        for other, bells in self._used():
-            if other.door_waits_for == WAITS_FOR_CONNECTION:
-                ring(bells.door)
+        for other, wakeups in self._used():
+            if other.accept_waits_for == WAITS_FOR_CONNECTION:
+                ring(wakeups.acceptor)
 
     # -- waiting for room --
 
@@ -332,7 +332,7 @@ class Gate:
         """
         slot = self._slot
         if connection:
-            before, slot.door_waits_for = slot.door_waits_for, waits_for
+            before, slot.accept_waits_for = slot.accept_waits_for, waits_for
         else:
             before, slot.request_waits_for = slot.request_waits_for, waits_for
         self._header.somebody_waits = 1
@@ -344,10 +344,10 @@ class Gate:
         A time is met exactly, in several sleeps: poll(2) may be late by a thousandth of what it is
         asked for, so it is asked for less, and the last milliseconds are a sleep of their own.
         """
-        bell = self._bells.door if connection else self._bells.request
+        wakeup = self._wakeups.acceptor if connection else self._wakeups.request
         poll = select.poll()
         poll.register(stop, select.POLLIN)
-        poll.register(bell, select.POLLIN)
+        poll.register(wakeup, select.POLLIN)
         exact_ns = 0
         if obstacle.until is not None:
             left_ns = max(0, obstacle.until - time.monotonic_ns())
@@ -356,40 +356,40 @@ class Gate:
             if limit_ms == 0:
                 exact_ns = left_ns
         else:
-            limit_ms = VERDICT_MS if obstacle.reason == "verdict" else LOST_RING_MS
+            limit_ms = OVERLOAD_RECHECK_MS if obstacle.reason == "verdict" else LOST_RING_MS
         ready = [fd for fd, _ in poll.poll(limit_ms)]
         if stop in ready:
             return True
-        if bell in ready:
-            os.eventfd_read(bell)  # all rings so far: this thread looks after it
+        if wakeup in ready:
+            os.eventfd_read(wakeup)  # all rings so far: this thread looks after it
         else:
             time.sleep(exact_ns / 1e9)
         return False
 
 
-def ring(bell: int) -> None:
+def ring(wakeup: int) -> None:
     """Wake whoever sleeps by this eventfd."""
     # Rung 2**64 - 2 times and not heard yet: it will be.
     with contextlib.suppress(BlockingIOError):
-        os.eventfd_write(bell, 1)
+        os.eventfd_write(wakeup, 1)
 
 
-def change_verdict(shared: Shared, bells: Sequence[Bells], verdict: int) -> None:
+def set_overload_state(shared: Shared, wakeups: Sequence[Wakeups], overload_state: int) -> None:
     """Open or close the gate for the whole daemon. Called in the master."""
     header = shared.header
     header.changed_at = time.monotonic_ns()
-    header.closings += verdict != VERDICT_OPEN
-    header.verdict = verdict
-    if verdict != VERDICT_OPEN:
+    header.closings += overload_state != GATE_OPEN
+    header.overload_state = overload_state
+    if overload_state != GATE_OPEN:
         return
-    for slot, each in zip(shared.used_slots, bells, strict=False):
-        if slot.door_waits_for == WAITS_FOR_VERDICT:
-            ring(each.door)
-        if slot.request_waits_for == WAITS_FOR_VERDICT:
+    for slot, each in zip(shared.used_slots, wakeups, strict=False):
+        if slot.accept_waits_for == WAITS_FOR_LOAD:
+            ring(each.acceptor)
+        if slot.request_waits_for == WAITS_FOR_LOAD:
             ring(each.request)
 
 
-def ring_watchers(shared: Shared, bells: Sequence[Bells]) -> None:
+def wake_main_threads(shared: Shared, wakeups: Sequence[Wakeups]) -> None:
     """Let the main thread of every worker look whether there is something to do."""
-    for each in bells[: shared.header.slots_used]:
+    for each in wakeups[: shared.header.slots_used]:
         ring(each.watch)

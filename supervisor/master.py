@@ -15,26 +15,26 @@ from typing import Any
 
 import setproctitle
 
-from cpanbridge.supervisor import logs, numbers, status
-from cpanbridge.supervisor.config import Load, Loaded
-from cpanbridge.supervisor.controlserver import ControlServer, Visitor
-from cpanbridge.supervisor.gate import Bells, ring_watchers
-from cpanbridge.supervisor.generation import Generation
-from cpanbridge.supervisor.hangs import HangDetector
-from cpanbridge.supervisor.logs import LogError
-from cpanbridge.supervisor.loop import Loop
-from cpanbridge.supervisor.monitor import Monitor
-from cpanbridge.supervisor.notify import Notifier
-from cpanbridge.supervisor.place import Mains
-from cpanbridge.supervisor.reload import Reloader
-from cpanbridge.supervisor.seats import KILL_MARGIN
-from cpanbridge.supervisor.shared import Shared, slot_capacity
-from cpanbridge.supervisor.signals import Signals
-from cpanbridge.supervisor.sockets import Sockets
-from cpanbridge.supervisor.succession import Succession
-from cpanbridge.supervisor.upgrade import Inherited
+from cpanbridge.supervisor.config import KILL_MARGIN, Load, Loaded
+from cpanbridge.supervisor.control.server import ControlConnection, ControlServer
+from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
+from cpanbridge.supervisor.lifecycle.reload import Reloader
+from cpanbridge.supervisor.lifecycle.takeover import Takeover
+from cpanbridge.supervisor.lifecycle.upgrade import Inherited
+from cpanbridge.supervisor.listening.sockets import Sockets
+from cpanbridge.supervisor.memory.layout import Shared, slot_capacity
+from cpanbridge.supervisor.monitor.monitor import Monitor
+from cpanbridge.supervisor.processes.context import Mains
+from cpanbridge.supervisor.processes.generation import Generation
+from cpanbridge.supervisor.processes.pool import WorkerPool
+from cpanbridge.supervisor.processes.watchdog import Watchdog
+from cpanbridge.supervisor.reports import numbers, status
+from cpanbridge.supervisor.system import logs
+from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.system.logs import LogError
+from cpanbridge.supervisor.system.sd_notify import ServiceManager
+from cpanbridge.supervisor.system.signals import Signals
 from cpanbridge.supervisor.version import __version__
-from cpanbridge.supervisor.workforce import Workforce
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -61,39 +61,41 @@ class Master:
         if inherited is None:
             capacity = slot_capacity(settings.worker_count)
             shared = Shared.create(capacity, settings.limits, used=settings.worker_count)
-            bells = [Bells.hang() for _ in shared.slots]
+            wakeups = [Wakeups.hang() for _ in shared.slots]
             number = 1
         else:
-            shared, bells, number = inherited.shared, inherited.bells, inherited.estate.generation
+            shared, wakeups, number = (
+                inherited.shared,
+                inherited.wakeups,
+                inherited.estate.generation,
+            )
         self._loop = Loop()
-        self._notifier = Notifier(self._loop, silent=inherited is not None)
-        self._workforce = Workforce(self, self._loop, shared, bells, mains)
-        self._reloader = Reloader(
-            load, loaded, self._loop, shared, sockets, self._workforce, number
-        )
+        self._notifier = ServiceManager(self._loop, silent=inherited is not None)
+        self._pool = WorkerPool(self, self._loop, shared, wakeups, mains)
+        self._reloader = Reloader(load, loaded, self._loop, shared, sockets, self._pool, number)
         self._reloader.changed = self._configuration_changed
         self._monitor = Monitor(
             self._loop,
             shared,
-            bells,
+            wakeups,
             settings.limits,
             [each.socket for each in sockets.listeners],
-            self._workforce.retire_for_memory,
+            self._pool.retire_for_memory,
         )
-        self._hangs = HangDetector(self._loop, shared, self._workforce)
-        self._shared, self._bells = shared, bells
+        self._hangs = Watchdog(self._loop, shared, self._pool)
+        self._shared, self._wakeups = shared, wakeups
         self._control = ControlServer(
             self._loop,
             {"status": self._status, "metrics": self._metrics},
             {"reload": self._reload_for, "upgrade": self._upgrade_for},
             self._progress,
         )
-        self._succession = Succession(
+        self._takeover = Takeover(
             self._loop,
             shared,
-            bells,
+            wakeups,
             sockets,
-            self._workforce,
+            self._pool,
             self._reloader,
             self._control,
             self._notifier,
@@ -105,7 +107,7 @@ class Master:
         self._stopping = False
         self._exit_status = 0
         if inherited is not None:
-            self._succession.expect(inherited, self._start_watching)
+            self._takeover.will_inherit(inherited, self._start_watching)
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
@@ -113,22 +115,22 @@ class Master:
         self._signals.catch()
         self._notifier.watch_dog()
         gc.freeze()  # what exists now is shared with the workers; keep the collector off it
-        if self._succession.expected:
+        if self._takeover.expected:
             self._reloader.begin(self._taken_over)
         else:
-            self._succession.watch_control()
-            self._workforce.hire(self._reloader.generation)
-        while not (self._succession.left or (self._stopping and self._workforce.is_gone())):
+            self._takeover.watch_control()
+            self._pool.spawn(self._reloader.generation)
+        while not (self._takeover.left or (self._stopping and self._pool.is_gone())):
             self._loop.turn()
         self._signals.ignore()
-        if not self._succession.left:
+        if not self._takeover.left:
             LOGGER.info("Stopped")
         return self._exit_status
 
     # -- signals --
 
     def _handle(self, number: int) -> None:
-        if not self._succession.puts_off(number):
+        if not self._takeover.puts_off(number):
             name = signal.Signals(number).name.removeprefix("SIG").lower()
             getattr(self, f"handle_{name}")()
 
@@ -155,13 +157,13 @@ class Master:
         """
         while True:
             try:
-                pid, status = os.waitpid(self._succession.whom_to_wait_for, os.WNOHANG)
+                pid, status = os.waitpid(self._takeover.whom_to_wait_for, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            self._succession.ended(pid, status)
-            self._workforce.ended(pid, status)
+            self._takeover.ended(pid, status)
+            self._pool.ended(pid, status)
 
     def handle_hup(self) -> None:
         """Reload: a new generation with the configuration and the modules as they are now."""
@@ -175,7 +177,7 @@ class Master:
             LOGGER.error("The log stays where it is: %s", error)
             return
         LOGGER.info("Logs reopened")
-        self._workforce.signal(signal.SIGUSR1)
+        self._pool.signal(signal.SIGUSR1)
 
     def handle_usr2(self) -> None:
         """Upgrade: hand over to a new master, of the code that is on disk now."""
@@ -183,14 +185,14 @@ class Master:
 
     def handle_ttin(self) -> None:
         """One worker more, until the next reload."""
-        if self._workforce.add(self._reloader.generation):
+        if self._pool.add(self._reloader.generation):
             LOGGER.info("1 worker more: %d", self._reloader.generation.wanted)
         else:
             LOGGER.warning("No worker more: there is no room for it")
 
     def handle_ttou(self) -> None:
         """One worker fewer, until the next reload."""
-        if self._workforce.remove(self._reloader.generation):
+        if self._pool.remove(self._reloader.generation):
             LOGGER.info("1 worker fewer: %d", self._reloader.generation.wanted)
         else:
             LOGGER.warning("No worker fewer: the last worker stays")
@@ -201,13 +203,13 @@ class Master:
         """All workers have booted: the daemon is ready, or a reload can be completed."""
         if self._stopping:
             return
-        if self._succession.expected:
-            self._succession.ready()
+        if self._takeover.expected:
+            self._takeover.ready()
             return
         if self._started:
             self._reloader.ready(generation)
             return
-        self._workforce.put_in_service(generation)
+        self._pool.put_in_service(generation)
         self._started = True
         self._start_watching()
         LOGGER.info(
@@ -235,10 +237,10 @@ class Master:
             self._exit_status = 1
             self._stop(None, reason)
 
-    def seat_emptied(self) -> None:
+    def worker_gone(self) -> None:
         """A worker has gone; a reload may have waited for its slot, or a client for the worker."""
-        ring_watchers(self._shared, self._bells)
-        self._reloader.seat_emptied()
+        wake_main_threads(self._shared, self._wakeups)
+        self._reloader.worker_gone()
 
     # -- reloading, stopping --
 
@@ -246,7 +248,7 @@ class Master:
         """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
         if self._stopping:
             self._reloader.refuse(tell, "the daemon is stopping")
-        elif self._succession.successor or self._succession.expected:
+        elif self._takeover.successor or self._takeover.expected:
             self._notifier.reloading()  # whoever has sent the signal waits for this
             self._reloader.refuse(partial(self._reloaded, tell), "an upgrade is under way")
         elif not self._started:
@@ -282,15 +284,15 @@ class Master:
             self._stopping = True
             self._notifier.stopping((seconds or 0.0) + KILL_MARGIN)
             self._reloader.give_up("the daemon is stopping")
-            self._succession.give_up("the daemon is stopping")
+            self._takeover.give_up("the daemon is stopping")
             self._sockets.close()
-        self._workforce.stop(seconds)
+        self._pool.stop(seconds)
 
     def upgrade(self, tell: Callable[[str | None], None]) -> None:
         """Hand over to a new master; `tell` is called once: with None when it has taken over."""
         reason = self._cannot_upgrade()
         if reason is None:
-            self._succession.begin(partial(self._upgraded, tell))
+            self._takeover.begin(partial(self._upgraded, tell))
             return
         LOGGER.error("Not upgraded, nothing has changed: %s", reason)
         if not self._stopping:
@@ -305,7 +307,7 @@ class Master:
     def _cannot_upgrade(self) -> str | None:
         if self._stopping:
             return "the daemon is stopping"
-        if self._succession.successor:
+        if self._takeover.successor:
             return "an upgrade is under way"
         if not self._started or self._reloader.coming is not None:
             return f"the daemon is {self._state()}"
@@ -318,8 +320,8 @@ class Master:
         self._taking_over = False
         if reason is None:
             self._tell_ready(self._summary())
-        elif self._succession.expected:
-            self._succession.refuse(reason)
+        elif self._takeover.expected:
+            self._takeover.refuse(reason)
             self._exit_status = 1
             self._stop(None)
         elif not self._stopping:
@@ -344,41 +346,41 @@ class Master:
             return "stopping"
         if not self._started:
             return "starting"
-        if self._succession.successor or self._taking_over:
+        if self._takeover.successor or self._taking_over:
             return "upgrading"
         return "reloading" if self._reloader.coming is not None else "running"
 
     def _progress(self) -> str | None:
-        seats = self._workforce.seats
+        workers = self._pool.workers
         if self._stopping:
-            return status.stop_progress(seats, self._shared)
-        if self._succession.successor:
-            return f"the new master (pid {self._succession.successor}) boots"
+            return status.stop_progress(workers, self._shared)
+        if self._takeover.successor:
+            return f"the new master (pid {self._takeover.successor}) boots"
         coming = self._reloader.coming if self._started else self._reloader.generation
-        return status.boot_progress(coming, self._workforce) if coming is not None else None
+        return status.boot_progress(coming, self._pool) if coming is not None else None
 
     def _status(self) -> dict[str, Any]:
-        return status.status(self._state(), self._reloader, self._workforce, self._shared)
+        return status.status(self._state(), self._reloader, self._pool, self._shared)
 
     def _metrics(self) -> dict[str, Any]:
         return numbers.numbers(self._status(), self._reloader.loaded.settings, self._shared)
 
-    def _reload_for(self, visitor: Visitor) -> None:
+    def _reload_for(self, connection: ControlConnection) -> None:
         def tell(reason: str | None) -> None:
             if reason is not None:
-                visitor.fail(reason)
+                connection.fail(reason)
                 return
             generation = self._reloader.generation
-            visitor.finish({"generation": generation.number, "workers": generation.wanted})
+            connection.finish({"generation": generation.number, "workers": generation.wanted})
 
         self.reload(tell)
 
-    def _upgrade_for(self, visitor: Visitor) -> None:
+    def _upgrade_for(self, connection: ControlConnection) -> None:
         def tell(reason: str | None) -> None:
             if reason is not None:
-                visitor.fail(reason)
+                connection.fail(reason)
             else:
-                visitor.finish({"pid": self._succession.successor})
+                connection.finish({"pid": self._takeover.successor})
 
         self.upgrade(tell)
 

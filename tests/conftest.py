@@ -218,9 +218,9 @@ class Daemon:
 NewDaemon = Callable[..., Daemon]
 
 
-def take_down(bells: Sequence[Sequence[int]]) -> None:
+def take_down(wakeups: Sequence[Sequence[int]]) -> None:
     """Close the bells that a test has hung."""
-    for each in bells:
+    for each in wakeups:
         for descriptor in each:
             os.close(descriptor)
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 
-def main(path: str, count: int, module: str, function: str, note: str) -> None:
+def main(path: str, count: int, module: str, function: str, event: str) -> None:
     from plain_client import one_shot
 
     children = []
@@ -18,7 +18,7 @@ def main(path: str, count: int, module: str, function: str, note: str) -> None:
         child = os.fork()
         if child == 0:
             os.close(read_end)
-            reply = one_shot(path, module, function, [note, number], timeout=90)
+            reply = one_shot(path, module, function, [event, number], timeout=90)
             os.write(write_end, b"+" if reply["success"] else b"-")
             while True:
                 signal.pause()

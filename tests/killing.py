@@ -9,12 +9,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from cpanbridge.supervisor import gate, owners, robustlock, shared, tickets, window
-from cpanbridge.workers import handover, incoming, outgoing
+from cpanbridge.supervisor import gate
+from cpanbridge.supervisor.memory import handoff_claims, layout, owners, rate_window, robustlock
+from cpanbridge.workers.handoff import incoming, message, outgoing
 
 # All instructions by which others could see a difference; those between them only look.
 EFFECTS = ("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "CALL", "BEFORE_WITH", "RETURN_")
-STEPS = (gate, owners, robustlock, shared, tickets, window, handover, incoming, outgoing)
+STEPS = (gate, owners, robustlock, layout, handoff_claims, rate_window, message, incoming, outgoing)
 FILES = {module.__file__ for module in STEPS}
 
 

@@ -16,10 +16,10 @@ from typing import NoReturn
 
 import setproctitle
 
-from cpanbridge.supervisor.logs import LogError
-from cpanbridge.supervisor.place import Place, wait_to_begin
-from cpanbridge.workers.forks import let_go_in_children
-from cpanbridge.workers.orphans import end_with_master
+from cpanbridge.supervisor.processes.context import WorkerContext, wait_to_begin
+from cpanbridge.supervisor.system.logs import LogError
+from cpanbridge.workers.modules.forks import let_go_in_children
+from cpanbridge.workers.modules.orphans import end_with_master
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
@@ -38,10 +38,10 @@ def run_to_the_end(name: str, main: Callable[[], int]) -> NoReturn:
         os._exit(status)  # never back into the master's code
 
 
-def begin(place: Place, title: str) -> None:
+def begin(context: WorkerContext, title: str) -> None:
     """Let go of what the master has set up for itself, and get ready to import modules."""
-    _reset_signals(place)
-    _end_with_a_master_that_is_there(place)
+    _reset_signals(context)
+    _end_with_a_master_that_is_there(context)
     show_title(title)
     faulthandler.enable()
     # What each thread is at, written to the log without the interpreter's help: the master asks
@@ -58,10 +58,10 @@ def begin(place: Place, title: str) -> None:
                 line_buffering=True,
                 write_through=False,
             )
-    let_go_in_children([str(each.getsockname()) for each in place.listeners])
+    let_go_in_children([str(each.getsockname()) for each in context.listeners])
 
 
-def begin_forked(place: Place, title: str, parent: int) -> None:
+def begin_forked(context: WorkerContext, title: str, parent: int) -> None:
     """The same in what a template has forked, which has done most of it; all signals are blocked.
 
     `parent` is a pidfd. When it is readable, its process has ended, and the kernel has given this
@@ -70,10 +70,10 @@ def begin_forked(place: Place, title: str, parent: int) -> None:
     show_title(title)
     select.select([parent], [], [])
     os.close(parent)
-    _end_with_a_master_that_is_there(place)
-    if not wait_to_begin(place.report):
+    _end_with_a_master_that_is_there(context)
+    if not wait_to_begin(context.report):
         os._exit(0)
-    reopen_logs(place)  # the master may have sent USR1 before it knew of this process
+    reopen_logs(context)  # the master may have sent USR1 before it knew of this process
     # Python's own generator does so by itself.
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
@@ -92,24 +92,24 @@ def flush_output() -> None:
             stream.flush()
 
 
-def reopen_logs(place: Place) -> None:
+def reopen_logs(context: WorkerContext) -> None:
     """Go on in new log files of the same names."""
     try:
-        place.reopen_logs()
+        context.reopen_logs()
     except LogError as error:
         LOGGER.error("Process %d: the log stays where it is: %s", os.getpid(), error)
 
 
-def _end_with_a_master_that_is_there(place: Place) -> None:
+def _end_with_a_master_that_is_there(context: WorkerContext) -> None:
     end_with_master(True)
-    if select.select([place.lifeline], [], [], 0)[0]:
+    if select.select([context.lifeline], [], [], 0)[0]:
         os._exit(1)  # it has ended before that
 
 
-def _reset_signals(place: Place) -> None:
+def _reset_signals(context: WorkerContext) -> None:
     """Undo the master's handlers. Ignored signals would be inherited by what modules start."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGUSR1, lambda *_: reopen_logs(place))
+    signal.signal(signal.SIGUSR1, lambda *_: reopen_logs(context))
     for number in _FOR_THE_MASTER:
         signal.signal(number, lambda *_: None)
     for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):

@@ -12,62 +12,63 @@ import signal
 from contextlib import suppress
 from typing import NoReturn
 
-from cpanbridge.supervisor.place import (
+from cpanbridge.supervisor.processes.context import (
     Imports,
-    Place,
-    TemplatePlace,
-    hear_order,
+    TemplateContext,
+    WorkerContext,
+    receive_command,
     tell_imports,
 )
-from cpanbridge.workers import boot, builtin, worker
-from cpanbridge.workers.forks import fork_worker
-from cpanbridge.workers.loading import Loader, ModuleLoadError
-from cpanbridge.workers.preload import end_children, preload
+from cpanbridge.workers import boot, worker
+from cpanbridge.workers.modules import builtin
+from cpanbridge.workers.modules.forks import fork_worker
+from cpanbridge.workers.modules.loader import Loader, ModuleLoadError
+from cpanbridge.workers.modules.preload import end_children, preload
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 
-def run(place: TemplatePlace) -> NoReturn:
+def run(context: TemplateContext) -> NoReturn:
     """Be a template. Called in the child, right after the fork; ends the process."""
-    boot.run_to_the_end("The template", lambda: _serve(place))
+    boot.run_to_the_end("The template", lambda: _serve(context))
 
 
-def _serve(place: TemplatePlace) -> int:
-    name = f"template gen {place.worker.generation}"
-    boot.begin(place.worker, f"{name} imports")
-    loader = Loader(place.worker.settings, builtin.NAMES)
-    imports = _import_all(place, loader)
+def _serve(context: TemplateContext) -> int:
+    name = f"template gen {context.worker.generation}"
+    boot.begin(context.worker, f"{name} imports")
+    loader = Loader(context.worker.settings, builtin.NAMES)
+    imports = _import_all(context, loader)
     if imports.error is not None or imports.unfit:
         end_children()  # nobody will use what modules have started here
-        tell_imports(place.orders, imports)
+        tell_imports(context.commands, imports)
         return 0
     # The collector writes to what it visits, and what is written to is shared no more.
     gc.collect()
     gc.freeze()
     boot.show_title(name)
-    tell_imports(place.orders, imports)
-    while (order := hear_order(place.orders)) is not None:
-        slot, report = order
-        _fork(place, loader, place.worker._replace(slot=slot, report=report))
+    tell_imports(context.commands, imports)
+    while (command := receive_command(context.commands)) is not None:
+        slot, report = command
+        _fork(context, loader, context.worker._replace(slot=slot, report=report))
         os.close(report)
     return 0
 
 
-def _import_all(place: TemplatePlace, loader: Loader) -> Imports:
+def _import_all(context: TemplateContext, loader: Loader) -> Imports:
     try:
-        return preload(loader, place.worker.settings, place.kept_out)
+        return preload(loader, context.worker.settings, context.kept_out)
     except ModuleLoadError as error:
         return Imports(error=str(error))
 
 
-def _fork(place: TemplatePlace, loader: Loader, worker_place: Place) -> None:
+def _fork(context: TemplateContext, loader: Loader, worker_place: WorkerContext) -> None:
     """Fork a worker that is the master's child."""
     boot.flush_output()  # or the worker would write it as well
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = fork_worker()
         if pid == 0:
-            _fork_again(place, loader, worker_place)
+            _fork_again(context, loader, worker_place)
         with suppress(ChildProcessError):  # a module may have SIGCHLD ignored
             os.waitpid(pid, 0)
     except OSError as error:  # the report ends without a word, as the master sees
@@ -76,12 +77,12 @@ def _fork(place: TemplatePlace, loader: Loader, worker_place: Place) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
-def _fork_again(place: TemplatePlace, loader: Loader, worker_place: Place) -> NoReturn:
+def _fork_again(context: TemplateContext, loader: Loader, worker_place: WorkerContext) -> NoReturn:
     """Called between template and worker: this process ends, and the worker is the master's."""
     try:
         between = os.pidfd_open(os.getpid())
         if fork_worker() == 0:
-            place.orders.close()
+            context.commands.close()
             worker.run_forked(worker_place, loader, between)
     finally:
         os._exit(1)

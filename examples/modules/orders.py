@@ -70,7 +70,7 @@ def parse(text: str) -> dict[str, list[Any]]:
     An order is as in `Order`; a rejected row has `lines` ("7" or "7-9"), `order_id` and `reason`.
     Columns that are not needed are ignored. Raises ValueError if one is missing.
     """
-    orders: list[Order] = []
+    commands: list[Order] = []
     rejected: list[dict[str, Any]] = []
     line_of: dict[str, int] = {}
     records = _records(text.removeprefix("\ufeff"))
@@ -83,16 +83,16 @@ def parse(text: str) -> dict[str, list[Any]]:
             row = dict(zip(header, (field.strip() for field in fields), strict=False))
             if len(fields) != len(header):
                 raise _RejectedError(f"{len(fields)} fields instead of {len(header)}")
-            order = _order(first, row)
-            earlier = line_of.setdefault(order["order_id"], first)
+            command = _order(first, row)
+            earlier = line_of.setdefault(command["order_id"], first)
             if earlier != first:
                 raise _RejectedError(f"order_id was seen in line {earlier}")
-            orders.append(order)
+            commands.append(command)
         except _RejectedError as error:
             lines = f"{first}" if first == last else f"{first}-{last}"
             order_id = row.get("order_id", "")
             rejected.append({"lines": lines, "order_id": order_id, "reason": str(error)})
-    return {"orders": orders, "rejected": rejected}
+    return {"orders": commands, "rejected": rejected}
 
 
 def _records(text: str) -> Iterator[Record]:

@@ -45,17 +45,17 @@ def length(text: str) -> int:
 class Thing:
     """What tells the file `note` when it is closed."""
 
-    def __init__(self, note: str, value: Any) -> None:
-        self.note = note
+    def __init__(self, event: str, value: Any) -> None:
+        self.event = event
         self.value = value
 
     def close(self) -> None:
-        with open(self.note, "a") as stream:
+        with open(self.event, "a") as stream:
             stream.write(f"{self.value}\n")
 
 
-def keep(note: str, value: Any, name: str | None = None) -> str:
-    return current_session().keep(Thing(note, value), name)
+def keep(event: str, value: Any, name: str | None = None) -> str:
+    return current_session().keep(Thing(event, value), name)
 
 
 def find(name: str) -> Any:
@@ -79,7 +79,7 @@ def use(name: str, seconds: float) -> None:
     """Uses an object for a while; then it writes so to the object's note."""
     thing = current_session().find(name)
     time.sleep(seconds)
-    with open(thing.note, "a") as stream:
+    with open(thing.event, "a") as stream:
         stream.write("used\n")
 
 
@@ -89,7 +89,7 @@ def span(seconds: float) -> list[float]:
     return [began, time.monotonic()]
 
 
-def keep_later(note: str, go_on: str) -> None:
+def keep_later(event: str, go_on: str) -> None:
     """A thread of the function's own keeps something once a file exists, and notes the outcome."""
     session = current_session()
 
@@ -97,9 +97,9 @@ def keep_later(note: str, go_on: str) -> None:
         while not os.path.exists(go_on):
             time.sleep(0.01)
         try:
-            session.keep(Thing(note, "late"))
+            session.keep(Thing(event, "late"))
         except SessionEnded:
-            with open(note, "a") as stream:
+            with open(event, "a") as stream:
                 stream.write("told\n")
 
     threading.Thread(target=work).start()

@@ -46,27 +46,27 @@ def nap(seconds: float) -> float:
     return began
 
 
-def span(seconds: float, note: str | None = None) -> list[float]:
+def span(seconds: float, event: str | None = None) -> list[float]:
     """Sleeps; returns when it began and ended. Before, it writes its pid to the file `note`."""
     began = time.monotonic()
-    if note is not None:
-        with open(f"{note}.new", "w") as stream:
+    if event is not None:
+        with open(f"{event}.new", "w") as stream:
             stream.write(str(os.getpid()))
-        os.rename(f"{note}.new", note)
+        os.rename(f"{event}.new", event)
     time.sleep(seconds)
     return [began, time.monotonic()]
 
 
-def run_until(file: str, note: str) -> None:
+def run_until(file: str, event: str) -> None:
     """Ends when the file is there. Before, it writes its pid to the file `note`."""
-    span(0, note)
+    span(0, event)
     while not os.path.exists(file):
         time.sleep(0.02)
 
 
-def hold_interpreter(seconds: int, note: str) -> None:
+def hold_interpreter(seconds: int, event: str) -> None:
     """As `span`, in C code that never lets another thread of the process run."""
-    span(0, note)
+    span(0, event)
     ctypes.PyDLL(None).sleep(seconds)
 
 
@@ -322,20 +322,20 @@ def points(text: str) -> list[int]:
     return [ord(each) for each in text]
 
 
-def backtrack(note: str | None = None) -> bool:
+def backtrack(event: str | None = None) -> bool:
     """As `span`, for ever: a regular expression that tries all ways to cut the text."""
-    span(0, note)
+    span(0, event)
     return re.match(r"(a+)+$", "a" * 64 + "b") is not None
 
 
-def hold_gate(note: str) -> None:
+def hold_gate(event: str) -> None:
     """Takes the gate's lock and hangs, as a call may do that gets to run in the wrong moment."""
     frame = sys._getframe()
     while not hasattr(frame.f_locals.get("self"), "_gate"):  # of the worker's code that calls this
         assert frame.f_back is not None
         frame = frame.f_back
     with frame.f_locals["self"]._gate._lock:
-        backtrack(note)
+        backtrack(event)
 
 
 def fork_bomb() -> list[int]:

@@ -440,13 +440,13 @@ def test_another_affinity_is_refused(file: File, text: str, where: str) -> None:
 
 
 def test_limits_that_the_machine_can_never_reach_are_noted(file: File) -> None:
-    (note,) = file.load("limits.max_memory_mb = 999999").notes
-    assert note.startswith("limits.max_memory_mb = 999999 is more memory than this machine has (")
-    assert note.endswith("MB): it will never be reached")
-    (note,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").notes
-    assert note.startswith("limits.max_cpu_percent = 99999 is more than this machine's ")
-    assert note.endswith("it will never be reached")
-    assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").notes == []
+    (event,) = file.load("limits.max_memory_mb = 999999").events
+    assert event.startswith("limits.max_memory_mb = 999999 is more memory than this machine has (")
+    assert event.endswith("MB): it will never be reached")
+    (event,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").events
+    assert event.startswith("limits.max_cpu_percent = 99999 is more than this machine's ")
+    assert event.endswith("it will never be reached")
+    assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").events == []
 
 
 @pytest.mark.parametrize("key", ["max_memory_mb", "max_cpu_percent", "max_connections"])
@@ -456,8 +456,8 @@ def test_a_limit_of_zero_is_refused_where_nothing_could_ever_run(file: File, key
 
 def test_a_variable_that_is_no_option_is_noted(file: File) -> None:
     loaded = file.load("", CPAN_BRIDGE_MAX_CONECTIONS="5", CPAN_BRIDGE_JSON="PP", PATH="/bin")
-    (note,) = loaded.notes
-    assert note == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"
+    (event,) = loaded.events
+    assert event == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"
 
 
 @pytest.mark.parametrize("preload", [True, False])

@@ -20,12 +20,12 @@ from killing import kill_at, trace_opcodes
 from plain_client import until
 
 from cpanbridge.supervisor import gate as gate_module
-from cpanbridge.supervisor import shared as shared_module
-from cpanbridge.supervisor import window as window_module
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Bells, Gate, Obstacle, change_verdict
-from cpanbridge.supervisor.shared import VERDICT_CLOSED, VERDICT_OPEN, WAITS_FOR_REQUEST, Shared
-from cpanbridge.supervisor.window import WINDOW_NS
+from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups, set_overload_state
+from cpanbridge.supervisor.memory import layout as shared_module
+from cpanbridge.supervisor.memory import rate_window as window_module
+from cpanbridge.supervisor.memory.layout import GATE_CLOSED, GATE_OPEN, WAITS_FOR_REQUEST, Shared
+from cpanbridge.supervisor.memory.rate_window import WINDOW_NS
 
 
 class House:
@@ -34,14 +34,14 @@ class House:
     def __init__(self, workers: int = 2, **limits: Any) -> None:
         self.limits = Limits(**({"max_requests_per_minute": 0} | limits))
         self.shared = Shared.create(workers, self.limits)
-        self.bells = [Bells.hang() for _ in range(workers)]
-        self.gates = [Gate(self.shared, slot, self.bells) for slot in range(workers)]
+        self.wakeups = [Wakeups.hang() for _ in range(workers)]
+        self.gates = [Gate(self.shared, slot, self.wakeups) for slot in range(workers)]
         self.stop = os.eventfd(0, os.EFD_NONBLOCK)
 
     def close(self) -> None:
         for descriptor in (
             self.shared.fd,
-            *(fd for bells in self.bells for fd in bells),
+            *(fd for wakeups in self.wakeups for fd in wakeups),
             self.stop,
         ):
             os.close(descriptor)
@@ -178,10 +178,10 @@ def test_nobody_is_accepted_while_requests_have_no_room(new_house: NewHouse) -> 
 
 def test_a_closed_verdict_lets_nobody_in_and_no_request_begin(new_house: NewHouse) -> None:
     house = new_house()
-    house.shared.header.verdict = VERDICT_CLOSED
+    house.shared.header.overload_state = GATE_CLOSED
     assert house.reason(connection=True) == "verdict"
     assert house.reason(connection=False) == "verdict"
-    house.shared.header.verdict = VERDICT_OPEN
+    house.shared.header.overload_state = GATE_OPEN
     assert house.reason(connection=True) is None
     assert house.reason(connection=False) is None
 
@@ -190,27 +190,27 @@ def test_a_worker_that_leaves_finishes_what_it_has_taken_up_whatever_the_verdict
     new_house: NewHouse,
 ) -> None:
     house = new_house(max_concurrent_requests=1)
-    leaving, other = house.gates
-    house.shared.header.verdict = VERDICT_CLOSED
-    waiter = Waiter(house, leaving, connection=False)
+    exiting, other = house.gates
+    house.shared.header.overload_state = GATE_CLOSED
+    waiter = Waiter(house, exiting, connection=False)
     until(lambda: registered(house) == 1)
-    leaving.leave()
+    exiting.leave()
     waiter.join(20)
     assert waiter.result == "in"
-    assert not house.try_to_admit(leaving)  # the other limits are kept
-    leaving.finished(True)
+    assert not house.try_to_admit(exiting)  # the other limits are kept
+    exiting.finished(True)
     assert not house.try_to_admit(other)
 
 
 def test_opening_the_verdict_wakes_all_who_wait_for_it(
     new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "VERDICT_MS", 60_000)
+    monkeypatch.setattr(gate_module, "OVERLOAD_RECHECK_MS", 60_000)
     house = new_house(3)
-    change_verdict(house.shared, house.bells, VERDICT_CLOSED)
+    set_overload_state(house.shared, house.wakeups, GATE_CLOSED)
     waiters = [Waiter(house, gate, connection=c) for gate in house.gates for c in (True, False)]
     until(lambda: registered(house) == 6)
-    change_verdict(house.shared, house.bells, VERDICT_OPEN)
+    set_overload_state(house.shared, house.wakeups, GATE_OPEN)
     for waiter in waiters:
         waiter.join(20)
         assert waiter.result == "in"
@@ -287,7 +287,7 @@ def test_without_a_rate_limit_nothing_is_refused_and_the_last_minute_is_counted(
 def registered(house: House) -> int:
     """How many threads are registered as waiting."""
     return sum(
-        bool(slot.door_waits_for) + bool(slot.request_waits_for) for slot in house.shared.slots
+        bool(slot.accept_waits_for) + bool(slot.request_waits_for) for slot in house.shared.slots
     )
 
 
@@ -349,10 +349,10 @@ def test_all_who_wait_are_let_in_one_after_another(new_house: NewHouse) -> None:
 
 def test_who_waits_for_the_verdict_is_let_in_when_it_opens(new_house: NewHouse) -> None:
     house = new_house()
-    house.shared.header.verdict = VERDICT_CLOSED
+    house.shared.header.overload_state = GATE_CLOSED
     waiter = Waiter(house, house.gates[1], connection=True)
     until(lambda: registered(house) == 1)
-    house.shared.header.verdict = VERDICT_OPEN
+    house.shared.header.overload_state = GATE_OPEN
     waiter.join(20)
     assert waiter.result == "in"
 
@@ -367,7 +367,7 @@ def test_who_waits_leaves_when_told_to_stop(new_house: NewHouse, reason: str) ->
     if reason == "connections":
         assert house.try_to_open(house.gates[0])
     elif reason == "verdict":
-        house.shared.header.verdict = VERDICT_CLOSED
+        house.shared.header.overload_state = GATE_CLOSED
     else:
         assert house.try_to_admit(house.gates[0])
     assert house.reason(connection=True) == reason
@@ -496,13 +496,13 @@ def test_a_process_killed_while_it_turns_a_client_away_leaks_nothing() -> None:
             assert house.try_to_open(other)
             assert house.try_to_admit(other)
 
-            def turn_away(house: House = house) -> None:
+            def reject(house: House = house) -> None:
                 gate = house.gates[0]
                 assert isinstance(gate.attempt(gate.reserve, connection=True), Obstacle)
                 assert isinstance(gate.attempt(gate.admitted, connection=False), Obstacle)
                 assert not gate.reserve_any()
 
-            killed = kill_at(step, turn_away)
+            killed = kill_at(step, reject)
             assert house.shared.slots[0].full <= 1
             other.finished(True)
             other.closed()
@@ -646,15 +646,15 @@ def test_a_ring_for_the_door_is_not_taken_from_who_has_a_request(
     monkeypatch.setattr(gate_module, "LOST_RING_MS", 60_000)
     house = new_house(3, max_concurrent_requests=1)
     assert house.try_to_admit(house.gates[0])
-    door = Waiter(house, house.gates[1], connection=True)
+    acceptor = Waiter(house, house.gates[1], connection=True)
     request = Waiter(house, house.gates[2], connection=False)
     until(lambda: registered(house) == 2)
     house.gates[0].finished(True)
     request.join(20)
     assert request.result == "in"
     house.gates[2].finished(True)
-    door.join(20)
-    assert door.result == "in"
+    acceptor.join(20)
+    assert acceptor.result == "in"
 
 
 def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
@@ -664,9 +664,9 @@ def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
     for _ in range(20):
         assert house.try_to_admit(house.gates[0])
         house.gates[0].finished(True)
-    os.eventfd_read(house.bells[1].request)
+    os.eventfd_read(house.wakeups[1].request)
     with pytest.raises(BlockingIOError):
-        os.eventfd_read(house.bells[1].request)
+        os.eventfd_read(house.wakeups[1].request)
 
 
 # -- counting now and then --

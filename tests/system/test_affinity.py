@@ -107,7 +107,7 @@ def test_no_state_is_lost_over_many_processes_and_workers(
 
     with clients(house, CLIENTS, form) as processes:
         places = at_once(work, processes)
-    assert all(len(place) == 1 for place in places)
+    assert all(len(context) == 1 for context in places)
     used = set().union(*places)
     assert len(used) == 1 if module == "m" else len(used) > 1
 
@@ -584,48 +584,48 @@ def test_the_rate_is_exact_while_calls_are_handed_over(new_daemon: NewDaemon) ->
 
 
 def test_what_a_client_leaves_is_found_by_handle_and_by_name(house: Daemon, tmp_path: Path) -> None:
-    note = str(tmp_path / "closed")
+    event = str(tmp_path / "closed")
     with ClientProcess(house.path) as client, ClientProcess(house.path) as other:
-        handle = client.call("c", "keep", [note, 7])
-        assert client.call("c", "keep", [note, 8, "named"]) == "named"
+        handle = client.call("c", "keep", [event, 7])
+        assert client.call("c", "keep", [event, 8, "named"]) == "named"
         assert client.call("c", "find", [handle]) == 7
         assert client.call("c", "find", ["named"]) == 8
-        assert client.call("c", "keep", [note, 9, "named"]) == "named"
-        assert Path(note).read_text() == "8\n"  # replaced, so closed
+        assert client.call("c", "keep", [event, 9, "named"]) == "named"
+        assert Path(event).read_text() == "8\n"  # replaced, so closed
         assert client.call("c", "find", ["named"]) == 9
         for who in (handle, "named"):
             assert other.reply("c", "find", [who])["error_type"] == "UnknownHandle"
         client.call("c", "drop", [handle])
-        assert Path(note).read_text() == "8\n7\n"
+        assert Path(event).read_text() == "8\n7\n"
         assert client.reply("c", "find", [handle])["error_type"] == "UnknownHandle"
 
 
 def test_objects_are_closed_when_their_client_ends(house: Daemon, tmp_path: Path) -> None:
-    note = tmp_path / "closed"
+    event = tmp_path / "closed"
     with ClientProcess(house.path) as client:
         for module in ("c", "m"):
-            client.call(module, "keep", [str(note), module])
+            client.call(module, "keep", [str(event), module])
             client.call(module, "keep_bad")
-    until(lambda: note.exists() and sorted(note.read_text().split()) == ["c", "m"])
+    until(lambda: event.exists() and sorted(event.read_text().split()) == ["c", "m"])
     until(lambda: "it cannot be closed" in house.log())
 
 
 def test_what_is_left_after_the_session_has_ended_is_closed_at_once(
     house: Daemon, tmp_path: Path
 ) -> None:
-    note, go_on = tmp_path / "closed", tmp_path / "go on"
+    event, go_on = tmp_path / "closed", tmp_path / "go on"
     with ClientProcess(house.path) as client:
-        client.call("c", "keep", [str(note), "before"])
-        client.call("c", "keep_later", [str(note), str(go_on)])
-    until(note.exists)
+        client.call("c", "keep", [str(event), "before"])
+        client.call("c", "keep_later", [str(event), str(go_on)])
+    until(event.exists)
     go_on.touch()
-    until(lambda: note.read_text() == "before\nlate\ntold\n")
+    until(lambda: event.read_text() == "before\nlate\ntold\n")
 
 
-def freed_after(daemon: Daemon, note: Path) -> float:
+def freed_after(daemon: Daemon, event: Path) -> float:
     """In how many seconds the state of 200 processes is closed that end without a word."""
     crowd = subprocess.Popen(
-        [sys.executable, str(CROWD), daemon.path, "200", "c", "keep", str(note)],
+        [sys.executable, str(CROWD), daemon.path, "200", "c", "keep", str(event)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -637,11 +637,11 @@ def freed_after(daemon: Daemon, note: Path) -> float:
     crowd.stdin.write("\n")
     crowd.stdin.flush()
     killed = float(crowd.stdout.readline())
-    until(lambda: note.exists() and len(note.read_text().split()) == 200)
+    until(lambda: event.exists() and len(event.read_text().split()) == 200)
     until(lambda: sessions(daemon) == 0)
-    assert sorted(map(int, note.read_text().split())) == list(range(200))
+    assert sorted(map(int, event.read_text().split())) == list(range(200))
     crowd.communicate()
-    return note.stat().st_mtime - killed
+    return event.stat().st_mtime - killed
 
 
 def test_the_state_of_200_processes_that_end_without_a_word_is_freed_within_a_second(
@@ -658,11 +658,11 @@ def test_silence_closes_what_a_client_left_and_it_is_told_once(
     new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
     daemon = stateful(new_daemon, "limits.stale_timeout = 0.5", workers=2)
-    note = tmp_path / "closed"
+    event = tmp_path / "closed"
     with ClientProcess(daemon.path) as client, ClientProcess(daemon.path) as plain:
-        handle = client.call("c", "keep", [str(note), 1])
+        handle = client.call("c", "keep", [str(event), 1])
         kept = plain.call("c", "put", ["a module's own state"])
-        until(note.exists)
+        until(event.exists)
         reply = client.reply("c", "find", [handle])
         assert reply["error_type"] == "SessionLost"
         assert "limits.stale_timeout" in reply["error"]
@@ -673,22 +673,22 @@ def test_silence_closes_what_a_client_left_and_it_is_told_once(
 
 def test_objects_are_closed_when_the_daemon_stops(new_daemon: NewDaemon, tmp_path: Path) -> None:
     daemon = stateful(new_daemon, workers=2)
-    note = tmp_path / "closed"
+    event = tmp_path / "closed"
     with ClientProcess(daemon.path) as client:
         for number in range(3):
-            client.call("c", "keep", [str(note), number])
+            client.call("c", "keep", [str(event), number])
         assert daemon.stop() == 0
-        assert note.read_text().split() == ["2", "1", "0"]  # the newest first
+        assert event.read_text().split() == ["2", "1", "0"]  # the newest first
 
 
 def test_what_a_running_call_uses_is_closed_after_it(house: Daemon, tmp_path: Path) -> None:
-    note = tmp_path / "closed"
+    event = tmp_path / "closed"
     with ClientProcess(house.path) as client:
-        client.call("c", "keep", [str(note), 1, "thing"])
+        client.call("c", "keep", [str(event), 1, "thing"])
         client.begin("c", "use", ["thing", 1.0])
         until(lambda: house.metrics()["gate"]["running"] == 2)
         client.kill()
-    until(lambda: note.exists() and note.read_text().split() == ["used", "1"])
+    until(lambda: event.exists() and event.read_text().split() == ["used", "1"])
 
 
 def test_a_module_without_affinity_has_no_session(house: Daemon) -> None:
@@ -730,9 +730,9 @@ def test_a_client_of_another_pid_namespace_is_known_by_its_connection(
     )
     until(lambda: " ready: pid 1," in daemon.log(), 60)
     os.unlink(f"{daemon.path}.pid")  # it says 1, which is somebody else here
-    note = tmp_path / "closed"
+    event = tmp_path / "closed"
     with Framed(daemon.path) as kept, Framed(daemon.path) as other:
-        reply = kept.call("c", "keep", [str(note), 1, "thing"])
+        reply = kept.call("c", "keep", [str(event), 1, "thing"])
         assert reply is not None
         assert reply["success"], reply
         for module in ("m", "m2", "n", "c"):  # the connection moves, and is still the same client
@@ -743,11 +743,11 @@ def test_a_client_of_another_pid_namespace_is_known_by_its_connection(
         lost = other.call("c", "find", ["thing"])
         assert lost is not None
         assert lost["error_type"] == "UnknownHandle"
-        assert not note.exists()
-    until(note.exists)
+        assert not event.exists()
+    until(event.exists)
     for _ in range(5):
-        assert one_shot(daemon.path, "c", "keep", [str(note), 2])["success"]
-    until(lambda: note.read_text().split() == ["1"] + ["2"] * 5)
+        assert one_shot(daemon.path, "c", "keep", [str(event), 2])["success"]
+    until(lambda: event.read_text().split() == ["1"] + ["2"] * 5)
     until(lambda: sessions(daemon) == 0)
 
 
@@ -794,14 +794,14 @@ def test_a_client_that_left_nothing_does_not_keep_others_from_being_silent(
     new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
     daemon = stateful(new_daemon, "limits.stale_timeout = 1", workers=1)
-    note, dropped = tmp_path / "closed", tmp_path / "dropped"
+    event, dropped = tmp_path / "closed", tmp_path / "dropped"
     with ClientProcess(daemon.path) as busy, ClientProcess(daemon.path) as silent:
         busy.call("c", "drop", [busy.call("c", "keep", [str(dropped), 1])])
-        silent.call("c", "keep", [str(note), 2])
+        silent.call("c", "keep", [str(event), 2])
 
         def closed() -> bool:
             assert busy.reply("c", "size")["success"]  # and nothing of it is lost
-            return note.exists()
+            return event.exists()
 
         until(closed)
 
@@ -841,7 +841,9 @@ def test_calls_that_wait_for_an_owner_whose_post_is_full_are_told_in_time(
     assert daemon.metrics()["gate"]["worker_deaths"] == 0
 
 
-SMALL_POST = "import cpanbridge.supervisor.postbox\ncpanbridge.supervisor.postbox._BUFFER = 1\n"
+SMALL_POST = (
+    "from cpanbridge.supervisor.memory import handoff_sockets\nhandoff_sockets._BUFFER = 1\n"
+)
 
 
 def test_workers_whose_posts_are_full_do_not_wait_for_each_other(new_daemon: NewDaemon) -> None:

@@ -17,15 +17,15 @@ import pytest
 from conftest import Daemon, NewDaemon
 from plain_client import Framed, connect, read_to_end, until
 
-from cpanbridge.supervisor.controlserver import MOST_IDLE, MOST_WAITING
+from cpanbridge.supervisor.control.server import MOST_IDLE, MOST_WAITING
 
 
 def ask_bytes(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
     """What the master answers to these bytes, to the end of the connection."""
-    with connect(f"{daemon.path}.ctl") as visitor:
-        visitor.sendall(data)
+    with connect(f"{daemon.path}.ctl") as connection:
+        connection.sendall(data)
         answer = b""
-        while piece := visitor.recv(65536):
+        while piece := connection.recv(65536):
             answer += piece
     return [json.loads(line) for line in answer.splitlines()]
 
@@ -110,15 +110,15 @@ def test_what_it_does_not_understand_it_says(shared_daemon: Daemon, data: bytes,
 
 
 def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -> None:
-    visitors = [connect(f"{daemon.path}.ctl") for _ in range(40)]
-    for number, visitor in enumerate(visitors):
-        visitor.setblocking(False)
+    connections = [connect(f"{daemon.path}.ctl") for _ in range(40)]
+    for number, connection in enumerate(connections):
+        connection.setblocking(False)
         try:
             if number % 3 == 0:
-                visitor.sendall(b"x")
+                connection.sendall(b"x")
             elif number % 3 == 1:
                 for _ in range(200):
-                    visitor.sendall(b'{"command": "status"}\n' * 100)
+                    connection.sendall(b'{"command": "status"}\n' * 100)
         except OSError:
             continue  # it has had enough of this one
     began = time.monotonic()
@@ -127,8 +127,8 @@ def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -
     assert daemon.call("test", "ping")["message"] == "pong"
     assert ask(daemon, "status")["result"]["generation"] == 2
     assert time.monotonic() - began < 25
-    for visitor in visitors:
-        visitor.close()
+    for connection in connections:
+        connection.close()
     assert daemon.stop() == 0
 
 
@@ -139,22 +139,22 @@ def hanging_module(daemon: Daemon, config: str) -> tuple[Path, Path]:
     """
     helpers = daemon.folder / "helpers"
     helpers.mkdir()
-    note, go = daemon.folder / "hangs", daemon.folder / "go"
+    event, go = daemon.folder / "hangs", daemon.folder / "go"
     (helpers / "slow.py").write_text(
-        f"import os, time\nopen({str(note)!r}, 'w').close()\n"
+        f"import os, time\nopen({str(event)!r}, 'w').close()\n"
         f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
     )
     daemon.write_config(f'{config}\n[[module_dirs]]\npath = "{helpers}"')
-    return note, go
+    return event, go
 
 
-def say(visitor: socket.socket, command: str) -> None:
-    visitor.sendall(json.dumps({"command": command}).encode() + b"\n")
+def say(connection: socket.socket, command: str) -> None:
+    connection.sendall(json.dumps({"command": command}).encode() + b"\n")
 
 
-def outcome(visitor: socket.socket) -> dict[str, Any]:
+def outcome(connection: socket.socket) -> dict[str, Any]:
     """The last that a visitor is told."""
-    last: dict[str, Any] = json.loads(read_to_end(visitor).splitlines()[-1])
+    last: dict[str, Any] = json.loads(read_to_end(connection).splitlines()[-1])
     return last
 
 
@@ -174,15 +174,15 @@ def test_visitors_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
 
 
 def test_who_waits_for_an_outcome_is_not_thrown_out(daemon: Daemon) -> None:
-    note, go = hanging_module(daemon, "workers = 2")
+    event, go = hanging_module(daemon, "workers = 2")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(connect(f"{daemon.path}.ctl"))
         say(first, "reload")
-        until(note.exists)
+        until(event.exists)
         for number in range(3 * MOST_IDLE):
-            visitor = stack.enter_context(connect(f"{daemon.path}.ctl"))
+            connection = stack.enter_context(connect(f"{daemon.path}.ctl"))
             if number % 2:
-                say(visitor, "watch")
+                say(connection, "watch")
         assert ask(daemon, "status")["result"]["state"] == "reloading"
         go.touch()
         assert outcome(first) == {"result": {"generation": 2, "workers": 2}}
@@ -192,17 +192,17 @@ def test_when_too_many_wait_a_command_is_refused_and_a_question_answered(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 1").run()
-    note, go = hanging_module(daemon, "workers = 1")
+    event, go = hanging_module(daemon, "workers = 1")
     with contextlib.ExitStack() as stack:
         waiting = []
         for _ in range(MOST_WAITING):
             waiting.append(stack.enter_context(connect(f"{daemon.path}.ctl")))
             say(waiting[-1], "reload")
         assert ask(daemon, "status")["result"]["state"] == "reloading"
-        until(note.exists)
+        until(event.exists)
         assert ask(daemon, "reload") == {"error": "64 commands wait for their outcome already"}
         go.touch()
-        told = [outcome(visitor) for visitor in waiting]
+        told = [outcome(connection) for connection in waiting]
     assert told == [{"result": {"generation": MOST_WAITING + 1, "workers": 1}}] * MOST_WAITING
     assert ask(daemon, "reload")["result"]["generation"] == MOST_WAITING + 2
 
@@ -214,16 +214,16 @@ def test_a_flood_of_visitors_keeps_neither_a_command_nor_the_daemon_back(daemon:
     def flood() -> None:
         kept: deque[socket.socket] = deque()
         while not over.is_set():
-            visitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            visitor.setblocking(False)
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.setblocking(False)
             with contextlib.suppress(BlockingIOError):  # the queue is full
-                visitor.connect(f"{daemon.path}.ctl")
-            kept.append(visitor)
+                connection.connect(f"{daemon.path}.ctl")
+            kept.append(connection)
             if len(kept) > 100:
                 kept.popleft().close()
             flooded.append(1)
-        for visitor in kept:
-            visitor.close()
+        for connection in kept:
+            connection.close()
 
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -245,8 +245,8 @@ def test_a_visitor_that_leaves_while_it_waits_is_forgotten(daemon: Daemon) -> No
     descriptors = Path(f"/proc/{daemon.pid}/fd")
     before = len(list(descriptors.iterdir()))
     for _ in range(3):
-        with connect(f"{daemon.path}.ctl") as visitor:
-            visitor.sendall(b'{"command": "watch"}\n')
+        with connect(f"{daemon.path}.ctl") as connection:
+            connection.sendall(b'{"command": "watch"}\n')
     until(lambda: len(list(descriptors.iterdir())) == before)
 
 
@@ -313,16 +313,16 @@ def test_reload_of_what_does_not_run_is_exit_status_3(new_daemon: NewDaemon) -> 
 
 
 def test_a_waiting_reload_is_told_when_the_daemon_stops_or_dies(daemon: Daemon) -> None:
-    note, _ = hanging_module(daemon, "workers = 2")
-    with connect(f"{daemon.path}.ctl") as visitor:
-        visitor.sendall(b'{"command": "reload"}\n')
-        until(note.exists)
+    event, _ = hanging_module(daemon, "workers = 2")
+    with connect(f"{daemon.path}.ctl") as connection:
+        connection.sendall(b'{"command": "reload"}\n')
+        until(event.exists)
         heard = b""
         while b"imports the modules" not in heard:
-            heard += visitor.recv(65536)
+            heard += connection.recv(65536)
         assert ask(daemon, "status")["result"]["state"] == "reloading"
         assert daemon.stop() == 0
-        while piece := visitor.recv(65536):
+        while piece := connection.recv(65536):
             heard += piece
     assert json.loads(heard.splitlines()[-1]) == {"error": "the daemon is stopping"}
 

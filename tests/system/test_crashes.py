@@ -293,12 +293,12 @@ def test_when_the_master_is_killed_the_workers_finish_and_a_new_start_succeeds_a
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 2").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     orphans = settled_workers(daemon, 2)
     with nothing_left_of(orphans), ThreadPoolExecutor(1) as pool:
-        nap = pool.submit(daemon.call, "probe", "span", [6, str(note)])
-        until(note.exists)
-        busy = int(note.read_text())
+        nap = pool.submit(daemon.call, "probe", "span", [6, str(event)])
+        until(event.exists)
+        busy = int(event.read_text())
         os.kill(daemon.pid, signal.SIGKILL)
         daemon.process.wait()  # type: ignore[union-attr]
         daemon.run()
@@ -347,13 +347,13 @@ def test_clients_that_wait_at_the_gate_survive_a_killed_worker(
 ) -> None:
     daemon = new_daemon("workers = 2\nlimits.max_concurrent_requests = 1").run()
     workers = settled_workers(daemon, 2)
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     seconds = 30.0 if victim == "the busy worker" else 1.5
-    body = json.dumps(request("probe", "span", [seconds, str(note)])).encode()
+    body = json.dumps(request("probe", "span", [seconds, str(event)])).encode()
     with ThreadPoolExecutor(11) as pool:
         hog = pool.submit(raw_one_shot, daemon.path, body)
-        until(note.exists)
-        busy = int(note.read_text())
+        until(event.exists)
+        busy = int(event.read_text())
         waiting = [pool.submit(one_shot, daemon.path, "test", "echo", [n]) for n in range(10)]
         time.sleep(0.2)  # most are in the backlog by then; it is right for those that are not, too
         assert not any(client.done() for client in waiting)

@@ -82,10 +82,10 @@ def test_a_daemon_starts_at_once_after_a_masters_death_whatever_its_workers_stil
     daemon: Daemon, change: str
 ) -> None:
     assert daemon.command(change).returncode == 0
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [5, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [5, str(event)])
+        until(event.exists)
         os.kill(daemon.pid, signal.SIGKILL)
         started = daemon.command("start")
         assert started.returncode == 0, started.stderr
@@ -129,11 +129,11 @@ def test_without_descriptors_the_master_waits_to_fork_and_is_asked_later(daemon:
     os.kill(victim, signal.SIGKILL)
     until(lambda: "cannot fork: Too many open files" in daemon.log())
     assert daemon.call("test", "ping")["message"] == "pong"
-    with connect(f"{daemon.path}.ctl") as visitor:
-        visitor.sendall(b'{"command": "status"}\n')
+    with connect(f"{daemon.path}.ctl") as connection:
+        connection.sendall(b'{"command": "status"}\n')
         until(lambda: "The control socket cannot accept: Too many open files" in daemon.log())
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limit)
-        assert b'"state":"running"' in visitor.recv(65536)
+        assert b'"state":"running"' in connection.recv(65536)
     until(lambda: len(daemon.workers()) == 2, 30)
     assert daemon.command("reload").returncode == 0
 

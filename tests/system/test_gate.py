@@ -84,7 +84,7 @@ def test_no_minute_wherever_it_starts_has_more_requests_than_the_limit(
     taken = 0
     lock = threading.Lock()
 
-    def ticket(batch: int) -> bool:
+    def claim(batch: int) -> bool:
         nonlocal taken
         with lock:
             taken += 1
@@ -94,13 +94,13 @@ def test_no_minute_wherever_it_starts_has_more_requests_than_the_limit(
             return True
 
     def call_one_shot(batch: int) -> None:
-        while ticket(batch):
+        while claim(batch):
             daemon_reply = one_shot(daemon.path, "probe", "stamp", [str(file)], timeout=90)
             assert daemon_reply["success"], daemon_reply
 
     def call_framed(batch: int) -> None:
         with Framed(daemon.path, timeout=90) as client:
-            while ticket(batch):
+            while claim(batch):
                 reply = client.call("probe", "stamp", [str(file)])
                 assert reply is not None
                 assert reply["success"], reply
@@ -257,9 +257,9 @@ def requests_are_running(daemon: Daemon, stack: ExitStack) -> None:
     framed = [stack.enter_context(Framed(daemon.path)) for _ in range(20)]
     for client in framed:
         assert client.call("test", "ping") is not None
-    note = daemon.folder / "runs"
-    in_background(stack, lambda: one_shot(daemon.path, "probe", "span", [30, str(note)]))
-    until(note.exists)
+    event = daemon.folder / "runs"
+    in_background(stack, lambda: one_shot(daemon.path, "probe", "span", [30, str(event)]))
+    until(event.exists)
     for client in framed:
         client.send("test", "ping")
     for _ in range(10):

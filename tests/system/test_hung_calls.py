@@ -129,14 +129,14 @@ def test_others_in_the_worker_finish_and_a_replacement_is_there_before_it_leaves
 ) -> None:
     table = '[modules.other]\nimport = "time"\nfunctions = ["sleep"]\nrequest_timeout = 1'
     daemon = new_daemon(f"workers = 1\n{table}").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(one_shot, daemon.path, "probe", "span", [4, str(note)])
-        until(note.exists)
+        slow = pool.submit(one_shot, daemon.path, "probe", "span", [4, str(event)])
+        until(event.exists)
         hung = one_shot(daemon.path, "other", "sleep", [60])
         assert hung["error_type"] == "RequestTimeout"
         until(lambda: "is retired" in daemon.log())
-        until(lambda: daemon.call("probe", "worker_pid") != int(note.read_text()))
+        until(lambda: daemon.call("probe", "worker_pid") != int(event.read_text()))
         assert not slow.done()
         assert slow.result()["success"]
 
@@ -194,11 +194,11 @@ def test_a_slow_request_is_shown_once_and_goes_on(new_daemon: NewDaemon) -> None
 
 def test_a_request_whose_client_has_left_is_not_run(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2\nlimits.max_concurrent_requests = 1").run()
-    note, stamps = daemon.folder / "runs", daemon.folder / "stamps"
+    event, stamps = daemon.folder / "runs", daemon.folder / "stamps"
     body = json.dumps(request("probe", "stamp", [str(stamps)])).encode()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(one_shot, daemon.path, "probe", "span", [1.5, str(note)])
-        until(note.exists)
+        running = pool.submit(one_shot, daemon.path, "probe", "span", [1.5, str(event)])
+        until(event.exists)
         for _ in range(5):
             with connect(daemon.path) as impatient:
                 impatient.sendall(body)
@@ -212,11 +212,11 @@ def test_a_request_that_found_no_room_in_its_clients_time_is_not_run(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 1\nlimits.max_concurrent_requests = 1").run()
-    note, stamps = daemon.folder / "runs", daemon.folder / "stamps"
+    event, stamps = daemon.folder / "runs", daemon.folder / "stamps"
     with Framed(daemon.path) as waits, ThreadPoolExecutor(1) as pool:
         assert waits.call("test", "ping") is not None
-        running = pool.submit(one_shot, daemon.path, "probe", "span", [1.5, str(note)])
-        until(note.exists)
+        running = pool.submit(one_shot, daemon.path, "probe", "span", [1.5, str(event)])
+        until(event.exists)
         waits.send("probe", "stamp", [str(stamps)], timeout=0.5)
         reply = waits.receive()
         assert running.result()["success"]
@@ -259,11 +259,11 @@ def test_a_hung_call_does_not_keep_a_worker_that_drains_without_a_limit(
     daemon = new_daemon(
         "workers = 1\nlimits.request_timeout = 3\nlimits.graceful_timeout = 1"
     ).run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        hung = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
-        until(note.exists)
+        hung = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(event)])
+        until(event.exists)
         os.kill(daemon.pid, change)
         until(lambda: "Reloaded" in daemon.log())
         assert hung.result()["error_type"] == "RequestTimeout"
-    until(lambda: not psutil.pid_exists(int(note.read_text())))
+    until(lambda: not psutil.pid_exists(int(event.read_text())))

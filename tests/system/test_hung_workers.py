@@ -38,10 +38,10 @@ class Caller:
 
     def call(self, function: str, *params: Any) -> tuple[int, Future[Reply]]:
         """Begin it; the pid of the worker that runs it, and what the client is told."""
-        note = self._daemon.folder / "note"
-        note.unlink(missing_ok=True)
-        reply = self._pool.submit(self._call, function, [*params, str(note)])
-        return int(until(lambda: note.exists() and note.read_text(), what="the begin")), reply
+        event = self._daemon.folder / "note"
+        event.unlink(missing_ok=True)
+        reply = self._pool.submit(self._call, function, [*params, str(event)])
+        return int(until(lambda: event.exists() and event.read_text(), what="the begin")), reply
 
     def _call(self, function: str, params: list[Any]) -> Reply:
         if self._form == "one-shot":

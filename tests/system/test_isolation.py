@@ -13,12 +13,12 @@ from plain_client import Framed, connect, one_shot, request, until
 def test_a_module_that_keeps_the_interpreter_lock_holds_up_no_other_worker(
     daemon: Daemon,
 ) -> None:
-    note = daemon.folder / "note"
+    event = daemon.folder / "note"
     holder = threading.Thread(
-        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [6, str(note)])
+        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [6, str(event)])
     )
     holder.start()
-    busy = int(until(lambda: note.exists() and note.read_text(), what="the call's begin"))
+    busy = int(until(lambda: event.exists() and event.read_text(), what="the call's begin"))
     waits = []
     for _ in range(20):
         asked = time.monotonic()

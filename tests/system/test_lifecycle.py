@@ -88,10 +88,10 @@ def started_pid(done: Finished) -> int:
 @contextlib.contextmanager
 def under_way(daemon: Daemon, seconds: float, function: str = "span") -> Iterator[Any]:
     """While a one-shot call runs; gives a future of its whole reply."""
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", function, [seconds, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", function, [seconds, str(event)])
+        until(event.exists)
         yield call
 
 
@@ -411,12 +411,12 @@ def test_a_daemon_that_is_told_to_stop_while_it_boots_leaves_nothing(
     daemon = new_daemon("")
     helpers = daemon.folder / "helpers"
     helpers.mkdir()
-    note = daemon.folder / "boots"
-    (helpers / "slow.py").write_text(f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(60)\n")
+    event = daemon.folder / "boots"
+    (helpers / "slow.py").write_text(f"import time\nopen({str(event)!r}, 'w')\ntime.sleep(60)\n")
     daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(daemon.command, command)
-        until(note.exists)
+        until(event.exists)
         os.kill(int(Path(f"{daemon.path}.pid").read_text()), signal.SIGTERM)
         finished = done.result(20)
     if command == "start":

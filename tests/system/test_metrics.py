@@ -44,13 +44,13 @@ def hang(daemon: Daemon, stack: contextlib.ExitStack, calls: int) -> None:
     """Have so many calls run until the test is over."""
     go = daemon.folder / "go"
     for number in range(calls):
-        note = daemon.folder / f"runs-{number}"
+        event = daemon.folder / f"runs-{number}"
         thread = threading.Thread(
-            target=one_shot, args=(daemon.path, "probe", "run_until", [str(go), str(note)])
+            target=one_shot, args=(daemon.path, "probe", "run_until", [str(go), str(event)])
         )
         thread.start()
         stack.callback(thread.join, 30)
-        until(note.exists)
+        until(event.exists)
     stack.callback(go.touch)
 
 

@@ -198,9 +198,9 @@ def test_an_old_worker_that_holds_most_has_to_hurry(new_daemon: NewDaemon) -> No
     with Framed(daemon.path, timeout=60) as hoarder:
         reply = hoarder.call("probe", "hoard", [LIMIT_MB - 40])
         assert reply is not None
-        note = daemon.folder / "runs"
-        hoarder.send("probe", "span", [60, str(note)])
-        until(note.exists)
+        event = daemon.folder / "runs"
+        hoarder.send("probe", "span", [60, str(event)])
+        until(event.exists)
         assert daemon.command("reload").returncode == 0
         assert daemon.call("test", "ping")
         daemon.call("probe", "hoard", [60])
@@ -341,12 +341,12 @@ REJECTING = 'workers = 2\noverload = "reject"\n'
 
 def test_who_finds_no_request_room_is_told_at_once(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(REJECTING + "limits.max_concurrent_requests = 1").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with (
         Framed(daemon.path) as kept,
-        one_shot_call(daemon, "span", [30, str(note)]) as running,
+        one_shot_call(daemon, "span", [30, str(event)]) as running,
     ):
-        until(note.exists)
+        until(event.exists)
         reply = kept.call("test", "ping", request_id="r7")
         assert reply is not None
         # The kept connection was not let in either, for the same reason.
@@ -366,11 +366,11 @@ def test_who_finds_no_request_room_is_told_at_once(new_daemon: NewDaemon) -> Non
 
 def test_a_kept_connection_goes_on_after_it_was_told(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(REJECTING + "limits.max_concurrent_requests = 1").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with Framed(daemon.path) as kept:
         assert kept.call("test", "ping")
-        with one_shot_call(daemon, "span", [1.0, str(note)]) as running:
-            until(note.exists)
+        with one_shot_call(daemon, "span", [1.0, str(event)]) as running:
+            until(event.exists)
             kept.send("test", "ping", request_id="r1")
             kept.send("test", "ping", request_id="r2")
             for name in ("r1", "r2"):

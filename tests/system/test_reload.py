@@ -150,11 +150,11 @@ def test_a_module_that_hangs_at_import_leaves_the_old_workers_and_a_later_reload
     daemon: Daemon, preload: str
 ) -> None:
     before = set(daemon.workers())
-    note = daemon.folder / "hangs"
-    text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n"
+    event = daemon.folder / "hangs"
+    text = f"import time\nopen({str(event)!r}, 'w')\ntime.sleep(600)\n"
     daemon.write_config(f"workers = 2\npreload = {preload}\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
-    until(note.exists)
+    until(event.exists)
     assert daemon.call("test", "echo", [1]) == [1]
     if preload == "true":
         assert len(daemon.templates()) == 2
@@ -183,11 +183,11 @@ def test_ten_reloads_at_once_end_with_one_generation_in_service(daemon: Daemon) 
 
 
 def test_a_stop_during_a_reload_stops(daemon: Daemon) -> None:
-    note = daemon.folder / "hangs"
-    text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n"
+    event = daemon.folder / "hangs"
+    text = f"import time\nopen({str(event)!r}, 'w')\ntime.sleep(600)\n"
     daemon.write_config(f"workers = 2\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
-    until(note.exists)
+    until(event.exists)
     assert daemon.stop() == 0
     assert "Not reloaded, nothing has changed: the daemon is stopping" in daemon.log()
 
@@ -196,11 +196,11 @@ def test_a_stop_during_a_reload_stops(daemon: Daemon) -> None:
 def test_a_killed_master_in_a_reload_leaves_nothing_that_a_start_minds(
     daemon: Daemon, preload: str
 ) -> None:
-    note = daemon.folder / "hangs"
-    text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(3)\n"
+    event = daemon.folder / "hangs"
+    text = f"import time\nopen({str(event)!r}, 'w')\ntime.sleep(3)\n"
     daemon.write_config(f"workers = 2\npreload = {preload}\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
-    until(note.exists)
+    until(event.exists)
     count = 4 if preload == "true" else 5  # two workers and a template, and what boots
     children = until(lambda: len(pids := children_of(daemon)) == count and pids)
     assert daemon.process is not None
@@ -225,13 +225,13 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.parametrize("preload", ["true", "false"])
 def test_what_boots_for_ever_ends_with_a_killed_master(daemon: Daemon, preload: str) -> None:
-    note = daemon.folder / "hangs"
-    text = f"import time\nopen({str(note)!r}, 'w')\ntime.sleep(600)\n"
+    event = daemon.folder / "hangs"
+    text = f"import time\nopen({str(event)!r}, 'w')\ntime.sleep(600)\n"
     daemon.write_config(f"workers = 2\npreload = {preload}\n{helpers(daemon, slow=text)}")
     os.kill(daemon.pid, signal.SIGHUP)
     count = 4 if preload == "true" else 5  # two workers and a template, and what boots
     children = until(lambda: len(pids := children_of(daemon)) == count and pids)
-    until(note.exists)
+    until(event.exists)
     os.kill(daemon.pid, signal.SIGKILL)
     until(lambda: not any(map(runs, children)), what="the end of all processes")
 
@@ -240,13 +240,13 @@ def test_a_running_call_is_finished_by_the_old_worker_however_long_it_takes(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 2\nlimits.graceful_timeout = 0.5").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [3.0, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [3.0, str(event)])
+        until(event.exists)
         reload(daemon)
         assert not call.done()
-        assert daemon.call("probe", "worker_pid") != int(note.read_text())
+        assert daemon.call("probe", "worker_pid") != int(event.read_text())
         assert call.result()["success"]
     until(lambda: len(daemon.workers()) == 2)
     assert "cutting" not in daemon.log()
@@ -254,10 +254,10 @@ def test_a_running_call_is_finished_by_the_old_worker_however_long_it_takes(
 
 def test_drain_timeout_bounds_what_the_old_worker_may_take(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2\nlimits.drain_timeout = 0.5").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(event)])
+        until(event.exists)
         reload(daemon)
         assert isinstance(call.exception(20), ConnectionError | ValueError)
     until(lambda: len(daemon.workers()) == 2)
@@ -266,10 +266,10 @@ def test_drain_timeout_bounds_what_the_old_worker_may_take(new_daemon: NewDaemon
 
 def test_a_stop_reaches_workers_that_drain_without_a_limit(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2\nlimits.graceful_timeout = 1").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(event)])
+        until(event.exists)
         reload(daemon)
         assert daemon.stop() == 0
         assert isinstance(call.exception(20), ConnectionError | ValueError)
@@ -399,12 +399,12 @@ def test_a_one_shot_client_that_waits_for_room_in_a_retiring_worker_is_served(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 1\nlimits.max_concurrent_requests = 1").run()
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     # Both have been accepted when the first is admitted: their requests come afterwards.
     with connect(daemon.path) as first, connect(daemon.path) as second:
         until(lambda: daemon.metrics()["gate"]["connections"] == 3)
-        first.sendall(request_bytes("span", [1.5, str(note)]))
-        until(note.exists)
+        first.sendall(request_bytes("span", [1.5, str(event)]))
+        until(event.exists)
         second.sendall(request_bytes("span", [0]))
         time.sleep(0.1)
         reload(daemon)
@@ -439,12 +439,12 @@ def test_ttin_adds_a_worker_and_ttou_takes_one_away(daemon: Daemon) -> None:
 
 def test_the_worker_that_ttou_takes_away_finishes_what_it_runs(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2").run()
-    notes = [daemon.folder / "first", daemon.folder / "second"]
+    events = [daemon.folder / "first", daemon.folder / "second"]
     with ThreadPoolExecutor(2) as pool:
         calls = []
-        for note in notes:
-            calls.append(pool.submit(one_shot, daemon.path, "probe", "span", [2, str(note)]))
-            until(note.exists)
+        for event in events:
+            calls.append(pool.submit(one_shot, daemon.path, "probe", "span", [2, str(event)]))
+            until(event.exists)
         os.kill(daemon.pid, signal.SIGTTOU)
         assert all(call.result()["success"] for call in calls)
     until(lambda: len(daemon.workers()) == 1)

@@ -142,13 +142,13 @@ def test_a_new_master_says_nothing_before_the_old_one_has_named_it(
     go = daemon.folder / "go"
     daemon.will_run(
         "import os, time\n"
-        "from cpanbridge.supervisor import notify, upgrade\n"
-        "handed_over = notify.Notifier.handed_over\n"
+        "from cpanbridge.supervisor.system.sd_notify import ServiceManager\n"
+        "handed_over = ServiceManager.handed_over\n"
         "def late(notifier, pid):\n"
         f"    while not os.path.exists({str(go)!r}):\n"
         "        time.sleep(0.01)\n"
         "    handed_over(notifier, pid)\n"
-        "notify.Notifier.handed_over = late\n"
+        "ServiceManager.handed_over = late\n"
     )
     old = daemon.run().pid
     os.kill(old, signal.SIGUSR2)
@@ -192,14 +192,14 @@ def hanging(daemon: Daemon, number: signal.Signals) -> Path:
     """Begin a reload or an upgrade whose workers boot until the file is there."""
     folder = daemon.folder / "helpers"
     folder.mkdir()
-    note, go = daemon.folder / "hangs", daemon.folder / "go"
+    event, go = daemon.folder / "hangs", daemon.folder / "go"
     (folder / "slow.py").write_text(
-        f"import os, time\nopen({str(note)!r}, 'w').close()\n"
+        f"import os, time\nopen({str(event)!r}, 'w').close()\n"
         f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
     )
     daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{folder}"')
     os.kill(daemon.pid, number)
-    until(note.exists)
+    until(event.exists)
     return go
 
 

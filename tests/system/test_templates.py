@@ -157,9 +157,9 @@ def test_workers_that_boot_in_a_template_s_child_end_with_a_killed_master(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = expose(new_daemon(), says=SAYS_PID).run()
-    note = daemon.folder / "hangs"
+    event = daemon.folder / "hangs"
     (daemon.folder / "slow.py").write_text(
-        f"import time\nopen({str(note)!r}, 'w').close()\ntime.sleep(600)\n"
+        f"import time\nopen({str(event)!r}, 'w').close()\ntime.sleep(600)\n"
     )
     text = daemon.config.read_text()
     daemon.replace_config(
@@ -167,7 +167,7 @@ def test_workers_that_boot_in_a_template_s_child_end_with_a_killed_master(
         '[modules.slow]\nimport = "slow"\nfunctions = ["f"]\npreload = false\n'
     )
     os.kill(daemon.pid, signal.SIGHUP)
-    until(note.exists)
+    until(event.exists)
     pids = until(lambda: len(found := [*daemon.workers(), *daemon.templates()]) == 6 and found)
     os.kill(daemon.pid, signal.SIGKILL)
     until(lambda: not any(map(runs, pids)), 30, "the end of all processes")

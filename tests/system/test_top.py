@@ -16,7 +16,7 @@ import pytest
 from conftest import COMMAND, Daemon, NewDaemon
 from plain_client import one_shot, until
 
-from cpanbridge.supervisor.top import keyboard
+from cpanbridge.supervisor.control.top import keyboard
 
 _HOME = "\x1b[H"  # every screen is drawn from there
 _SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -26,8 +26,8 @@ def test_every_setting_of_an_example_takes_effect(
     configuration = daemon.call("system", "info")["configuration"]
     for name, value in example.items():
         assert configuration[name.removeprefix("CPAN_BRIDGE_").lower()] == float(value)
-    notes = [line for line in daemon.log().splitlines() if "[WARNING]" in line]
-    assert all("it will never be reached" in line for line in notes)  # on a smaller machine
+    events = [line for line in daemon.log().splitlines() if "[WARNING]" in line]
+    assert all("it will never be reached" in line for line in events)  # on a smaller machine
 
 
 def test_the_busy_server_runs_200_requests_and_keeps_500_connections(

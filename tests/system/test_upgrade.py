@@ -120,7 +120,7 @@ def broken_code(daemon: Daemon) -> str:
 
 
 def another_layout(daemon: Daemon) -> str:
-    daemon.will_run("from cpanbridge.supervisor import shared\nshared.LAYOUT = -1")
+    daemon.will_run("from cpanbridge.supervisor.memory import layout\nlayout.LAYOUT = -1")
     return "cannot take the running one's memory over"
 
 
@@ -155,9 +155,9 @@ def test_an_upgrade_that_cannot_be_changes_nothing_and_says_why(
 
 def hanging_upgrade(daemon: Daemon) -> int:
     """Begin an upgrade whose workers boot until `let_boot` or `let_fail`; the new master's pid."""
-    note, _ = hanging_module(daemon)
+    event, _ = hanging_module(daemon)
     os.kill(daemon.pid, signal.SIGUSR2)
-    until(note.exists)
+    until(event.exists)
     return new_master(daemon)
 
 
@@ -168,14 +168,14 @@ def hanging_module(daemon: Daemon) -> tuple[Path, Path]:
     """
     folder = daemon.folder / "helpers"
     folder.mkdir()
-    note, go = daemon.folder / "hangs", daemon.folder / "go"
+    event, go = daemon.folder / "hangs", daemon.folder / "go"
     (folder / "slow.py").write_text(
-        f"import os, time\nopen({str(note)!r}, 'w')\n"
+        f"import os, time\nopen({str(event)!r}, 'w')\n"
         f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
         f"exec(open({str(go)!r}).read())\n"
     )
     daemon.write_config(f'{CONFIG}\n[[module_dirs]]\npath = "{folder}"')
-    return note, go
+    return event, go
 
 
 def let_boot(daemon: Daemon) -> None:
@@ -231,7 +231,7 @@ def test_a_refused_new_master_takes_no_room_from_workers_that_came_after_it(
     # It stops when it has told the old one, before it has waited for the workers that it kills.
     daemon.will_run(
         "import os, signal\n"
-        "from cpanbridge.supervisor.upgrade import Predecessor\n"
+        "from cpanbridge.supervisor.lifecycle.upgrade import Predecessor\n"
         "refuse = Predecessor.refuse\n"
         "def refuse_and_stop(predecessor, reason):\n"
         "    refuse(predecessor, reason)\n"
@@ -242,15 +242,15 @@ def test_a_refused_new_master_takes_no_room_from_workers_that_came_after_it(
     assert said in refused_upgrade(daemon)
     daemon.replace_config(config)
     assert daemon.command("reload").returncode == 0
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(event)])
+        until(event.exists)
         with contextlib.suppress(ProcessLookupError):
             os.kill(new_master(daemon), signal.SIGCONT)
         until(lambda: not lives(new_master(daemon)))
         assert state(daemon)["gate"]["running"] == 1
-        os.kill(int(note.read_text()), signal.SIGKILL)
+        os.kill(int(event.read_text()), signal.SIGKILL)
         assert isinstance(call.exception(20), ConnectionError | ValueError)
     assert daemon.stop() == 0
 
@@ -313,10 +313,10 @@ def test_an_old_master_that_is_killed_is_followed_by_the_new_one_at_once(daemon:
 def test_a_new_master_without_an_old_one_stops_well_when_it_cannot_boot(daemon: Daemon) -> None:
     config = daemon.config.read_text()
     old = daemon.workers()
-    note, end = daemon.folder / "runs", daemon.folder / "end"
+    event, end = daemon.folder / "runs", daemon.folder / "end"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "run_until", [str(end), str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "run_until", [str(end), str(event)])
+        until(event.exists)
         new = orphaned_upgrade(daemon)
         let_fail(daemon)
         until(lambda: "the old master is dead and this one cannot take its place" in daemon.log())
@@ -357,9 +357,9 @@ def test_an_upgrade_whose_old_master_is_killed_does_not_say_that_nothing_changed
     daemon: Daemon,
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
-        note, go = hanging_module(daemon)
+        event, go = hanging_module(daemon)
         command = pool.submit(daemon.command, "upgrade")
-        until(note.exists)
+        until(event.exists)
         os.kill(daemon.pid, signal.SIGKILL)
         done = command.result()
         go.touch()
@@ -390,13 +390,13 @@ def test_neither_a_reload_nor_another_upgrade_gets_in_between(daemon: Daemon) ->
 
 
 def test_calls_and_kept_connections_of_old_workers_end_well(daemon: Daemon) -> None:
-    note, end = daemon.folder / "runs", daemon.folder / "end"
+    event, end = daemon.folder / "runs", daemon.folder / "end"
     body = json.dumps({"module": "test", "function": "echo", "params": [1]}).encode()
     with ThreadPoolExecutor(1) as pool, Framed(daemon.path) as kept, connect(daemon.path) as begun:
         assert kept.call("test", "ping") is not None
         begun.sendall(body[:10])
-        call = pool.submit(one_shot, daemon.path, "probe", "run_until", [str(end), str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "run_until", [str(end), str(event)])
+        until(event.exists)
         until(lambda: daemon.metrics()["gate"]["connections"] == 4)
         upgrade(daemon)
         assert not call.done()
@@ -412,13 +412,13 @@ def test_calls_and_kept_connections_of_old_workers_end_well(daemon: Daemon) -> N
 
 
 def test_an_old_worker_that_is_killed_after_an_upgrade_leaks_no_room(daemon: Daemon) -> None:
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(event)])
+        until(event.exists)
         upgrade(daemon)
         assert state(daemon)["gate"]["running"] == 1
-        os.kill(int(note.read_text()), signal.SIGKILL)
+        os.kill(int(event.read_text()), signal.SIGKILL)
         assert isinstance(call.exception(20), ConnectionError | ValueError)
     until(lambda: state(daemon)["gate"]["running"] == 0)
     until(lambda: len(state(daemon)["workers"]) == 2)
@@ -426,12 +426,12 @@ def test_an_old_worker_that_is_killed_after_an_upgrade_leaks_no_room(daemon: Dae
 
 def test_workers_of_the_old_master_are_watched_by_the_new_one(daemon: Daemon) -> None:
     """Their memory counts, though they are not its children."""
-    note = daemon.folder / "runs"
+    event = daemon.folder / "runs"
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(note)])
-        until(note.exists)
+        call = pool.submit(one_shot, daemon.path, "probe", "span", [60, str(event)])
+        until(event.exists)
         upgrade(daemon)
-        pid = int(note.read_text())
+        pid = int(event.read_text())
 
         def memory() -> float:
             (old,) = (each for each in daemon.metrics()["workers"] if each["pid"] == pid)

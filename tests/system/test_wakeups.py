@@ -43,8 +43,8 @@ def test_a_lone_client_does_not_wake_all_workers(new_daemon: NewDaemon) -> None:
 
 NO_LOOKS = "from cpanbridge.workers import crew\ncrew.LOOK_SECONDS = 3600.0\n"
 NO_REPLACEMENT = (
-    "from cpanbridge.supervisor import workforce\n"
-    "workforce.SETTLED_SECONDS = workforce.PAUSE_AFTER_READY = 3600.0\n"
+    "from cpanbridge.supervisor.processes import pool\n"
+    "pool.SETTLED_SECONDS = pool.PAUSE_AFTER_READY = 3600.0\n"
 )
 HELD_SECONDS = 40  # longer than anybody here waits
 

@@ -273,7 +273,7 @@ READ_TIMEOUT = 1.0
 
 
 @pytest.fixture
-def brief(new_daemon: NewDaemon) -> Iterator[Daemon]:
+def syscalls(new_daemon: NewDaemon) -> Iterator[Daemon]:
     """A daemon with a short read_timeout, which after the test must be as it was."""
     daemon = new_daemon(
         "workers = 2\nlimits.max_requests_per_minute = 0\n"
@@ -284,9 +284,9 @@ def brief(new_daemon: NewDaemon) -> Iterator[Daemon]:
     assert_unharmed(daemon, workers)
 
 
-def test_a_client_that_says_nothing_is_closed(brief: Daemon) -> None:
+def test_a_client_that_says_nothing_is_closed(syscalls: Daemon) -> None:
     began = time.monotonic()
-    with connect(brief.path) as client:
+    with connect(syscalls.path) as client:
         assert read_to_end(client) == b""
     assert time.monotonic() - began >= READ_TIMEOUT - 0.1
 
@@ -295,10 +295,10 @@ def test_a_client_that_says_nothing_is_closed(brief: Daemon) -> None:
     "data", [CALL, frame(CALL), b" " * 200], ids=["one-shot", "framed", "space"]
 )
 def test_a_client_that_sends_byte_by_byte_is_told_that_it_is_too_slow(
-    brief: Daemon, data: bytes
+    syscalls: Daemon, data: bytes
 ) -> None:
     began = time.monotonic()
-    with connect(brief.path) as client:
+    with connect(syscalls.path) as client:
         client.setblocking(False)
         received = b""
         with contextlib.suppress(BrokenPipeError):
@@ -314,8 +314,8 @@ def test_a_client_that_sends_byte_by_byte_is_told_that_it_is_too_slow(
     assert "limits.read_timeout" in refused(json.dumps(replies[0]).encode())["error"]
 
 
-def test_a_later_frame_that_is_begun_and_not_finished_is_told(brief: Daemon) -> None:
-    with connect(brief.path) as client:
+def test_a_later_frame_that_is_begun_and_not_finished_is_told(syscalls: Daemon) -> None:
+    with connect(syscalls.path) as client:
         client.sendall(frame(CALL))
         client.sendall(frame(CALL)[:20])
         reply, error, end = framed_replies(read_to_end(client))
@@ -324,8 +324,8 @@ def test_a_later_frame_that_is_begun_and_not_finished_is_told(brief: Daemon) -> 
     assert end is None
 
 
-def test_a_framed_client_may_rest_between_requests_for_longer(brief: Daemon) -> None:
-    with Framed(brief.path) as client:
+def test_a_framed_client_may_rest_between_requests_for_longer(syscalls: Daemon) -> None:
+    with Framed(syscalls.path) as client:
         assert client.call("probe", "two", [1])
         client.socket.settimeout(2 * READ_TIMEOUT)
         with pytest.raises(TimeoutError):
@@ -334,30 +334,30 @@ def test_a_framed_client_may_rest_between_requests_for_longer(brief: Daemon) -> 
         assert client.call("probe", "two", [1])
 
 
-def test_a_call_may_take_longer_than_reading(brief: Daemon) -> None:
+def test_a_call_may_take_longer_than_reading(syscalls: Daemon) -> None:
     reply = json.loads(
-        send_one_shot(brief.path, json.dumps(request("probe", "nap", [1.5])).encode())
+        send_one_shot(syscalls.path, json.dumps(request("probe", "nap", [1.5])).encode())
     )
     assert reply["success"]
 
 
 @pytest.mark.parametrize("framed", [False, True])
 def test_a_reply_that_nobody_reads_holds_a_connection_for_read_timeout_only(
-    brief: Daemon, framed: bool
+    syscalls: Daemon, framed: bool
 ) -> None:
     body = json.dumps(request("probe", "big", [20 * MEGABYTE])).encode()
-    with connect(brief.path) as client:
+    with connect(syscalls.path) as client:
         client.sendall(frame(body) if framed else body)
         # The request's place is free once the function has returned, though nobody reads.
         gate = until(
             lambda: (
-                (g := brief.metrics()["gate"])["admitted_last_minute"] >= 2
+                (g := syscalls.metrics()["gate"])["admitted_last_minute"] >= 2
                 and g["running"] == 1
                 and g
             )
         )
         assert gate["running"] == 1
-        until(lambda: at_rest(brief), 20, "closing the connection")
+        until(lambda: at_rest(syscalls), 20, "closing the connection")
         assert len(read_to_end_of_anything(client)) < 20 * MEGABYTE
 
 
@@ -370,8 +370,8 @@ def read_to_end_of_anything(client: socket.socket) -> bytes:
     return data
 
 
-def test_a_reader_that_is_slow_but_reads_gets_it_all(brief: Daemon) -> None:
-    with connect(brief.path) as client:
+def test_a_reader_that_is_slow_but_reads_gets_it_all(syscalls: Daemon) -> None:
+    with connect(syscalls.path) as client:
         client.sendall(json.dumps(request("probe", "big", [3 * MEGABYTE])).encode())
         data = b""
         while piece := client.recv(MEGABYTE // 4):
@@ -485,13 +485,13 @@ def test_a_thousand_connections_at_once_are_all_served(new_daemon: NewDaemon, si
     assert daemon.metrics()["connection_summary"]["peak_connections"] <= 100
 
 
-def test_many_bad_clients_at_once_do_not_keep_a_good_one_waiting(brief: Daemon) -> None:
+def test_many_bad_clients_at_once_do_not_keep_a_good_one_waiting(syscalls: Daemon) -> None:
     data = [b"nonsense", CALL[:20], b"", frame(CALL)[:9], struct.pack(">I", 2**27), b"{}"]
     stop = threading.Event()
 
     def annoy(number: int) -> None:
         while not stop.is_set():
-            with contextlib.suppress(OSError), connect(brief.path) as client:
+            with contextlib.suppress(OSError), connect(syscalls.path) as client:
                 client.sendall(data[number % len(data)])
                 stop.wait(0.02)
 
@@ -500,7 +500,7 @@ def test_many_bad_clients_at_once_do_not_keep_a_good_one_waiting(brief: Daemon) 
         thread.start()
     try:
         for _ in range(100):
-            assert json.loads(send_one_shot(brief.path, CALL))["success"]
+            assert json.loads(send_one_shot(syscalls.path, CALL))["success"]
     finally:
         stop.set()
         for thread in threads:

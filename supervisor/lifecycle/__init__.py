@@ -1,0 +1,5 @@
+"""From one configuration, or one master, to the next: reload, and upgrade with its hand-over.
+
+Everything here runs in the master process, in its event loop. Imports from `processes` and the
+rooms below it.
+"""

@@ -1,0 +1,248 @@
+"""The listening sockets: where they may stand, binding them, and taking them away.
+
+Whoever may open a socket may call what is exposed, so the file's permissions are the access
+control: they are set before the socket listens, and a folder in which another user could replace
+the socket is refused. Called in the master only.
+"""
+
+import contextlib
+import errno
+import grp
+import os
+import socket
+import stat
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+_MAX_LINKS = 40  # as many as the kernel follows
+CONTROL = ".ctl"  # after the first path: the control socket's
+# Bytes: sun_path holds 108 with the end mark (unix(7)), and the control socket's name is longer.
+_MAX_PATH = 107 - len(CONTROL)
+_SO_PASSRIGHTS = 83  # asm-generic/socket.h; the socket module does not have it yet
+_FIRST_LENT = 3  # sd_listen_fds(3)
+_BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
+
+
+class ListenError(Exception):
+    """A socket cannot be had; one line that names the path, says why, and what to do."""
+
+
+class Listener(NamedTuple):
+    """A bound and listening socket, and the file that it stands as."""
+
+    path: str
+    socket: socket.socket
+    inode: tuple[int, int]
+    # Whether the service manager has it as well: it is not ours to take away, to shut, or to give
+    # other rights, and who waits there when the daemon ends is served by the next one.
+    lent: bool = False
+
+    def set_access(self, mode: int, gid: int | None) -> tuple[int, int]:
+        """Let others connect, or not; returns mode and group as they were. Raises ListenError.
+
+        Without `gid` the group stays as it is.
+        """
+        try:
+            before = os.stat(self.path)
+            if gid is not None and gid != before.st_gid:
+                os.chown(self.path, -1, gid)
+            os.chmod(self.path, mode)
+        except OSError as error:
+            raise ListenError(
+                f"{self.path}: its mode and group cannot be set: {error.strerror}"
+            ) from None
+        return stat.S_IMODE(before.st_mode), before.st_gid
+
+    def unlink(self) -> None:
+        """Take the file away, so that no further client comes; unless it is another's by now."""
+        with contextlib.suppress(FileNotFoundError):
+            if not self.lent and _inode(self.path) == self.inode:
+                os.unlink(self.path)
+
+
+def from_service_manager() -> list[Listener]:
+    """The listening sockets that this process was started with: systemd's LISTEN_FDS.
+
+    Raises ListenError for one that is of no use.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()):
+        return []
+    return [_lent(descriptor) for descriptor in range(_FIRST_LENT, _FIRST_LENT + int(count))]
+
+
+def _lent(descriptor: int) -> Listener:
+    os.set_inheritable(descriptor, False)
+    try:
+        lent = socket.socket(fileno=descriptor)
+        path = lent.getsockname()
+        listening = lent.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ListenError(f"LISTEN_FDS: descriptor {descriptor}: {error.strerror}") from None
+    if (lent.family, lent.type) != (socket.AF_UNIX, socket.SOCK_STREAM) or not listening:
+        raise ListenError(
+            f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket with a path: "
+            "ListenStream= must be one"
+        )
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise ListenError(f"LISTEN_FDS: descriptor {descriptor} has no path")
+    lent.setblocking(False)
+    _take_no_descriptors(lent)
+    return Listener(path, lent, (0, 0), lent=True)
+
+
+def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None:
+    """Check that nobody else can swap the socket. Raises ListenError.
+
+    `owner` is the user that the daemon is to be, when that is not this process's.
+
+    With `create`, for the places that the daemon chose itself, make the folder if it is missing.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if create:
+        mode = 0o755 if os.getuid() == 0 else 0o700
+        try:
+            os.makedirs(folder, mode, exist_ok=True)
+        except OSError as error:
+            raise ListenError(f"{folder}: cannot be made: {error.strerror}") from None
+    if len(os.fsencode(path)) > _MAX_PATH:
+        raise ListenError(
+            f"{path}: too long for a socket: {len(os.fsencode(path))} bytes, at most {_MAX_PATH}"
+        )
+    try:
+        trusted = {0, os.getuid(), os.getuid() if owner is None else owner}
+        for container in _containers(path, folder, trusted):
+            _check_folder(path, container, trusted)
+    except OSError as error:
+        raise ListenError(f"{folder}: {error.strerror}; the socket's folder must exist") from None
+
+
+def _containers(path: str, folder: str, trusted: Collection[int]) -> Iterator[str]:
+    """Every folder in which something on the way to `folder` stands, and `folder` at the end.
+
+    Links are followed one by one: whoever may replace a link decides where the way leads. Raises
+    OSError, and ListenError for a link that belongs to another user.
+    """
+    parts = folder.split("/")[::-1]
+    current = "/"
+    links = 0
+    while parts:
+        part = parts.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            current = os.path.dirname(current)
+            continue
+        yield current
+        context = os.path.join(current, part)
+        if not stat.S_ISLNK(os.lstat(context).st_mode):
+            current = context
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        _check_owner(path, context, os.lstat(context).st_uid, trusted)
+        target = os.readlink(context)
+        parts += target.split("/")[::-1]
+        if target.startswith("/"):
+            current = "/"
+    if not os.path.isdir(current):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    yield current
+
+
+def _check_folder(path: str, folder: str, trusted: Collection[int]) -> None:
+    status = os.stat(folder)
+    _check_owner(path, folder, status.st_uid, trusted)
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others_write and not status.st_mode & stat.S_ISVTX:
+        raise ListenError(
+            f"{path}: refused, because others may write in {folder} and could replace it; "
+            f"take that right away (chmod go-w {folder}) or choose another folder"
+        )
+
+
+def _check_owner(path: str, context: str, owner: int, trusted: Collection[int]) -> None:
+    if owner not in trusted:
+        raise ListenError(
+            f"{path}: refused, because user {owner} owns {context} and could replace it"
+        )
+
+
+def _take_no_descriptors(listening: socket.socket) -> None:
+    """Refuse what clients would pass along by SCM_RIGHTS, where the kernel can.
+
+    Nobody wants it, and a socket with SO_LINGER that is passed and closed by the sender would hold
+    up whoever reads the message.
+    """
+    with contextlib.suppress(OSError):  # ENOPROTOOPT before Linux 6.16
+        listening.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> Listener:
+    """Bind and listen. `stale` has the paths whose socket is known to be a dead daemon's.
+
+    The caller holds the path's lock. Raises ListenError.
+    """
+    gid = group_id(group)
+    _remove_stale(path, known=path in stale)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        umask = os.umask(0o177)  # nobody's but ours until mode and group are as they should be
+        try:
+            listening.bind(path)
+        finally:
+            os.umask(umask)
+        if gid is not None:
+            os.chown(path, -1, gid)
+        os.chmod(path, mode)
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
+        _take_no_descriptors(listening)
+        return Listener(path, listening, _inode(path))
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ListenError(f"{path}: another program has just bound it") from None
+        raise ListenError(f"{path}: cannot listen there: {error.strerror}") from None
+
+
+def group_id(group: str | None) -> int | None:
+    """The number of the group that `socket_group` names. Raises ListenError if there is none."""
+    if group is None:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ListenError(f"socket_group = {group!r}: there is no such group") from None
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: str, *, known: bool) -> None:
+    """Make room for a socket: remove a dead daemon's, but nothing that is somebody else's."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ListenError(f"{path}: exists and is not a socket; remove it or choose another path")
+    if not (known and status.st_uid == os.getuid()) and _answers(path):
+        raise ListenError(f"{path}: in use by another program")
+    os.unlink(path)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # somebody's queue is full
+        except OSError:
+            return False
+        return True

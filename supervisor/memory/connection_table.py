@@ -1,0 +1,124 @@
+"""Who is connected: a table of each worker's connections in the shared memory.
+
+It is there to be looked at. What may be connected is decided by the gate's counters, which are
+exact; the table lists a worker's first thousand.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+LISTED = 1024
+_FIELDS = 5
+SIZE = 8 * _FIELDS * (LISTED + 1)  # bytes; the last entry is for all that are not listed
+_UNLISTED = _FIELDS * LISTED
+
+# What a connection is doing.
+READING = 1  # it waits for the rest of a request
+WAITING = 2  # its request waits for room
+RUNNING = 3
+REPLYING = 4
+IDLE = 5  # kept by its client, between two requests
+
+STATUS_NAMES = {
+    READING: "reading",
+    WAITING: "waiting",
+    RUNNING: "running",
+    REPLYING: "replying",
+    IDLE: "idle",
+}
+
+_NUMBER, _OPENED_AT, _LAST_ACTIVITY, _REQUESTS, _STATUS = range(_FIELDS)
+
+
+class Connection(NamedTuple):
+    """One connection as it stands in the table. Times are CLOCK_MONOTONIC nanoseconds."""
+
+    number: int  # counts up in its slot
+    opened_at: int
+    last_activity: int  # a byte came in or a request ended
+    requests: int
+    status: int
+
+    def is_stale(self, now: int, stale_timeout: float) -> bool:
+        """Whether its client has been silent for long, while it was the client's turn."""
+        silent = (now - self.last_activity) / 1e9
+        return self.status in (READING, IDLE) and silent > stale_timeout
+
+
+class ConnectionTable:
+    """One worker's table. Written by the thread that serves the connection."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """`memory` is `SIZE` bytes as 64-bit integers."""
+        self.memory = memory
+
+    def connections(self) -> list[Connection]:
+        """Those that are listed now."""
+        found = []
+        for start in range(0, _UNLISTED, _FIELDS):
+            if self.memory[start]:
+                entry = Connection(*self.memory[start : start + _FIELDS].tolist())
+                if entry.number and entry.status:
+                    found.append(entry)
+        return found
+
+    def clear(self) -> None:
+        """Forget all, once their worker is gone. Called in the master."""
+        for start in range(0, _UNLISTED, _FIELDS):
+            self.memory[start] = 0
+
+
+class ConnectionTableWriter:
+    """The worker's side of it. An entry is told by where it begins."""
+
+    def __init__(self, connection_table: ConnectionTable) -> None:
+        self._memory = connection_table.memory
+        self._free = deque(range(0, _UNLISTED, _FIELDS))
+
+    def enter(self, number: int, now: int) -> int:
+        """List a new connection; returns its entry."""
+        try:
+            entry = self._free.pop()
+        except IndexError:
+            entry = _UNLISTED
+        memory = self._memory
+        memory[entry + _OPENED_AT] = now
+        memory[entry + _LAST_ACTIVITY] = now
+        memory[entry + _REQUESTS] = 0
+        memory[entry + _STATUS] = READING
+        memory[entry] = number
+        return entry
+
+    def history(self, entry: int) -> tuple[int, int]:
+        """When a connection was opened, and how many requests it has had."""
+        return self._memory[entry + _OPENED_AT], self._memory[entry + _REQUESTS]
+
+    def resume(self, entry: int, opened_at: int, requests: int) -> None:
+        """A connection that has just entered was another worker's before."""
+        self._memory[entry + _OPENED_AT] = opened_at
+        self._memory[entry + _REQUESTS] = requests
+
+    def heard(self, entry: int, now: int) -> None:
+        """Some bytes of a request have come in."""
+        self._memory[entry + _LAST_ACTIVITY] = now
+        self._memory[entry + _STATUS] = READING
+
+    def is_doing(self, entry: int, status: int) -> None:
+        """Say what a connection is doing now."""
+        self._memory[entry + _STATUS] = status
+
+    def runs(self, entry: int) -> None:
+        """One more request of it runs."""
+        self._memory[entry + _REQUESTS] += 1
+        self._memory[entry + _STATUS] = RUNNING
+
+    def ran(self, entry: int, now: int) -> None:
+        """Its request has ended, and the reply is on its way."""
+        self._memory[entry + _LAST_ACTIVITY] = now
+        self._memory[entry + _STATUS] = REPLYING
+
+    def leave(self, entry: int) -> None:
+        """Take a connection off the list."""
+        if entry != _UNLISTED:
+            self._memory[entry] = 0
+            self._free.append(entry)

@@ -1,0 +1,57 @@
+"""The last few things worth telling, of each worker: errors, security events.
+
+A ring of notes in the shared memory. A note is void while it is written, so a reader sees it whole
+or not at all, and so it stays if the writer is killed over it.
+"""
+
+from typing import NamedTuple
+
+NOTES = 16
+_TEXT_SIZE = 344
+_NOTE_SIZE = 5 * 8 + _TEXT_SIZE  # sequence number, time, two numbers, length, text
+SIZE = NOTES * _NOTE_SIZE  # bytes
+
+
+class Event(NamedTuple):
+    """One of them. What `first` and `second` mean is the ring's writer's affair."""
+
+    at: int  # CLOCK_REALTIME, nanoseconds
+    first: int
+    second: int
+    text: str
+
+
+class EventRing:
+    """One worker's ring. Written by the worker, under its release lock."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """`memory` is `SIZE` bytes."""
+        self._text = memory
+        self._numbers = memory.cast("q")
+
+    def add(self, at: int, first: int, second: int, text: str) -> None:
+        """Write a note over the oldest one. Its text is shortened to what fits."""
+        numbers = self._numbers
+        starts = range(0, SIZE // 8, _NOTE_SIZE // 8)
+        start = min(starts, key=lambda each: numbers[each])
+        sequence = max(numbers[each] for each in starts) + 1
+        encoded = text.encode("utf-8", "backslashreplace")[:_TEXT_SIZE]
+        numbers[start] = 0
+        numbers[start + 1] = at
+        numbers[start + 2] = first
+        numbers[start + 3] = second
+        numbers[start + 4] = len(encoded)
+        begin = 8 * (start + 5)
+        self._text[begin : begin + len(encoded)] = encoded
+        numbers[start] = sequence
+
+    def read(self) -> list[Event]:
+        """All notes, the newest first."""
+        found = []
+        for start in range(0, SIZE // 8, _NOTE_SIZE // 8):
+            sequence, at, first, second, length = self._numbers[start : start + 5].tolist()
+            begin = 8 * (start + 5)
+            text = bytes(self._text[begin : begin + min(length, _TEXT_SIZE)])
+            if sequence and self._numbers[start] == sequence:
+                found.append((sequence, Event(at, first, second, text.decode("utf-8", "ignore"))))
+        return [event for _, event in sorted(found, reverse=True)]

@@ -1,0 +1,128 @@
+"""Who has the state: a table in the shared memory that tells the worker for each session.
+
+A row says: what this client process keeps for this module is in that worker. A worker is told by
+its slot and its incarnation, which changes when it ends: so a row outlives its worker, and whoever
+finds it knows that the state is lost. Only the worker itself takes its rows out again.
+
+The table is open addressed: a row stands at the place that its client hashes to, or at one of the
+next. All rows of a client are found in one go, from there to the first place that was never used.
+Every change is one store: a row counts from the moment that its state says so. A process killed
+between any two stores leaves the table as it was, or as it should be.
+
+Called under the gate's lock, but for what says otherwise. Whether there are a few rows or
+thousands, finding one takes the same time.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_NEVER, _USED, _GONE = 0, 1, 2
+_COLUMNS = 4  # pid, start, module, owner: 64 bits each
+_SLOTS = 1 << 16  # more than there ever are
+_MIX_PID, _MIX_START = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+
+
+class ClientProcess(NamedTuple):
+    """Whose state it is: a client process, which its pid and start time tell.
+
+    Where the kernel tells neither, the connection stands for its client: `pid` is
+    `BY_CONNECTION` then, and `start` the inode of its socket.
+    """
+
+    pid: int
+    start: int
+
+
+BY_CONNECTION = -1
+
+
+class Owner(NamedTuple):
+    """A worker, as long as it lives."""
+
+    slot: int
+    incarnation: int
+
+
+def places_for(rows: int) -> int:
+    """How many places a table has that holds so many rows: at least twice as many."""
+    return max(64, 1 << (2 * rows - 1).bit_length())
+
+
+def size_for(rows: int) -> int:
+    """How many bytes a table takes."""
+    return places_for(rows) * (1 + 8 * _COLUMNS)
+
+
+class OwnerTable:
+    """One table. `memory` is `size_for(rows)` bytes."""
+
+    def __init__(self, memory: memoryview, rows: int) -> None:
+        self.rows = rows
+        places = places_for(rows)
+        self._mask = places - 1
+        self._states = memory[:places]
+        numbers = memory[places:].cast("q")
+        self._pids, self._starts, self._modules, self._owners = (
+            numbers[n * places : (n + 1) * places] for n in range(_COLUMNS)
+        )
+
+    def find(self, process: ClientProcess, module: int) -> Owner | None:
+        """Where the state is, or was; None when there is none."""
+        for index in self._rows_of(process):
+            if self._modules[index] == module:
+                return self._owner(index)
+        return None
+
+    def insert(self, process: ClientProcess, module: int, owner: Owner) -> bool:
+        """Add a row, which is not there yet; False when all are taken."""
+        # Counting takes a few microseconds, and a counter could be wrong after a kill.
+        if bytes(self._states).count(_USED) >= self.rows:
+            return False
+        index = self._home(process)
+        while self._states[index] == _USED:
+            index = (index + 1) & self._mask
+        self._pids[index] = process.pid
+        self._starts[index] = process.start
+        self._modules[index] = module
+        self._owners[index] = owner.incarnation * _SLOTS + owner.slot
+        self._states[index] = _USED
+        return True
+
+    def remove(self, process: ClientProcess, owner: Owner) -> None:
+        """Take out all of a client's rows that tell this owner."""
+        found = [index for index in self._rows_of(process) if self._owner(index) == owner]
+        for index in found:
+            self._take_out(index)
+
+    def all(self) -> Iterator[tuple[ClientProcess, Owner]]:
+        """Every row. Without the lock it is a glance: check what you find before you act on it."""
+        for index, state in enumerate(bytes(self._states)):
+            if state == _USED:
+                yield ClientProcess(self._pids[index], self._starts[index]), self._owner(index)
+
+    def _rows_of(self, process: ClientProcess) -> Iterator[int]:
+        pid, start = process
+        index = self._home(process)
+        for _ in range(self._mask + 1):
+            state = self._states[index]
+            if state == _NEVER:
+                return
+            if state == _USED and self._pids[index] == pid and self._starts[index] == start:
+                yield index
+            index = (index + 1) & self._mask
+
+    def _home(self, process: ClientProcess) -> int:
+        mixed = process.pid * _MIX_PID + process.start * _MIX_START
+        return (mixed >> 24) & self._mask
+
+    def _owner(self, index: int) -> Owner:
+        incarnation, slot = divmod(self._owners[index], _SLOTS)
+        return Owner(slot, incarnation)
+
+    def _take_out(self, index: int) -> None:
+        self._states[index] = _GONE
+        # Where no row follows, nobody needs to look beyond: so a search stays short for ever.
+        if self._states[(index + 1) & self._mask] == _NEVER:
+            while self._states[index] == _GONE:
+                self._states[index] = _NEVER
+                index = (index - 1) & self._mask

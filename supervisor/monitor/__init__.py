@@ -1,0 +1,5 @@
+"""The daemon's load: measured, compared with the limits, and told in the log.
+
+Everything here runs in the master process, in its event loop. Imports from `reports` and the rooms
+below it.
+"""

@@ -1,0 +1,172 @@
+"""How the daemon is: what a monitoring system asks, and what somebody reads who asks why.
+
+Each check passes, warns or fails; a warning makes the daemon degraded, a failure unhealthy.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.memory import function_stats
+from cpanbridge.supervisor.memory.layout import GATE_OPEN, Shared
+from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading
+from cpanbridge.supervisor.reports import reports, totals
+
+PASS, WARN, FAIL = "pass", "warn", "fail"
+MOST_FUNCTIONS = 10
+# Of the last five minutes' requests; below it is the modules' daily bread.
+DEATHS_SECONDS = 300.0
+DEATHS_WARNING = 3  # one may be an accident
+ERROR_RATE_WARNING = 0.1
+FEWEST_FOR_A_RATE = 20
+SAMPLES_MISSED = 5  # so many in a row, and the master is held up by something
+
+_NAMES = {
+    Kind.MEMORY: "memory",
+    Kind.CPU: "cpu",
+    Kind.REQUESTS: "request_rate",
+    Kind.CONCURRENT: "concurrency",
+    Kind.CONNECTIONS: "connections",
+}
+_ADVICE = {
+    "memory": "See which worker holds it (system.metrics, workers), or raise limits.max_memory_mb",
+    "cpu": "See which functions take long (module_performance), or raise limits.max_cpu_percent",
+    "request_rate": "Raise limits.max_requests_per_minute, or let clients send less",
+    "concurrency": "Raise limits.max_concurrent_requests, or make slow functions faster",
+    "connections": "Raise limits.max_connections, or let clients close what they do not use",
+    "gate": "It opens by itself; see the memory and cpu checks",
+    "workers": "See the log for why workers end",
+    "errors": "See recent_errors",
+    "monitor": "The master is stopped, or the machine is overloaded",
+}
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    status: str  # PASS, WARN or FAIL
+    message: str
+    details: dict[str, Any]
+
+
+def health(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """`system.health`."""
+    checks = list(_checks(shared, settings))
+    return {
+        "timestamp": time.time(),
+        "overall_status": _overall(checks),
+        "checks": {
+            check.name: {
+                "status": check.status,
+                "message": check.message,
+                "details": check.details,
+            }
+            for check in checks
+        },
+        "warnings": [check.message for check in checks if check.status == WARN],
+        "errors": [check.message for check in checks if check.status == FAIL],
+    }
+
+
+def performance(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """`system.performance`: what takes the time, and what goes wrong."""
+    checks = list(_checks(shared, settings))
+    concerns = [check for check in checks if check.status != PASS]
+    function_stats_of_all = [
+        statistics.function_stats for statistics in shared.statistics[: shared.header.slots_used]
+    ]
+    functions = function_stats.counts(shared.names.all(), function_stats_of_all)
+    functions.sort(key=lambda function: function.calls, reverse=True)
+    metrics = reports.performance_metrics(shared, totals.count(shared))
+    return {
+        "performance_metrics": {**metrics, "uptime_seconds": shared.uptime},
+        "module_performance": {
+            "top_modules": [
+                {
+                    "module_function": function.name,
+                    "requests": function.calls,
+                    "avg_time_ms": function.busy_ns / function.calls / 1e6,
+                    "error_rate": function.failed / function.calls,
+                }
+                for function in functions[:MOST_FUNCTIONS]
+            ],
+            "total_modules": len({function.name.partition(".")[0] for function in functions}),
+        },
+        "recent_errors": reports.recent_errors(shared),
+        "health_indicators": {
+            "overall_health": _overall(checks),
+            "concerns": [check.message for check in concerns],
+            "recommendations": [_ADVICE[check.name] for check in concerns],
+        },
+    }
+
+
+def _overall(checks: list[Check]) -> str:
+    statuses = {check.status for check in checks}
+    return "unhealthy" if FAIL in statuses else "degraded" if WARN in statuses else "healthy"
+
+
+def _checks(shared: Shared, settings: Settings) -> Iterator[Check]:
+    yield from (_of_reading(reading) for reading in totals.readings(shared))
+    yield _of_gate(shared)
+    yield _of_workers(shared, settings)
+    yield _of_errors(shared)
+    yield _of_monitor(shared, settings)
+
+
+def _of_reading(reading: Reading) -> Check:
+    name = _NAMES[reading.kind]
+    details = {"value": reading.value, "limit": reading.limit}
+    if reading.level is Level.NORMAL:
+        return Check(name, PASS, f"{name}: fine", details)
+    over = reading.level is Level.VIOLATION and reading.kind in CLOSING
+    return Check(name, FAIL if over else WARN, str(reading), details)
+
+
+def _of_gate(shared: Shared) -> Check:
+    closings: int = shared.header.closings
+    details = {"closings": closings, "waiting_clients": shared.header.backlog}
+    if shared.header.overload_state == GATE_OPEN:
+        return Check("gate", PASS, "gate: open", details)
+    return Check("gate", FAIL, "The gate is closed, clients wait", details)
+
+
+def _of_workers(shared: Shared, settings: Settings) -> Check:
+    there = sum(slot.pid != 0 for slot in shared.used_slots)
+    wanted = settings.worker_count
+    recent = shared.deaths_within(DEATHS_SECONDS)
+    details = {
+        "workers": there,
+        "wanted": wanted,
+        "deaths": shared.header.deaths,
+        "deaths_last_5_minutes": recent,
+    }
+    if there < wanted:
+        return Check("workers", WARN, f"Only {there} of {wanted} workers are there", details)
+    if recent >= DEATHS_WARNING:
+        text = f"{recent} workers died in the last five minutes; the log says of what"
+        return Check("workers", WARN, text, details)
+    return Check("workers", PASS, "workers: all there", details)
+
+
+def _of_errors(shared: Shared) -> Check:
+    latencies = totals.latencies(shared)
+    rate = latencies.failed / latencies.requests if latencies.requests else 0.0
+    details = {"requests": latencies.requests, "failed": latencies.failed, "error_rate": rate}
+    if rate > ERROR_RATE_WARNING and latencies.requests >= FEWEST_FOR_A_RATE:
+        text = f"{rate:.0%} of the last five minutes' requests failed"
+        return Check("errors", WARN, text, details)
+    return Check("errors", PASS, "errors: few", details)
+
+
+def _of_monitor(shared: Shared, settings: Settings) -> Check:
+    now = time.monotonic_ns()
+    age = (now - (shared.header.sampled_at or shared.header.started_monotonic)) / 1e9
+    late = (now - (shared.header.sample_due or shared.header.started_monotonic)) / 1e9
+    details = {"seconds_since_sample": age, "seconds_late": max(0.0, late)}
+    if late > SAMPLES_MISSED * max(1.0, settings.limits.sample_interval):
+        text = f"Memory and CPU were last looked at {age:.0f} s ago"
+        return Check("monitor", FAIL, text, details)
+    return Check("monitor", PASS, "monitor: looks regularly", details)

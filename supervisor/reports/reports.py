@@ -1,0 +1,332 @@
+"""What the daemon says of itself, out of the shared memory: the same from whichever worker answers.
+
+Each report is a plain dictionary with the field names that clients rely on. Times are Unix seconds
+and durations seconds, unless a field's name says otherwise. Durations and ages are reckoned with
+CLOCK_MONOTONIC, so setting the machine's clock changes none of them. Health and performance stand
+in `health.py`.
+"""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.memory.connection_table import STATUS_NAMES
+from cpanbridge.supervisor.memory.layout import (
+    GATE_OPEN,
+    WAITS_FOR_NOTHING,
+    Shared,
+    Slot,
+    Statistics,
+)
+from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Level, at_level
+from cpanbridge.supervisor.reports import totals
+from cpanbridge.supervisor.reports.totals import Listed, Totals
+from cpanbridge.supervisor.system.log_text import format_duration
+from cpanbridge.supervisor.version import __version__
+
+RECENT = 20  # errors or events, of all workers together
+
+
+def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
+    """`system.metrics`: what is known of the whole daemon."""
+    return {
+        **numbers(shared, settings),
+        "module_status": {
+            "loaded_modules": list(modules),
+            "available_modules": list(modules),
+        },
+    }
+
+
+def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """What the shared memory has of it: all but the modules, which only a worker knows."""
+    counts = totals.count(shared)
+    uptime = shared.uptime
+    per_minute = shared.admitted_in_window()
+    return {
+        "timestamp": time.time(),
+        "daemon_info": {
+            "version": __version__,
+            "uptime_seconds": uptime,
+            "uptime_formatted": format_duration(uptime),
+        },
+        "resource_status": resource_status(shared, counts, per_minute),
+        "performance_metrics": performance_metrics(shared, counts),
+        "security_summary": {
+            "total_security_events": sum(counts.security_events.values()),
+            "validation_failures": counts.invalid_requests,
+            "requests_rejected": counts.refused,
+        },
+        "connection_summary": connection_summary(shared, settings, counts),
+        "system_stats": system_stats(shared),
+        "workers": workers(shared),
+        "gate": gate(shared, settings, counts, per_minute),
+    }
+
+
+def resource_status(shared: Shared, counts: Totals, per_minute: int) -> dict[str, Any]:
+    """The load of the whole tree of processes, and which limits it is near or over."""
+    header = shared.header
+    readings = totals.readings(shared)
+    return {
+        "memory_mb": header.values[Kind.MEMORY] / SCALE,
+        "cpu_percent": header.values[Kind.CPU] / SCALE,
+        "requests_per_minute": per_minute,
+        "concurrent_requests": counts.running,
+        "violations": at_level(readings, Level.VIOLATION),
+        "warnings": at_level(readings, Level.WARNING),
+        "peak_memory": header.peak_memory / MEGABYTE,
+        "peak_cpu": header.peak_cpu / SCALE,
+        "alerts": {kind.name.lower(): header.alerts[kind] for kind in Kind},
+    }
+
+
+def performance_metrics(shared: Shared, counts: Totals) -> dict[str, Any]:
+    """Totals since the start; percentiles over the last five minutes."""
+    uptime = shared.uptime
+    latencies = totals.latencies(shared)
+    return {
+        "total_requests": counts.finished,
+        "successful_requests": counts.succeeded,
+        "failed_requests": counts.failed,
+        "avg_response_time": counts.average_seconds,
+        "p50_response_time": latencies.percentile(50),
+        "p95_response_time": latencies.percentile(95),
+        "p99_response_time": latencies.percentile(99),
+        "requests_per_second": counts.finished / uptime if uptime else 0.0,
+        "error_rate": counts.error_rate,
+        "requests_last_5_minutes": latencies.requests,
+    }
+
+
+def connection_summary(shared: Shared, settings: Settings, counts: Totals) -> dict[str, Any]:
+    """How many there were and are."""
+    return {
+        "total_connections": counts.opened,
+        "active_connections": counts.connections,
+        "stale_connections": len(stale_connections(shared, settings)),
+        "peak_connections": shared.peak_connections(),
+    }
+
+
+def stale_connections(shared: Shared, settings: Settings) -> list[Listed]:
+    """Those whose clients have been silent for `stale_timeout`."""
+    now, limit = time.monotonic_ns(), settings.limits.stale_timeout
+    return [each for each in totals.connections(shared) if each.connection.is_stale(now, limit)]
+
+
+def system_stats(shared: Shared) -> dict[str, Any]:
+    """The tree of processes, and the machine that it runs on."""
+    memory = psutil.virtual_memory()
+    return {
+        "processes": shared.header.processes,
+        "processes_measured_by_rss": shared.header.processes_by_rss,
+        "cpu_count": len(os.sched_getaffinity(0)),
+        "load_average": list(os.getloadavg()),
+        "memory_total_mb": memory.total / MEGABYTE,
+        "memory_available_mb": memory.available / MEGABYTE,
+    }
+
+
+def workers(shared: Shared) -> list[dict[str, Any]]:
+    """The worker in each slot that has one, or has had one."""
+    return [_worker(shared, number, slot) for number, slot in enumerate(shared.used_slots)]
+
+
+def _worker(shared: Shared, number: int, slot: Slot) -> dict[str, Any]:
+    names = shared.names.all()
+    return {
+        "worker": number,
+        "pid": slot.pid,
+        "generation": slot.generation,
+        "uptime_seconds": _age(slot.since) if slot.pid else 0.0,
+        "memory_mb": slot.memory / MEGABYTE,
+        "connections": slot.connections,
+        "taken_over": slot.taken_over,
+        "sessions": slot.sessions,
+        "running": slot.running,
+        "requests": slot.finished,
+        "failed": slot.failed,
+        "recent_functions": shared.statistics[number].function_stats.latest(names, slot.since, 5),
+    }
+
+
+def gate(shared: Shared, settings: Settings, counts: Totals, per_minute: int) -> dict[str, Any]:
+    """Who is let in, who waits, and for what."""
+    header = shared.header
+    return {
+        "verdict": "open" if header.overload_state == GATE_OPEN else "closed",
+        "verdict_seconds": _age(header.changed_at or header.started_monotonic),
+        "verdict_closings": header.closings,
+        "overload": settings.overload,
+        "connections": counts.connections,
+        "max_connections": header.max_connections,
+        "running": counts.running,
+        "max_concurrent_requests": header.max_concurrent_requests,
+        "admitted_last_minute": per_minute,
+        "max_requests_per_minute": shared.window.limit,
+        "waiting_clients": header.backlog,
+        "waiting_doors": sum(s.accept_waits_for != WAITS_FOR_NOTHING for s in shared.used_slots),
+        "waiting_requests": counts.queued,
+        "overloaded": counts.overloaded,
+        "worker_deaths": header.deaths,
+        "workers_retired_for_memory": header.retired,
+    }
+
+
+def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
+    """`system.info`: what runs here, where, and how it is configured."""
+    limits = settings.limits
+    by_rss = shared.header.processes_by_rss
+    return {
+        "daemon_version": __version__,
+        "python_version": platform.python_version(),
+        "python_executable": sys.executable,
+        "platform": platform.platform(),
+        "working_directory": os.getcwd(),
+        "socket_path": settings.sockets[0],
+        "socket_paths": settings.sockets,
+        "uptime": shared.uptime,
+        "loaded_modules": list(modules),
+        "active_connections": shared.connections(),
+        "memory_measure": "pss" if not by_rss else f"pss, and rss of {by_rss} processes",
+        "configuration": {
+            "workers": settings.worker_count,
+            "threads": settings.thread_count,
+            "overload": settings.overload,
+            "connection_timeout": limits.idle_timeout,
+            **{name: getattr(limits, name) for name in limits.__struct_fields__},
+        },
+    }
+
+
+def connections(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """`system.connections`: who is connected, and what each connection is doing."""
+    counts = totals.count(shared)
+    limits = settings.limits
+    return {
+        "total_connections": counts.opened,
+        "active_connections": counts.connections,
+        "stale_connections": len(stale_connections(shared, settings)),
+        "connections": [describe_connection(each, settings) for each in totals.connections(shared)],
+        "connection_limits": {
+            "max_concurrent": shared.header.max_connections,
+            "stale_timeout": limits.stale_timeout,
+        },
+    }
+
+
+def describe_connection(each: Listed, settings: Settings) -> dict[str, Any]:
+    """One connection in the reports."""
+    now = time.monotonic_ns()
+    connection = each.connection
+    stale = connection.is_stale(now, settings.limits.stale_timeout)
+    return {
+        "connection_id": each.id,
+        "worker": each.slot,
+        "start_time": _wall_time(connection.opened_at),
+        "duration_seconds": _age(connection.opened_at),
+        "requests_count": connection.requests,
+        "last_activity": _wall_time(connection.last_activity),
+        "idle_time": _age(connection.last_activity),
+        "status": "stale" if stale else STATUS_NAMES[connection.status],
+    }
+
+
+def stats(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """`system.stats`: what was counted since the start."""
+    counts = totals.count(shared)
+    header, limits = shared.header, settings.limits
+    return {
+        **_counted(shared, counts),
+        "validation_failures": counts.invalid_requests,
+        "security_events": sum(counts.security_events.values()),
+        "last_cleanup": _wall_time(header.cleanup_at) if header.cleanup_at else None,
+        "last_resource_check": _wall_time(header.checked_at) if header.checked_at else None,
+        "connections_rejected": counts.rejected,
+        "security_metrics": {
+            "total_events": sum(counts.security_events.values()),
+            "events_by_type": counts.security_events,
+            "recent_events": recent_events(shared),
+        },
+        "performance_summary": performance_metrics(shared, counts),
+        "resource_status": resource_status(shared, counts, shared.admitted_in_window()),
+        "validation_config": {
+            "strict_mode": True,  # what is not allowed is refused, never altered
+            "max_string_length": limits.max_string_length,
+            "max_array_length": limits.max_array_length,
+            "max_object_depth": limits.max_object_depth,
+            "max_param_count": limits.max_param_count,
+        },
+    }
+
+
+def counted(shared: Shared) -> dict[str, Any]:
+    """The daemon's totals, as `test.ping` tells them."""
+    return _counted(shared, totals.count(shared))
+
+
+def _counted(shared: Shared, counts: Totals) -> dict[str, Any]:
+    return {
+        "requests_processed": counts.finished,
+        "requests_failed": counts.failed,
+        "requests_rejected": counts.refused,
+        "connections_total": counts.opened,
+        "peak_connections": shared.peak_connections(),
+        "start_time": shared.header.started_at / 1e9,
+    }
+
+
+def recent_events(shared: Shared) -> list[dict[str, Any]]:
+    """The last security events, the newest first."""
+    events = [event for statistics in _statistics(shared) for event in statistics.events.read()]
+    events.sort(reverse=True)
+    found = []
+    for event in events[:RECENT]:
+        kind, _, message = event.text.partition("\n")
+        found.append(
+            {
+                "timestamp": event.at / 1e9,
+                "event": kind,
+                "message": message,
+                "pid": event.first,
+                "uid": event.second,
+            }
+        )
+    return found
+
+
+def recent_errors(shared: Shared) -> list[dict[str, Any]]:
+    """The last requests that failed, the newest first."""
+    events = [event for statistics in _statistics(shared) for event in statistics.errors.read()]
+    events.sort(reverse=True)
+    names = shared.names.all()  # after the notes: each was written when its function had a name
+    return [
+        {
+            "timestamp": event.at / 1e9,
+            "module_function": names[event.second],
+            "error": event.text,
+            "duration_ms": event.first / 1e6,
+        }
+        for event in events[:RECENT]
+    ]
+
+
+def _statistics(shared: Shared) -> list[Statistics]:
+    return shared.statistics[: shared.header.slots_used]
+
+
+def _age(since: int) -> float:
+    """Seconds since a CLOCK_MONOTONIC time in nanoseconds."""
+    return max(0.0, (time.monotonic_ns() - since) / 1e9)
+
+
+def _wall_time(at: int) -> float:
+    """A CLOCK_MONOTONIC time in nanoseconds as Unix seconds, by the clock as it stands now."""
+    return time.time() - _age(at)

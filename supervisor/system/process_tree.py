@@ -1,0 +1,245 @@
+"""The memory and CPU of a whole tree of processes: the master, its workers, all they started.
+
+Memory is PSS, which counts a page that n processes share as 1/n in each, so that the sum is what
+the tree takes from the machine. Reading it costs the kernel a walk through the process's pages,
+2 ms for 200 MB. So it is read of new processes and of the parents with whom they share, and of
+those whose RSS, which is there for the asking, has changed, or that were last read long ago: those
+first that were read longest ago, for no more than `PSS_SHARE` of the time. To the rest is added
+what their RSS has grown since. Where PSS cannot be read (another user's process, or one that is not
+dumpable) a process counts with its RSS.
+
+CPU is the time that all processes have used between two samples, those that have ended meanwhile
+included: their parent is told their time when it waits for them.
+
+The tree is found through the kernel's lists of children. The master is a subreaper
+(PR_SET_CHILD_SUBREAPER), so a process stays in the tree when its parent ends; and one that was once
+found is looked up until it has ended, because the lists may miss one while its neighbours end.
+
+A process that ends while it is looked at counts as ended. One that may not be looked at at all
+(/proc mounted with hidepid) is not there. A large tree is looked at in many short steps, so that
+the master can do other things between them. Called in the master.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import psutil
+
+PSS_SHARE = 0.01  # of the time between two samples
+PSS_SECONDS = 10.0  # what others share with a process may change without a trace in its RSS
+NEVER = 0.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Usage(NamedTuple):
+    """What a sample has found."""
+
+    seconds: float  # since the one before
+    cpu_seconds: float  # used meanwhile by all
+    memory: int  # bytes
+    by_root: dict[int, int]  # for each of the pids asked for: bytes, with all below it
+    orphans: dict[int, int]  # processes that were below one of them, which has gone: bytes
+    processes: int
+    by_rss: int  # of these, those whose PSS cannot be read
+
+
+@dataclass
+class _Process:
+    """What is known of a process of the tree."""
+
+    handle: psutil.Process  # equal to another one when pid and start time are
+    parent: int = 0
+    own: float = 0.0  # CPU seconds
+    waited: float = 0.0  # CPU seconds of the children that it has waited for, and theirs
+    rss: int = 0
+    pss: int | None = None  # None: not read yet, or not to be read
+    rss_then: int = 0  # when PSS was read
+    ended: bool = False  # its parent has yet to be told
+    had_root: bool = False  # it was below one of the roots
+    read_at: float = NEVER  # CLOCK_MONOTONIC seconds
+    readable: bool = True
+
+    @property
+    def memory(self) -> int:
+        if self.pss is None:
+            return self.rss
+        return max(0, self.pss + self.rss - self.rss_then)
+
+    def read_pss(self) -> None:
+        try:
+            self.pss = self.handle.memory_full_info().pss
+            self.rss_then = self.rss
+        except psutil.AccessDenied:
+            self.readable, self.pss = False, None
+        except psutil.NoSuchProcess:
+            pass  # the next sample will not find it
+
+
+def inherit_orphans() -> None:
+    """Become the parent of all descendants whose own parent ends. Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Tree:
+    """The tree below one process, sampled again and again."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._known: dict[int, _Process] = {}
+        self._untold = 0.0  # CPU seconds that parents were found not to have been told of yet
+        self._sampled_at = time.monotonic()
+        self.usage: Usage  # what the last sample has found
+
+    def sample(self, roots: Collection[int]) -> Usage:
+        """Look at every process, in one go. See `steps`."""
+        for _ in self.steps(roots):
+            pass
+        return self.usage
+
+    def steps(self, roots: Collection[int]) -> Iterator[None]:
+        """Look at one process after another; what is found is `usage` then.
+
+        `roots` are the pids whose memory is wanted by itself. They belong to the tree even when
+        they are nobody's children in it: after an upgrade the workers of the old master are not
+        the new one's. Raises OSError when the system has no descriptor or no memory for it.
+        """
+        now = time.monotonic()
+        before, found = self._known, dict[int, _Process]()
+        for process in self._look(before, roots):
+            found[process.handle.pid] = process
+            yield
+        self._known = found
+        seconds, self._sampled_at = now - self._sampled_at, now
+        used = self._cpu_used(before)
+        yield from self._read_pss(seconds)
+        self.usage = self._added_up(seconds, used, roots)
+
+    def end(self, pid: int, number: signal.Signals) -> str | None:
+        """Send a signal to a process of the tree; its name, or None when it has ended."""
+        try:
+            handle = self._known[pid].handle
+            name = str(handle.name())
+            handle.send_signal(number)
+        except (KeyError, psutil.Error):
+            return None
+        return name
+
+    def _added_up(self, seconds: float, used: float, roots: Collection[int]) -> Usage:
+        by_root = dict.fromkeys(roots, 0)
+        orphans = {}
+        for pid, process in self._known.items():
+            root = self._root_of(process, roots)
+            if root is not None:
+                process.had_root = True
+                by_root[root] += process.memory
+            elif process.had_root and not process.ended:
+                orphans[pid] = process.memory
+        return Usage(
+            seconds=seconds,
+            cpu_seconds=used,
+            memory=sum(process.memory for process in self._known.values()),
+            by_root=by_root,
+            orphans=orphans,
+            processes=sum(not process.ended for process in self._known.values()),
+            by_rss=sum(not process.readable for process in self._known.values()),
+        )
+
+    def _look(self, before: dict[int, _Process], roots: Collection[int]) -> Iterator[_Process]:
+        """All processes of the tree, each with its present numbers; parents first."""
+        pending, seen = [self._root, *roots, *before], set[int]()
+        while pending:
+            pid = pending.pop(0)
+            if pid in seen:
+                continue
+            seen.add(pid)
+            process = _measured(pid, before.get(pid))
+            if process is not None:
+                yield process
+                pending.extend(_children(pid))
+
+    def _cpu_used(self, before: dict[int, _Process]) -> float:
+        """CPU seconds since the last sample.
+
+        What the living have used themselves, and what the ended had left when their parents were
+        told: all they ever used, less what was counted of it before. A process that ended after
+        its parent was looked at is missing already, and its parent is told by the next sample.
+        """
+        used = told = 0.0
+        for pid, process in self._known.items():
+            old = before.get(pid)
+            if old is not None:
+                used += process.own - old.own
+                told += process.waited - old.waited
+            elif before:
+                used += process.own  # new
+                told += process.waited
+        gone = (old for pid, old in before.items() if pid not in self._known)
+        told -= sum(old.own + old.waited for old in gone)
+        late, self._untold = self._untold, max(0.0, -told)
+        return max(0.0, used) + max(0.0, told - late)
+
+    def _read_pss(self, seconds: float) -> Iterator[None]:
+        """Read all that must be read, and of the others as many as the time allows."""
+        for process in self._known.values():
+            if process.read_at == NEVER and process.parent in self._known:
+                self._known[process.parent].read_at = NEVER
+        now = time.monotonic()
+        for process in sorted(self._known.values(), key=lambda each: each.read_at):
+            if process.read_at != NEVER and time.monotonic() > now + PSS_SHARE * seconds:
+                return
+            if process.rss == process.rss_then and now < process.read_at + PSS_SECONDS:
+                continue
+            process.read_at = time.monotonic()
+            if process.readable:
+                process.read_pss()
+                yield
+
+    def _root_of(self, process: _Process, roots: Collection[int]) -> int | None:
+        """The nearest of `roots` above a process, or itself."""
+        pid = process.handle.pid
+        for _ in self._known:  # no further up than there are processes
+            if pid in roots:
+                return pid
+            if pid not in self._known:
+                return None
+            pid = self._known[pid].parent
+        return None
+
+
+def _measured(pid: int, old: _Process | None) -> _Process | None:
+    """A process with its present numbers; None when it has ended, or is another one by now."""
+    try:
+        handle = psutil.Process(pid)
+        if old is not None and handle != old.handle:
+            return None  # the pid was given to a process that is not ours
+        with handle.oneshot():
+            times = handle.cpu_times()
+            rss = handle.memory_info().rss
+            ended = handle.status() == psutil.STATUS_ZOMBIE
+            parent = handle.ppid()
+    except psutil.Error:
+        return None
+    process = replace(old, handle=handle) if old is not None else _Process(handle)
+    process.parent = parent
+    process.own = times.user + times.system
+    process.waited = times.children_user + times.children_system
+    process.rss = rss
+    process.ended = ended
+    return process
+
+
+def _children(pid: int) -> Iterator[int]:
+    """The children of all threads of a process."""
+    # It has ended, or may not be looked at.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as stream:
+                yield from map(int, stream.read().split())

@@ -1,0 +1,101 @@
+"""Telling the service manager how the daemon is: systemd's sd_notify, in a few lines.
+
+`NOTIFY_SOCKET` names a datagram socket, and a message is some lines of NAME=VALUE (sd_notify(3)).
+Without it nothing is told. Nothing here waits: a manager that does not read its socket misses a
+message, and that is logged once.
+
+A service has one main process, and the manager hears no other (NotifyAccess=main). So in an upgrade
+one master speaks at a time: the old one until it has named the new one, and the new one from when
+the old one has left. Called in the master.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+
+from cpanbridge.supervisor.system.event_loop import Loop
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+# What a worker, and what its modules start, must not have: it would speak for the daemon.
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class ServiceManager:
+    """Speaks for one master; with `silent`, not before `speak` is called."""
+
+    def __init__(
+        self, loop: Loop, environ: Mapping[str, str] = os.environ, *, silent: bool = False
+    ) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket: socket.socket | None = None
+        if self._address:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        self._loop = loop
+        self._silent = silent
+        self._state: Sequence[str] = ()  # what would have been told last
+        self._complained = False
+        self._pause = 0.0
+        if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            self._pause = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2
+
+    def watch_dog(self) -> None:
+        """Say that the loop turns, twice in each interval that the manager allows. Called once."""
+        if self._pause:
+            self._send("WATCHDOG=1")
+            self._loop.after(self._pause, self.watch_dog)
+
+    def speak(self) -> None:
+        """This master is the main process from now on. It begins with how the daemon is."""
+        self._silent = False
+        if self._state:
+            self._send(*self._state)
+
+    def ready(self, status: str) -> None:
+        """It serves: after the start, and when a reload or upgrade is over, however that went."""
+        self._say("READY=1", f"STATUS={status}")
+
+    def reloading(self) -> None:
+        """A reload has begun; `ready` follows."""
+        self._say(
+            "RELOADING=1",
+            f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",
+            "STATUS=Reloading: a new generation boots",
+        )
+
+    def stopping(self, seconds: float) -> None:
+        """It stops, which may take so long."""
+        self._say(
+            "STOPPING=1",
+            f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}",
+            "STATUS=Stopping: running requests finish",
+        )
+
+    def status(self, status: str) -> None:
+        """Something to know, while it is as it was."""
+        self._send(f"STATUS={status}")
+
+    def handed_over(self, pid: int) -> None:
+        """Another process is the main one from now on, and this one says nothing more."""
+        self._send(f"MAINPID={pid}", "STATUS=Upgraded")
+        self._silent = True
+
+    def _say(self, *lines: str) -> None:
+        self._state = lines
+        self._send(*lines)
+
+    def _send(self, *lines: str) -> None:
+        if self._socket is None or self._silent:
+            return
+        try:
+            self._socket.sendto("\n".join(lines).encode(), self._address)
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                LOGGER.warning(
+                    "The service manager cannot be told (NOTIFY_SOCKET): %s", error.strerror
+                )

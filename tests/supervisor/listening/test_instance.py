@@ -1,0 +1,220 @@
+"""One daemon for each path; only the kernel's lock tells whether it runs."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from plain_client import until
+
+from cpanbridge.supervisor.listening.instance import Instance, InstanceError, running_pid
+
+HOLD = """
+import os, sys, time
+from cpanbridge.supervisor.listening.instance import Instance
+instance = Instance()
+instance.acquire(sys.argv[2:])
+if sys.argv[1] == "with child" and os.fork() == 0:
+    sys.stdout.write(f"{os.getpid()}\\n")
+    sys.stdout.flush()
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+sys.stdout.write("held\\n")
+sys.stdout.flush()
+sys.stdin.read()
+instance.release()
+"""
+
+
+class Holder:
+    """Another process that is the instance for some paths."""
+
+    def __init__(self, *paths: str, child: bool = False) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, "with child" if child else "alone", *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        lines = [self.process.stdout.readline().strip() for _ in range(2 if child else 1)]
+        assert "held" in lines
+        self.child = next((int(line) for line in lines if line != "held"), None)
+
+    def leave(self) -> None:
+        self.process.communicate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "d.sock")
+
+
+@pytest.fixture
+def holder(path: str) -> Iterator[Holder]:
+    holder = Holder(path)
+    yield holder
+    holder.kill()
+
+
+def test_its_pid_is_told_while_it_runs_and_not_after(path: str) -> None:
+    assert running_pid(path) is None
+    holder = Holder(path)
+    assert running_pid(path) == holder.process.pid
+    holder.leave()
+    assert running_pid(path) is None
+    assert not os.path.exists(f"{path}.pid")
+
+
+def test_a_dead_pid_is_told_as_nobodys_while_the_lock_is_held(path: str, holder: Holder) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    Path(f"{path}.pid").write_text(f"{ended.pid}\n")
+    said = (
+        f"the master (pid {ended.pid}) has died, and another one takes over; try again in a moment"
+    )
+    with pytest.raises(InstanceError) as caught:
+        running_pid(path)
+    assert str(caught.value) == f"{path}.lock is held, but {said}"
+    with pytest.raises(InstanceError) as caught:
+        Instance().acquire([path])
+    assert str(caught.value) == f"{path}: in use: {said}"
+
+
+def test_a_second_one_is_refused_with_the_firsts_pid(path: str, holder: Holder) -> None:
+    with pytest.raises(InstanceError) as caught:
+        Instance().acquire([path])
+    assert str(caught.value) == (
+        f"{path}: in use by a running cpanbridged (pid {holder.process.pid})"
+    )
+    assert running_pid(path) == holder.process.pid
+
+
+def test_a_killed_one_is_not_believed_to_run(path: str, holder: Holder) -> None:
+    holder.kill()
+    assert os.path.exists(f"{path}.pid")
+    assert running_pid(path) is None
+    instance = Instance()
+    instance.acquire([path])
+    assert instance.unclean == {path}
+    assert running_pid(path) == os.getpid()
+    instance.release()
+
+
+def test_after_one_that_tidied_up_nothing_is_stale(path: str) -> None:
+    Holder(path).leave()
+    instance = Instance()
+    instance.acquire([path])
+    assert instance.unclean == set()
+    instance.release()
+
+
+def test_a_pid_file_that_lies_is_not_believed(path: str) -> None:
+    Path(f"{path}.pid").write_text(f"{os.getpid()}\n")
+    assert running_pid(path) is None
+    Holder(path).leave()
+    Path(f"{path}.pid").write_text("1\n")
+    assert running_pid(path) is None
+
+
+def test_a_forked_child_does_not_hold_a_dead_masters_lock(path: str) -> None:
+    holder = Holder(path, child=True)
+    assert holder.child is not None
+    try:
+        holder.kill()
+        os.kill(holder.child, 0)  # the child is there
+        until(lambda: running_pid(path) is None)
+        instance = Instance()
+        instance.acquire([path])
+        instance.release()
+    finally:
+        os.kill(holder.child, signal.SIGKILL)
+
+
+def test_all_paths_are_locked_or_none(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a.sock", "b.sock", "c.sock")]
+    holder = Holder(paths[1])
+    with pytest.raises(InstanceError, match=r"b\.sock: in use"):
+        Instance().acquire(paths)
+    assert running_pid(paths[0]) is None
+    assert not os.path.exists(f"{paths[0]}.pid")
+    holder.leave()
+    instance = Instance()
+    instance.acquire(paths)
+    assert [running_pid(each) for each in paths] == [os.getpid()] * 3
+    instance.release()
+    assert [running_pid(each) for each in paths] == [None] * 3
+
+
+def test_a_path_that_is_given_twice_is_one(path: str) -> None:
+    instance = Instance()
+    instance.acquire([path, path])
+    assert running_pid(path) == os.getpid()
+    instance.release()
+
+
+def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InstanceError) as caught:
+        Instance().acquire([str(tmp_path / "file" / "d.sock")])
+    assert "the socket's folder must exist and be writable" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pid_file_that_cannot_be_written_is_told_and_leaves_no_lock(
+    tmp_path: Path, path: str
+) -> None:
+    Path(f"{path}.pid.new").mkdir()
+    first = str(tmp_path / "a.sock")
+    with pytest.raises(InstanceError, match=r"pid: cannot be written: "):
+        Instance().acquire([first, path])
+    assert running_pid(first) is None
+    assert running_pid(path) is None
+
+
+def test_only_the_user_may_lock(path: str, holder: Holder) -> None:
+    assert os.stat(f"{path}.lock").st_mode & 0o077 == 0
+    assert running_pid(path) == holder.process.pid
+
+
+def test_a_program_that_is_handed_the_locks_has_them_after_the_first_has_gone(path: str) -> None:
+    first = Instance()
+    first.acquire([path])
+    descriptor = first.descriptors[path]
+    code = (
+        "import sys\nfrom cpanbridge.supervisor.listening.instance import Instance, write_pid\n"
+        f"instance = Instance({{{path!r}: {descriptor}}})\n"
+        f"write_pid({path!r})\nprint('held', flush=True)\nsys.stdin.read()\ninstance.release()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        pass_fds=[descriptor],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as second:
+        assert second.stdout is not None
+        assert second.stdout.readline() == "held\n"
+        os.close(descriptor)
+        assert running_pid(path) == second.pid
+        second.communicate()
+    assert running_pid(path) is None
+
+
+def test_paths_can_be_added_and_given_up_while_others_stay(tmp_path: Path) -> None:
+    first, second = (str(tmp_path / name) for name in ("a.sock", "b.sock"))
+    instance = Instance()
+    instance.acquire([first])
+    instance.acquire([second])
+    instance.release([first])
+    assert running_pid(first) is None
+    assert running_pid(second) == os.getpid()
+    instance.release()

@@ -1,0 +1,115 @@
+"""What a worker writes down: each thing at its place, and nothing lost between its threads."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.memory import histogram
+from cpanbridge.supervisor.memory.layout import Shared, Slot
+from cpanbridge.workers.requests.security_log import SecurityEvent
+from cpanbridge.workers.requests.stats import StatisticsWriter
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def shared() -> Iterator[Shared]:
+    shared = Shared.create(2, Limits())
+    yield shared
+    os.close(shared.fd)
+
+
+def test_a_request_that_has_run_is_counted_in_all_books(shared: Shared) -> None:
+    statistics = StatisticsWriter(shared, 1)
+    statistics.ran(3, True, 10 * MS, time.monotonic_ns())
+    statistics.ran(3, False, 20 * MS, time.monotonic_ns())
+    written = shared.statistics[1]
+    assert shared.slots[1].busy_ns == 30 * MS
+    assert written.function_stats.read(3) == (2, 1, 30 * MS)
+    latencies = histogram.merged([written.histogram])
+    assert (latencies.requests, latencies.failed) == (2, 1)
+    assert shared.slots[1].finished == 0  # that is the gate's to count
+    assert shared.statistics[0].function_stats.read(3) == (0, 0, 0)
+
+
+def test_an_error_is_kept_with_its_function_and_its_duration(shared: Shared) -> None:
+    StatisticsWriter(shared, 0).error(7, 5 * MS, "division by zero")
+    (event,) = shared.statistics[0].errors.read()
+    assert (event.first, event.second, event.text) == (5 * MS, 7, "division by zero")
+    assert abs(event.at / 1e9 - time.time()) < 600
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["invalid_request", "module_not_allowed", "function_not_allowed", "permission_denied"],
+)
+def test_a_security_event_is_counted_by_its_kind_and_kept(shared: Shared, name: str) -> None:
+    StatisticsWriter(shared, 0).event(SecurityEvent(name, "what it was", 4711, 1000))
+    assert getattr(shared.slots[0], name) == 1
+    (event,) = shared.statistics[0].events.read()
+    assert (event.first, event.second, event.text) == (4711, 1000, f"{name}\nwhat it was")
+
+
+@pytest.mark.parametrize("reason", ["verdict", "connections", "concurrency", "rate"])
+def test_who_was_told_overloaded_is_counted_by_the_reason(shared: Shared, reason: str) -> None:
+    StatisticsWriter(shared, 0).overloaded(reason)
+    assert getattr(shared.slots[0], f"overloaded_{reason}") == 1
+
+
+def test_a_replacement_goes_on_counting(shared: Shared) -> None:
+    for _ in range(2):
+        statistics = StatisticsWriter(shared, 0)
+        statistics.refused()
+        statistics.rejected()
+    assert (shared.slots[0].refused, shared.slots[0].rejected) == (2, 2)
+
+
+class Yielding:
+    """A slot of which another thread may read a field before this one has written it."""
+
+    def __init__(self, slot: Slot) -> None:
+        object.__setattr__(self, "slot", slot)
+
+    def __getattr__(self, name: str) -> int:
+        value: int = getattr(self.slot, name)
+        time.sleep(0.0001)
+        return value
+
+    def __setattr__(self, name: str, value: int) -> None:
+        setattr(self.slot, name, value)
+
+
+@pytest.mark.parametrize(
+    ("write", "field"),
+    [
+        (StatisticsWriter.refused, "refused"),
+        (StatisticsWriter.rejected, "rejected"),
+        (lambda statistics: statistics.overloaded("rate"), "overloaded_rate"),
+        (
+            lambda statistics: statistics.event(SecurityEvent("invalid_request", "x", 1, 1)),
+            "invalid_request",
+        ),
+        (lambda statistics: statistics.ran(1, False, 1, 1), "busy_ns"),
+    ],
+    ids=["refused", "rejected", "overloaded", "event", "ran"],
+)
+def test_no_count_is_lost_between_threads(
+    shared: Shared, write: Callable[[StatisticsWriter], None], field: str
+) -> None:
+    statistics = StatisticsWriter(shared, 0)
+    statistics._slot = Yielding(shared.slots[0])  # type: ignore[assignment]
+
+    def work() -> None:
+        for _ in range(25):
+            write(statistics)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert getattr(shared.slots[0], field) == 100

@@ -1,0 +1,116 @@
+"""Reading requests, from peers that may be slow or gone.
+
+A request must be complete within `read_timeout` of its first byte (of the accept, for a
+connection's first), and some of it must come every `stale_timeout`.
+
+Called from the threads that serve clients, and each thread waits for its client here.
+"""
+
+import time
+from collections.abc import Callable
+
+from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.memory.connection_table import READING, ConnectionTableWriter
+from cpanbridge.workers.client.client_socket import ClientSocket
+from cpanbridge.workers.client.draining import Draining
+from cpanbridge.workers.protocol.messages import FRAME_HEADER, Refusal
+from cpanbridge.workers.protocol.scanner import ObjectScanner
+
+
+class Reader:
+    """What reading takes. `step_aside` is called before a thread waits for a client."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        connection_table: ConnectionTableWriter,
+        step_aside: Callable[[], None],
+    ) -> None:
+        self._limits = limits
+        self._connection_table = connection_table
+        self._step_aside = step_aside
+
+    def patience(self, deadline: float) -> float:
+        """For how many seconds a client may be silent now."""
+        return min(deadline - time.monotonic(), self._limits.stale_timeout)
+
+    def read_one_shot(self, client: ClientSocket, data: bytes, deadline: float) -> bytes:
+        """Read to the end of a one-shot request, which begins with `data`.
+
+        Raises Refusal when it does not end in time or is too large, Draining.
+        """
+        scanner = ObjectScanner()
+        pieces = [data]
+        size = len(data)
+        while not scanner.feed(data):
+            if size > self._limits.max_request_size:
+                break
+            data = self._receive_more(client, deadline)
+            if not data:
+                break  # the client's end of file: the parser says what is missing
+            pieces.append(data)
+            size += len(data)
+        if size > self._limits.max_request_size:
+            raise self._too_large(f"over {self._limits.max_request_size}")
+        return b"".join(pieces)
+
+    def frame_end(self, data: bytes | bytearray, at: int) -> int:
+        """Where a framed request ends that begins at `at`; beyond `data` if that is not all of it.
+
+        Raises Refusal when it is too large.
+        """
+        if len(data) < at + FRAME_HEADER.size:
+            return at + FRAME_HEADER.size + 1
+        (length,) = FRAME_HEADER.unpack_from(data, at)
+        if length > self._limits.max_request_size:
+            raise self._too_large(f"{length}")
+        end: int = at + FRAME_HEADER.size + length
+        return end
+
+    def read_frame(self, client: ClientSocket, data: bytes, deadline: float) -> bytes:
+        """Read to the end of a framed request, which begins with `data`, or a little further.
+
+        Nothing when the client has ended the connection. `deadline` (CLOCK_MONOTONIC seconds) is
+        when it must be complete; 0.0: `read_timeout` from now. Raises Refusal, Draining.
+        """
+        deadline = deadline or time.monotonic() + self._limits.read_timeout
+        buffer = bytearray(data)
+        while self.frame_end(buffer, 0) > len(buffer):
+            data = self._receive_more(client, deadline)
+            if not data:
+                return b""
+            buffer += data
+        return bytes(buffer)
+
+    def _receive_more(self, client: ClientSocket, deadline: float) -> bytes:
+        """More bytes of a request that has begun. Raises Refusal when none come, Draining."""
+        self._step_aside()
+        self._connection_table.is_doing(client.entry, READING)
+        client.quiet_since = time.monotonic_ns()
+        try:
+            data = client.receive(self.patience(deadline))
+        except TimeoutError:
+            raise self._too_slow(deadline) from None
+        finally:
+            client.quiet_since = 0
+        if not data and client.stale:
+            raise self._too_slow(deadline)
+        if not data and client.input_may_have_ended:
+            raise Draining
+        self._connection_table.heard(client.entry, time.monotonic_ns())
+        return data
+
+    def _too_large(self, size: str) -> Refusal:
+        limit = self._limits.max_request_size
+        message = (
+            f"Invalid request: {size} bytes; at most {limit} are allowed (limits.max_request_size)"
+        )
+        return Refusal("InvalidRequest", message)
+
+    def _too_slow(self, deadline: float) -> Refusal:
+        limits = self._limits
+        if time.monotonic() < deadline:
+            silent = f"nothing came for {limits.stale_timeout:g} s (limits.stale_timeout)"
+            return Refusal("InvalidRequest", f"Invalid request: not complete, and {silent}")
+        message = f"not complete after {limits.read_timeout:g} s (limits.read_timeout)"
+        return Refusal("InvalidRequest", f"Invalid request: {message}")

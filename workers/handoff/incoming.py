@@ -1,0 +1,139 @@
+"""A worker's own postbox: the clients that others hand over to it; see handover.py."""
+
+import contextlib
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+from cpanbridge.supervisor.gate import Gate, Wakeups, ring
+from cpanbridge.supervisor.memory import handoff_sockets
+from cpanbridge.supervisor.memory.handoff_claims import Claim
+from cpanbridge.supervisor.memory.handoff_sockets import MOST_DESCRIPTORS, descriptors_in
+from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.workers.client.transfer import MovingClient
+from cpanbridge.workers.handoff.message import (
+    HEADER,
+    IN_MEMORY,
+    INPUT_OPEN,
+    MOST_INLINE,
+    HandoffMessage,
+    from_memory,
+)
+
+_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
+
+
+class Incoming:
+    """A worker's own postbox. Called by the thread at the door, but for what says otherwise."""
+
+    def __init__(self, shared: Shared, slot: int, wakeups: Sequence[Wakeups], gate: Gate) -> None:
+        self._shared = shared
+        self._wakeups = wakeups
+        self._gate = gate
+        self._incarnation = shared.slots[slot].incarnation
+        self.descriptor = wakeups[slot].take
+        self._queue = handoff_sockets.opened(self.descriptor)
+        self._ended = self._workers_ended()
+        self.waiting: deque[HandoffMessage] = deque()  # taken out of it already
+
+    def next(self) -> tuple[MovingClient, int] | None:
+        """The next client, and its number in this slot; None when there is none.
+
+        Raises OSError (EMFILE) when there was no descriptor left for it; it is its sender's still.
+        """
+        while (message := self._next_waiting() or self._take_out()) is not None:
+            number = self._accept(message)
+            if number is not None:
+                return message.moving, number
+            os.close(message.moving.descriptor)
+        return None
+
+    def _next_waiting(self) -> HandoffMessage | None:
+        with contextlib.suppress(IndexError):
+            return self.waiting.popleft()
+        return None
+
+    def look_through(self) -> bool:
+        """Close the clients of senders that have ended: nobody counts them any more.
+
+        Returns whether others are `waiting` now, of whom the door must be told. Called in the main
+        thread, when nobody is at the door who would take clients out.
+        """
+        ended = self._workers_ended()
+        if ended == self._ended:
+            return False
+        self._ended = ended
+        with contextlib.suppress(OSError):  # no descriptor is left: they are their senders' still
+            while (message := self._take_out()) is not None:
+                self.waiting.append(message)
+        for _ in range(len(self.waiting)):
+            message = self._next_waiting()
+            if message is None:
+                break  # a thread has come to the door
+            if self._shared.claims[message.sender].is_offered(message.claim):
+                self.waiting.append(message)
+            else:
+                os.close(message.moving.descriptor)
+        return bool(self.waiting)
+
+    def _workers_ended(self) -> int:
+        """A number that changes when another worker has ended."""
+        return sum(slot.incarnation for slot in self._shared.used_slots)
+
+    def _accept(self, message: HandoffMessage) -> int | None:
+        """Make the client ours; None when its sender has withdrawn it, or is dead."""
+        number = self._gate.took_over()
+        with self._shared.lock:
+            taken = self._shared.claims[message.sender].take(message.claim)
+        if not taken:
+            self._gate.closed()
+            return None
+        self._tell(message.sender)
+        return number
+
+    def _refuse(self, sender: int, claim: Claim) -> None:
+        with self._shared.lock:
+            self._shared.claims[sender].refuse(claim)
+        self._tell(sender)
+
+    def _tell(self, sender: int) -> None:
+        if self._shared.slots[sender].awaits_receipts:
+            ring(self._wakeups[sender].watch)
+
+    def _take_out(self) -> HandoffMessage | None:
+        while True:
+            try:
+                message, ancillary, told, _ = self._queue.recvmsg(
+                    HEADER.size + MOST_INLINE, _SPACE, _FLAGS
+                )
+            except BlockingIOError:
+                return None
+            descriptors = descriptors_in(ancillary)
+            incarnation, sender, context, number, opened_at, requests, arrived, flags = (
+                HEADER.unpack_from(message)
+            )
+            claim = Claim(context, number)
+            in_memory = bool(flags & IN_MEMORY)
+            complete = not told & _TRUNCATED and len(descriptors) == 1 + in_memory
+            if complete and incarnation == self._incarnation:
+                break
+            # Meant for the worker that had this slot before, or there was no room for it.
+            for each in descriptors:
+                os.close(each)
+            self._refuse(sender, claim)
+            if not complete:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        try:
+            data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
+        except OSError:
+            os.close(descriptors[0])
+            raise
+        input_may_have_ended = not flags & INPUT_OPEN
+        moving = MovingClient(
+            descriptors[0], data, opened_at, requests, arrived, input_may_have_ended
+        )
+        return HandoffMessage(moving, sender, claim)

@@ -1,0 +1,127 @@
+"""The modules `test` and `system`, which every daemon has.
+
+Their functions are handed the request itself, so that `echo` can tell `[5]` from `5`, and the peer,
+so that the kernel can say whose it is.
+"""
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
+from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.reports import health, reports
+from cpanbridge.supervisor.version import __version__
+from cpanbridge.workers.client.client_socket import ClientSocket
+from cpanbridge.workers.modules.registry import Exposed
+from cpanbridge.workers.protocol.messages import PYTHON_VERSION, Refusal, Request
+
+NAMES = ("test", "system")
+# For the workers to close their stale connections after they were asked to.
+CLEANUP_SECONDS = 2.0
+
+Report = Callable[[], Any]
+
+
+def built_in(
+    shared: Shared,
+    settings: Settings,
+    modules: Callable[[], list[str]],
+    wakeups: Sequence[Wakeups] = (),
+) -> dict[str, Exposed]:
+    """Both modules, reporting on this daemon; `modules` tells the names of all that is exposed.
+
+    `bells` are those of all slots.
+    """
+
+    def ping(request: Request, _: ClientSocket) -> dict[str, Any]:
+        return {
+            "message": "pong",
+            "daemon_version": __version__,
+            "python_version": PYTHON_VERSION,
+            "platform": platform.platform(),
+            "uptime": shared.uptime,
+            "stats": reports.counted(shared),
+            "input": request.params,
+        }
+
+    def echo(request: Request, _: ClientSocket) -> Any:
+        return request.params
+
+    def cleanup(request: Request, client: ClientSocket) -> dict[str, Any]:
+        _no_params(request)
+        _only_the_owner(request, client)
+        return _clean_up(shared, settings, wakeups)
+
+    def shutdown(request: Request, client: ClientSocket) -> dict[str, Any]:
+        _no_params(request)
+        _only_the_owner(request, client)
+        os.kill(os.getppid(), signal.SIGTERM)
+        return {"message": "The daemon is shutting down"}
+
+    health_report = _report(lambda: health.health(shared, settings))
+    stats_report = _report(lambda: reports.stats(shared, settings))
+    test = {"ping": ping, "echo": echo, "health": health_report, "stats": stats_report}
+    system = {
+        "info": _report(lambda: reports.info(shared, settings, modules())),
+        "health": health_report,
+        "performance": _report(lambda: health.performance(shared, settings)),
+        "connections": _report(lambda: reports.connections(shared, settings)),
+        "metrics": _report(lambda: reports.metrics(shared, settings, modules())),
+        "stats": stats_report,
+        "cleanup": cleanup,
+        "shutdown": shutdown,
+    }
+    return {
+        "test": Exposed(test, None, takes_request=True),
+        "system": Exposed(system, None, takes_request=True),
+    }
+
+
+def _report(make: Report) -> Callable[[Request, ClientSocket], Any]:
+    def report(request: Request, _: ClientSocket) -> Any:
+        _no_params(request)
+        return make()
+
+    return report
+
+
+def _no_params(request: Request) -> None:
+    if request.params:
+        message = f"Invalid params for {request.module}.{request.function}: it takes none"
+        raise Refusal("InvalidParams", message, request.request_id)
+
+
+def _only_the_owner(request: Request, client: ClientSocket) -> None:
+    """Refuse what is not for everybody who may open the socket. Raises Refusal."""
+    _, uid, _ = client.credentials()
+    if uid not in (0, os.geteuid()):
+        message = (
+            f"{request.module}.{request.function} is for the daemon's own user and root, "
+            f"not for uid {uid}"
+        )
+        raise Refusal("PermissionDenied", message, request.request_id, request.perl_caller)
+
+
+def _clean_up(shared: Shared, settings: Settings, wakeups: Sequence[Wakeups]) -> dict[str, Any]:
+    """Have all workers close their stale connections, and wait until they have."""
+    stale = reports.stale_connections(shared, settings)
+    details = [reports.describe_connection(each, settings) for each in stale]
+    with shared.lock:
+        shared.header.cleanups += 1
+        shared.header.cleanup_at = time.monotonic_ns()
+    wake_main_threads(shared, wakeups)
+    until = time.monotonic() + CLEANUP_SECONDS
+    left = {each.id for each in stale}
+    while left and time.monotonic() < until:
+        time.sleep(0.005)
+        left &= {each.id for each in reports.stale_connections(shared, settings)}
+    return {
+        "cleaned_connections": len(stale) - len(left),
+        "connections_details": [each for each in details if each["connection_id"] not in left],
+        "remaining_connections": shared.connections(),
+    }

@@ -1,0 +1,204 @@
+"""Importing what clients may call.
+
+Everything that is exposed is imported before a client is served, so a broken module is one clear
+line at start. A template imports for all workers of its generation what they can share, and the
+worker that it forks goes on with the same loader: what is imported already is not imported again.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from cpanbridge.supervisor.config import (
+    MAX_FUNCTION_NAME,
+    MAX_MODULE_NAME,
+    NAME_PATTERN,
+    Functions,
+    Module,
+    ModuleDir,
+    Settings,
+)
+from cpanbridge.workers.modules.module_dirs import HelperFolder
+from cpanbridge.workers.modules.registry import Exposed, Registry
+from cpanbridge.workers.modules.sources import load_fresh
+
+_IMPORTLIB = os.path.dirname(importlib.__file__)
+_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+
+
+class ModuleLoadError(Exception):
+    """A module cannot be exposed as configured; one line that says which, where and why."""
+
+
+class Entry(NamedTuple):
+    """A module to be exposed."""
+
+    name: str  # which clients call it by
+    table: Module | ModuleDir  # that exposes it
+    label: str  # for it in errors
+    import_label: str
+    importing: Callable[[], ModuleType]
+
+
+class Loader:
+    """Imports all that the settings expose, in one process or in one and its children."""
+
+    def __init__(self, settings: Settings, built_in: Collection[str]) -> None:
+        """`built_in`: names that are taken by built-in modules."""
+        self._settings = settings
+        self._built_in = built_in
+        self._found: list[Entry] | None = None  # once all folders have been looked into
+        self.left_out: dict[str, str] = {}  # modules that could not be imported, and why
+
+    def entries(self) -> Iterator[Entry]:
+        """All modules, in the order in which they are to be imported. Raises ModuleLoadError.
+
+        Folders are looked into once: what is new in them later is for the next generation.
+        """
+        if self._found is not None:
+            yield from self._found
+            return
+        found = []
+        for entry in self._look():
+            found.append(entry)
+            yield entry
+        self._found = found
+
+    def import_module(self, entry: Entry) -> ModuleType | None:
+        """Import a module, unless it was left out: None. Raises ModuleLoadError.
+
+        A folder's file that lacks what it imports is left out, and the others go on: such folders
+        have helpers for libraries that not every host has.
+        """
+        if entry.name in self.left_out:
+            return None
+        try:
+            return _import(entry.import_label, entry.importing)
+        except ModuleLoadError as error:
+            if isinstance(entry.table, Module) or not isinstance(error.__cause__, ImportError):
+                raise
+            self.left_out[entry.name] = str(error)
+            return None
+
+    def load(self, built_in: dict[str, Exposed]) -> Registry:
+        """Import all, and say what may be called. Raises ModuleLoadError at the first failure."""
+        exposed: dict[str, Exposed] = {}
+        for entry in self.entries():
+            module = self.import_module(entry)
+            if module is None:
+                continue
+            table = entry.table
+            functions = _select(module, table.functions, entry.label)
+            if isinstance(table, Module) and table.functions == "*" and not functions:
+                raise ModuleLoadError(
+                    f'{entry.label}: "*" finds no function of {table.import_!r}\'s own; name them'
+                )
+            exposed[entry.name] = Exposed(
+                functions,
+                module,
+                request_timeout=self._settings.timeout_of(table),
+                affinity=table.affinity,
+            )
+        return Registry(built_in | exposed, self.left_out)
+
+    def _look(self) -> Iterator[Entry]:
+        load_fresh()
+        settings = self._settings
+        for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
+            if not Path(folder).is_dir():
+                raise ModuleLoadError(f"{folder}: not a folder")
+            if os.path.abspath(folder) not in sys.path:
+                sys.path.append(os.path.abspath(folder))
+        seen: set[str] = set()
+        for directory in settings.module_dirs:
+            yield from self._look_into(directory, seen)
+        for name, table in settings.modules.items():
+            label = f"modules.{name}"
+            if name in self._built_in:
+                raise ModuleLoadError(f"{label}: the name is taken by a built-in module")
+            importing = partial(importlib.import_module, table.import_)
+            yield Entry(name, table, label, f"{label}: import of {table.import_!r}", importing)
+
+    def _look_into(self, directory: ModuleDir, seen: set[str]) -> Iterator[Entry]:
+        """A folder's files, but for those whose names are of no use to clients."""
+        helpers = HelperFolder(directory.path)
+        helpers.install()
+        for file in sorted(Path(directory.path).glob("*.py")):
+            name = file.stem
+            if name.startswith("_") or name in self._settings.modules or not file.is_file():
+                continue  # an editor's lock, a link that leads nowhere, a folder
+            if name in seen:
+                raise ModuleLoadError(f"{file}: another folder has a module {name!r} already")
+            seen.add(name)
+            if name in self._built_in:
+                self.left_out[name] = f"{file}: the name {name!r} is taken by a built-in module"
+            elif not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
+                self.left_out[name] = f"{file}: clients cannot name a module {name!r}; rename it"
+            else:
+                importing = partial(helpers.import_helper, name)
+                yield Entry(name, directory, str(file), str(file), importing)
+
+
+def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
+    try:
+        return importing()
+    except BaseException as error:  # a module may raise anything, or call sys.exit
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+        # The line in the operator's own code tells more than the one in a library that it called.
+        own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or [
+            f for f in theirs if not f.filename.startswith(_IMPORTLIB)
+        ]
+        at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+        if isinstance(error, SyntaxError):
+            at = f" ({error.filename}:{error.lineno})"
+            error = SyntaxError(error.msg)
+        text = " ".join(str(error).split())
+        raise ModuleLoadError(f"{label} failed: {type(error).__name__}: {text}{at}") from error
+
+
+def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, Callable[..., Any]]:
+    if functions == "*":
+        return dict(_public_functions(module))
+    selected = {}
+    for name in functions:
+        function = getattr(module, name, None)
+        if not callable(function):
+            problem = "is not callable" if hasattr(module, name) else "does not exist"
+            close = difflib.get_close_matches(name, [n for n, _ in _public_functions(module)], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ModuleLoadError(
+                f"{label}: function {name!r} {problem} in {module.__name__}{hint}"
+            )
+        if inspect.iscoroutinefunction(function):
+            raise ModuleLoadError(f"{label}: {name!r} is a coroutine function; expose a plain one")
+        selected[name] = function
+    return selected
+
+
+def _public_functions(module: ModuleType) -> Iterable[tuple[str, Callable[..., Any]]]:
+    """What `"*"` exposes: functions that the module defines, or declares in `__all__`.
+
+    Not: names with a leading underscore, classes, coroutine functions, the hooks, and what was
+    merely imported from elsewhere.
+    """
+    declared = set(getattr(module, "__all__", ()))
+    for name, value in vars(module).items():
+        if not re.match(NAME_PATTERN, name) or len(name) > MAX_FUNCTION_NAME:
+            continue  # no request can name it
+        if name in ("cleanup_stale_resources", "shutdown"):
+            continue
+        if not inspect.isroutine(value) or inspect.iscoroutinefunction(value):
+            continue
+        if name in declared or getattr(value, "__module__", None) == module.__name__:
+            yield name, value

@@ -1,0 +1,120 @@
+"""Importing a folder of helper files, which may import each other in every way that Python has.
+
+A helper is imported under its own name, and `import other` in one of them finds the other. The
+folder is a package besides, of a name of its own, so that `from .other import thing` and
+`from . import other` find the same module, with the same state in it; never a second copy.
+
+A helper whose name Python or a library has taken, `http.py` or `email.py`, is imported under
+another one: it must not stand in for the library's module.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+from cpanbridge.workers.modules.sources import FreshLoader
+
+
+class _HelperSpec(ModuleSpec):
+    """A helper's spec: relative imports in it begin in `package`."""
+
+    package: str
+
+    @property
+    def parent(self) -> str:
+        """The package that it is in, though its name does not say so."""
+        return self.package
+
+
+class _Alias(Loader):
+    """Finds a helper under its name in the package."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The helper itself."""
+        module = importlib.import_module(self._name)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has been executed; the import system has only put another spec in its place."""
+        module.__spec__ = self._spec
+
+
+class HelperFolder(MetaPathFinder):
+    """Finds the files of one folder, in all their names."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder).absolute()
+        number = sum(isinstance(each, HelperFolder) for each in sys.meta_path)
+        self._package = f"cpanbridge_helpers_{number}"
+        self._names: dict[str, str] = {}  # a file's stem, and the name that it is imported under
+        self._files: dict[str, Path] = {}  # by that name
+        for file in sorted(self._folder.glob("*.py")):
+            if file.stem != "__init__":
+                name = f"cpanbridge_module_{file.stem}" if _is_taken(file) else file.stem
+                self._names[file.stem] = name
+                self._files[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file of the folder is imported under this name."""
+        return name in self._files
+
+    def install(self) -> None:
+        """From now on they are found, before other files of these names."""
+        sys.meta_path.insert(0, self)
+
+    def import_helper(self, stem: str) -> ModuleType:
+        """Import a file of the folder. Raises whatever it raises."""
+        return importlib.import_module(self._names[stem])
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        """Called by the import system."""
+        if fullname in self._files:
+            file = str(self._files[fullname])
+            spec = _HelperSpec(fullname, FreshLoader(fullname, file), origin=file)
+            spec.has_location = True
+            spec.package = self._package
+            return spec
+        if fullname == self._package:
+            package = ModuleSpec(fullname, self._init(fullname), is_package=True)
+            package.submodule_search_locations = [str(self._folder)]
+            return package
+        above, _, stem = fullname.rpartition(".")
+        if above == self._package and stem in self._names:
+            return ModuleSpec(fullname, _Alias(self._names[stem]))
+        return None
+
+    def _init(self, fullname: str) -> Loader | None:
+        file = self._folder / "__init__.py"
+        return FreshLoader(fullname, str(file)) if file.exists() else None
+
+
+def _is_taken(file: Path) -> bool:
+    """Whether a helper's name is that of a module that is there already."""
+    name = file.stem
+    if name in sys.stdlib_module_names:
+        return True
+    if any(name in each for each in sys.meta_path if isinstance(each, HelperFolder)):
+        return True  # another folder's, imported or not
+    there = sys.modules.get(name)
+    if there is not None:
+        return not _is(getattr(there, "__file__", None), file)
+    found = PathFinder.find_spec(name)
+    return found is not None and not _is(found.origin, file)
+
+
+def _is(path: str | None, file: Path) -> bool:
+    return path is not None and Path(path).exists() and file.samefile(path)

@@ -1,0 +1,152 @@
+"""Importing what the workers of a generation can share, and finding what they cannot.
+
+A fork takes along memory, and little else. A thread that a module has started is missing in the
+child; a file, a socket or a database connection that it has opened is there twice, and both
+processes would move the same file position and talk into the same connection; a process that it has
+started is nobody's there; and generators of random numbers, keys and handles among them, would give
+the same numbers. Whatever is found of these after a module's import makes it unfit: it is
+for each worker to import.
+
+Called in a template.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator, Set
+from types import ModuleType
+from typing import NamedTuple
+
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.processes.context import Imports
+from cpanbridge.workers.modules.loader import Loader
+
+_SEEDED_ANEW = {"random", "numpy.random", "numpy.random.mtrand"}
+_NUMPY_GENERATORS = (
+    ("numpy.random._generator", "Generator"),
+    ("numpy.random.mtrand", "RandomState"),
+)
+_JOIN_SECONDS = 0.2  # the kernel lists a thread for a moment after it was joined
+
+
+class _Seen(NamedTuple):
+    """What a process has that a fork does not take along as it is."""
+
+    threads: int
+    children: frozenset[int]
+    descriptors: frozenset[tuple[int, str]]
+    mappings: frozenset[str]  # writable memory that a fork shares
+    modules: frozenset[str]
+
+    @classmethod
+    def now(cls) -> "_Seen":
+        return cls(
+            len(os.listdir("/proc/self/task")),
+            frozenset(_children()),
+            frozenset(_descriptors()),
+            frozenset(_shared_mappings()),
+            frozenset(sys.modules),
+        )
+
+
+def preload(loader: Loader, settings: Settings, kept_out: Collection[str]) -> Imports:
+    """Import all that may be shared. Raises ModuleLoadError at the first that fails.
+
+    Where some are unfit, this process is: another one is to do it, and keep these out.
+    """
+    unfit, fit = {}, 0
+    for entry in loader.entries():
+        if entry.name in kept_out or not settings.preloads(entry.table):
+            continue
+        before = _Seen.now()
+        if loader.import_module(entry) is None:
+            continue
+        reason = _left(before)
+        if reason is None:
+            fit += 1
+        else:
+            unfit[entry.name] = reason
+    return Imports(unfit=unfit, shared=fit)
+
+
+def end_children() -> None:
+    """Tell all processes that modules have started here to end."""
+    for pid in _children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _left(before: _Seen) -> str | None:
+    """What an import has left that cannot be shared."""
+    now = _Seen.now()
+    if now.threads > before.threads and not _threads_end_at_fork(before.threads):
+        return "it starts a thread"
+    if now.children - before.children:
+        return "it starts a process"
+    opened = now.descriptors - before.descriptors
+    if opened:
+        return f"it opens {', '.join(sorted(link for _, link in opened))}"
+    if now.mappings - before.mappings:
+        return "it maps memory that processes share"
+    return next(_generators(now.modules - before.modules), None)
+
+
+def _threads_end_at_fork(threads: int) -> bool:
+    """Whether those that an import has started end by themselves before a fork.
+
+    Libraries that know of forks do that with pthread_atfork(3), and start them again when they are
+    needed: numpy's OpenBLAS.
+    """
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    until = time.monotonic() + _JOIN_SECONDS
+    while len(os.listdir("/proc/self/task")) > threads:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _generators(names: Set[str]) -> Iterator[str]:
+    """Generators of random numbers that modules have, but for those that a worker seeds anew.
+
+    Nothing is asked of the objects themselves: some only pretend to be there yet.
+    """
+    for name in sorted(names - _SEEDED_ANEW):
+        module = sys.modules.get(name)
+        if not issubclass(type(module), ModuleType):
+            continue
+        for variable, value in list(vars(module).items()):
+            kind = type(value)
+            pythons = issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom)
+            if pythons or (kind.__module__, kind.__name__) in _NUMPY_GENERATORS:
+                yield f"{name}.{variable} is a generator of random numbers"
+
+
+def _children() -> Iterator[int]:
+    for thread in os.listdir("/proc/self/task"):
+        with (
+            contextlib.suppress(FileNotFoundError, ProcessLookupError),
+            open(f"/proc/self/task/{thread}/children", encoding="ascii") as stream,
+        ):
+            yield from map(int, stream.read().split())
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            yield int(name), os.readlink(f"/proc/self/fd/{name}")
+
+
+def _shared_mappings() -> Iterator[str]:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            where, mode, *_ = line.split(maxsplit=2)
+            if mode.endswith("s") and "w" in mode:
+                yield where

@@ -1,0 +1,216 @@
+"""What clients may call: finding it, calling it.
+
+Everything that is exposed has been imported when the worker serves (`loading.py`), so a call is two
+dictionary look-ups. What the tables do not hold does not exist for a client: no name that it sends
+ever reaches an import or an attribute.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from cpanbridge.supervisor.config import Affinity
+from cpanbridge.workers.client.client_socket import ClientSocket
+from cpanbridge.workers.protocol.messages import Refusal, Request
+
+# Less than it costs to change over to another thread and back under load.
+QUICK_NS = 250_000
+_NAMES_SHOWN = 30
+
+
+class Exposed(NamedTuple):
+    """A module that clients may call, under the name in its table."""
+
+    functions: dict[str, Callable[..., Any]]
+    python: ModuleType | None  # None: built in
+    takes_request: bool = False  # its functions are handed the Request itself, and the Peer
+    request_timeout: float = 0.0  # seconds that a call may take; 0: any time
+    affinity: Affinity = "none"
+
+
+class Target:
+    """A function that can be called, and whether its calls have been quick of late."""
+
+    __slots__ = (
+        "_slow_share",
+        "function",
+        "number",
+        "owned_as",
+        "request_timeout",
+        "takes_request",
+    )
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        takes_request: bool,
+        request_timeout: float = 0.0,
+        owned_as: int | None = None,
+    ) -> None:
+        self.function = function
+        self.request_timeout = request_timeout
+        # None: any worker may run it; FOR_CLIENT: the client's own; else the module's own, which
+        # this number stands for.
+        self.owned_as = owned_as
+        self.number = -1  # its place in the daemon's table of names; -1: it was not called yet
+        self.takes_request = takes_request
+        self._slow_share = 0.5  # of the last calls, newer ones counting more
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether its next call is likely to be over in `QUICK_NS`."""
+        return self._slow_share < 0.25
+
+    def took(self, duration_ns: int) -> None:
+        """Learn from a call. A lost update between two threads does no harm."""
+        slow = 1.0 if duration_ns > QUICK_NS else 0.0
+        self._slow_share += (slow - self._slow_share) / 16
+
+
+FOR_CLIENT = 0
+
+
+def owned_as(module: str, affinity: Affinity) -> int | None:
+    """What the owner of a module's state is found by; see `Target.owned_as`.
+
+    The number is made of the name alone, so that all workers of all generations have the same one.
+    That two names have the same of 2**63 numbers is not to be expected, and would do no harm but
+    that both reach the same worker.
+    """
+    if affinity == "none":
+        return None
+    if affinity == "client":
+        return FOR_CLIENT
+    digest = hashlib.blake2b(module.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1 or 1
+
+
+class Outcome(msgspec.Struct):
+    """A function's return value, or the exception that ended it."""
+
+    result: Any
+    error: BaseException | None
+
+
+class Registry:
+    """All that may be called, by name."""
+
+    def __init__(self, exposed: dict[str, Exposed], left_out: dict[str, str] | None = None) -> None:
+        self._exposed = exposed
+        self.left_out = left_out or {}  # modules that could not be loaded, and why
+        self._targets = {
+            name: {
+                function: Target(
+                    callable_,
+                    module.takes_request,
+                    module.request_timeout,
+                    owned_as(name, module.affinity),
+                )
+                for function, callable_ in module.functions.items()
+            }
+            for name, module in exposed.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """The modules' names, sorted."""
+        return sorted(self._exposed)
+
+    def affinity_of(self, name: str) -> Affinity:
+        """Whose state a module keeps."""
+        return self._exposed[name].affinity
+
+    def functions_of(self, name: str) -> list[str]:
+        """The functions that may be called in a module, sorted."""
+        return sorted(self._targets[name])
+
+    def find(self, request: Request) -> Target:
+        """What a request names.
+
+        Raises Refusal (ModuleNotAllowed, FunctionNotAllowed) that says what is allowed.
+        """
+        functions = self._targets.get(request.module)
+        if functions is None:
+            why = self.left_out.get(request.module)
+            message = f"Module {request.module!r} is not exposed; {_listed(self._targets)}"
+            if why is not None:
+                message = f"Module {request.module!r} could not be loaded: {why}"
+            raise Refusal("ModuleNotAllowed", message, request.request_id, request.perl_caller)
+        target = functions.get(request.function)
+        if target is None:
+            message = (
+                f"Function {request.function!r} of module {request.module!r} is not exposed; "
+                f"{_listed(functions)}"
+            )
+            raise Refusal("FunctionNotAllowed", message, request.request_id, request.perl_caller)
+        return target
+
+    def hooks(self, name: str) -> Iterable[tuple[str, Callable[[], object]]]:
+        """The modules that have a hook of this name, with it: each Python module once."""
+        seen: set[int] = set()
+        for exposed_as, module in self._exposed.items():
+            hook = getattr(module.python, name, None)
+            if inspect.isroutine(hook) and id(module.python) not in seen:
+                seen.add(id(module.python))
+                yield exposed_as, hook
+
+
+def call(target: Target, request: Request, client: ClientSocket) -> Outcome:
+    """Run a function with a request's params: an object's as keywords, an array's by position.
+
+    Whatever the function raises is the outcome's error, SystemExit included: a module must not be
+    able to end the thread that serves a client. Raises Refusal (InvalidParams) when the params do
+    not fit the signature; the function has not run then.
+    """
+    function, params = target.function, request.params
+    try:
+        if target.takes_request:
+            return Outcome(function(request, client), None)
+        if params is None:
+            return Outcome(function(), None)
+        if type(params) is dict:
+            return Outcome(function(**params), None)
+        if type(params) is list:
+            return Outcome(function(*params), None)
+        return Outcome(function(params), None)
+    except TypeError as error:
+        if not target.takes_request and _is_misfit(function, params, error):
+            message = f"Invalid params for {request.module}.{request.function}: {error}"
+            raise Refusal("InvalidParams", message, request.request_id) from None
+        return Outcome(None, error)
+    except Refusal:
+        raise
+    except BaseException as error:
+        return Outcome(None, error)
+
+
+def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> bool:
+    """Whether the call itself failed, before any line of the function ran."""
+    if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        return False  # raised by Python code that the function ran
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False  # a C function that does not tell its signature
+    try:
+        if params is None:
+            signature.bind()
+        elif type(params) is dict:
+            signature.bind(**params)
+        elif type(params) is list:
+            signature.bind(*params)
+        else:
+            signature.bind(params)
+    except TypeError:
+        return True
+    return False
+
+
+def _listed(names: Iterable[str]) -> str:
+    allowed = sorted(names)
+    more = f" and {len(allowed) - _NAMES_SHOWN} more" if len(allowed) > _NAMES_SHOWN else ""
+    return f"allowed: {', '.join(allowed[:_NAMES_SHOWN])}{more}"

@@ -1,0 +1,360 @@
+"""Sessions: what one client process keeps in this worker, and how long.
+
+A session begins with a client process's first call to a module that has an affinity, and ends when
+that process ends: the kernel says so at once (pidfd). What modules have left in it is closed then;
+and when the client has been silent for `stale_timeout`, and when the worker leaves. Where the
+kernel does not tell the client process, the connection takes its place.
+
+Nothing here cuts a call that runs: what it uses is closed after it.
+"""
+
+import errno
+import logging
+import os
+import secrets
+import select
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from cpanbridge.supervisor.memory.layout import Slot
+from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
+from cpanbridge.workers.accept.own_threads import OwnThread
+from cpanbridge.workers.client.identity import start_time
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+
+class UnknownHandle(LookupError):
+    """No object of this name is in the client's session."""
+
+
+class SessionEnded(RuntimeError):
+    """The session's time is over, and nothing can be left in it any more."""
+
+
+class Session:
+    """One client process's state in this worker.
+
+    Module authors get theirs by `current_session()`. Its methods may be called from any thread.
+    """
+
+    def __init__(self, process: ClientProcess, descriptor: int) -> None:
+        self.process = process
+        self.modules: set[int] = set()  # those whose state is told to be here, see affinity.py
+        self.running = 0  # calls
+        self.last_used = time.monotonic()
+        self.over = False  # its client has ended
+        self.expired = False  # its client was silent for too long, and has not been told yet
+        self.descriptor = descriptor  # tells the client's end
+        self._objects: dict[str, Any] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def keep(self, thing: Any, name: str | None = None) -> str:
+        """Leave an object in the session, under a name, or for a new handle; returns which.
+
+        A handle is never given twice, so one of a lost session finds nothing. An object that had
+        the name before is closed. Raises SessionEnded, and closes the object, in a thread that
+        outlives its call and the session.
+        """
+        name = name or secrets.token_hex(8)
+        with self._lock:
+            ended = self._closed
+            before = self._objects.get(name)
+            if not ended:
+                self._objects[name] = thing
+        if ended:
+            close(thing)
+            raise SessionEnded("the client's session has ended; the object was closed")
+        if before is not None and before is not thing:
+            close(before)
+        return name
+
+    def find(self, name: str) -> Any:
+        """What was left under a name or for a handle. Raises UnknownHandle."""
+        with self._lock:
+            if name not in self._objects:
+                raise UnknownHandle(
+                    f"{name!r} is not in this client's session: it was dropped, or is another's"
+                )
+            return self._objects[name]
+
+    def drop(self, name: str) -> None:
+        """Close an object and forget it. Raises UnknownHandle."""
+        thing = self.find(name)
+        with self._lock:
+            self._objects.pop(name, None)
+        close(thing)
+
+    def has_ended(self) -> bool:
+        """Whether its client has, whoever has noticed."""
+        poll = select.poll()  # of its own: one cannot be used by two threads
+        poll.register(self.descriptor, select.POLLIN if self.process.pid != BY_CONNECTION else 0)
+        # In this order: a descriptor that is no longer ours is closed after `over` is set.
+        return bool(poll.poll(0)) or self.over
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no module has left anything in it."""
+        return not self._objects
+
+    def close(self) -> None:
+        """Close what is left, the newest first: a cursor before its connection."""
+        with self._lock:
+            self._closed = True
+            things, self._objects = list(self._objects.values()), {}
+        for thing in reversed(things):
+            close(thing)
+
+
+def close(thing: Any) -> None:
+    """Call an object's `close()`, if it has one. What it raises is logged."""
+    try:
+        method = getattr(thing, "close", None)
+        if callable(method):
+            method()
+    except BaseException:
+        LOGGER.exception("close() of an object in a session failed")
+
+
+_current = threading.local()
+
+
+def current_session() -> Session:
+    """The session of the client whose call runs in this thread.
+
+    Raises RuntimeError outside of a call, and in a module without affinity, whose calls reach any
+    worker.
+    """
+    session: Session | None = getattr(_current, "session", None)
+    if session is None:
+        raise RuntimeError(
+            'No session: this thread does not run a call to a module of affinity "client" or '
+            '"module"'
+        )
+    return session
+
+
+def run_in(session: Session | None) -> None:
+    """Let `current_session` return this one, in this thread; None: there is none any more."""
+    _current.session = session
+
+
+class Sessions:
+    """All sessions of a worker. `forget` takes a client's rows out of the shared table."""
+
+    def __init__(
+        self, slot: Slot, stale_timeout: float, forget: Callable[[ClientProcess], None]
+    ) -> None:
+        self._slot = slot
+        self._stale_timeout = stale_timeout
+        self._forget = forget
+        self._lock = threading.Lock()
+        self._sessions: dict[ClientProcess, Session] = {}
+        self._by_pid: dict[int, Session] = {}
+        self._by_descriptor: dict[int, Session] = {}
+        # Those that silence may end, the longest silent first.
+        self._silent: OrderedDict[Session, None] = OrderedDict()
+        self._exiting = False
+        self._ends = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._ends.register(self._wake, select.EPOLLIN)
+        self._watch: threading.Thread | None = None
+        # Readable when the last one of a worker that leaves has ended.
+        self.none_left = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def live(self) -> int:
+        """How many there are; those that silence has ended do not count."""
+        return int(self._slot.sessions)
+
+    def of_process(self, pid: int) -> Session | None:
+        """The session of the process that has this pid now."""
+        session = self._by_pid.get(pid)
+        # Where the process has ended, another one may have its pid.
+        return session if session is not None and not session.has_ended() else None
+
+    def is_live(self, process: ClientProcess | None) -> bool:
+        """Whether a client has a session that silence has not ended."""
+        session = self._sessions.get(process) if process is not None else None
+        return session is not None and not session.expired
+
+    def enter(self, process: ClientProcess, connection: int) -> Session:
+        """The client's session, for one call; it begins if there is none. `leave` must follow.
+
+        `connection` is the descriptor of the one that it has called on.
+        Raises ProcessLookupError when the client process has ended, another OSError when there is
+        no descriptor or thread to watch it by.
+        """
+        with self._lock:
+            session = self._sessions.get(process) or self._begin(process, connection)
+            session.running += 1
+            return session
+
+    def enter_for(self, process: ClientProcess, module: int) -> Session | None:
+        """The same if the client's state for the module is here; None when it is not."""
+        with self._lock:
+            session = self._sessions.get(process)
+            if session is None or module not in session.modules:
+                return None
+            session.running += 1
+            return session
+
+    def _begin(self, process: ClientProcess, connection: int) -> Session:
+        if self._watch is None:
+            watch = OwnThread(target=self._watch_ends, name="sessions", daemon=True)
+            try:
+                watch.start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from None
+            self._watch = watch
+        if process.pid == BY_CONNECTION:
+            session = Session(process, os.dup(connection))
+            events = 0  # a hang-up is told unasked, when both sides are shut down
+        else:
+            session = Session(process, os.pidfd_open(process.pid))
+            events = select.EPOLLIN
+            # Asked after the descriptor was there, which is of nobody else if this is still true.
+            if start_time(process.pid) != process.start:
+                os.close(session.descriptor)
+                raise ProcessLookupError
+            self._by_pid[process.pid] = session
+        self._sessions[process] = self._by_descriptor[session.descriptor] = session
+        self._slot.sessions += 1
+        self._ends.register(session.descriptor, events)
+        return session
+
+    def leave(self, session: Session) -> None:
+        """A call of the session has ended."""
+        with self._lock:
+            session.running -= 1
+            session.last_used = time.monotonic()
+            if session.running:
+                return
+            if not session.over and not session.modules:
+                self._remove(session)  # nothing has come of it
+            if not session.over:
+                if not session.expired:
+                    self._expect_silence(session)
+                return
+        _close_aside(session)
+
+    def _expect_silence(self, session: Session) -> None:
+        """From now on it is counted how long the client is silent. Called under the lock.
+
+        Plain modules keep their state themselves. For theirs nothing can be done before their
+        worker leaves, so the client is not told either that anything is lost.
+        """
+        if session.is_empty and not self._exiting:
+            self._silent.pop(session, None)  # it may have had something before
+            return
+        first = not self._silent
+        self._silent[session] = None
+        self._silent.move_to_end(session)
+        if first:
+            os.eventfd_write(self._wake, 1)
+
+    def let_go(self) -> None:
+        """The worker is to leave: from now on silence ends every session.
+
+        Called in the main thread.
+        """
+        with self._lock:
+            self._exiting = True
+            for session in sorted(self._sessions.values(), key=lambda each: each.last_used):
+                if not session.running and not session.expired:
+                    self._expect_silence(session)
+            self._tell_if_none_left()
+
+    def end(self, session: Session) -> None:
+        """The client has ended, or has been told that its state is lost."""
+        # The rows first: whoever looks meanwhile finds a session that is over, never none.
+        self._forget(session.process)
+        with self._lock:
+            if session.over:
+                return
+            has_ended = session.has_ended()
+            self._remove(session)
+            idle = not session.running
+        if has_ended:
+            # A call of it may have written a row meanwhile. One that does so from now on sees that
+            # the session is over, and takes it out itself.
+            self._forget(session.process)
+        if idle:
+            _close_aside(session)
+
+    def _remove(self, session: Session) -> None:
+        session.over = True
+        del self._sessions[session.process], self._by_descriptor[session.descriptor]
+        if self._by_pid.get(session.process.pid) is session:
+            del self._by_pid[session.process.pid]
+        self._silent.pop(session, None)
+        self._ends.unregister(session.descriptor)
+        os.close(session.descriptor)
+        if not session.expired:
+            self._count_out()
+
+    def close_all(self) -> None:
+        """Close what all sessions have left. Called when the worker leaves and nothing runs."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.close()
+
+    def _count_out(self) -> None:
+        self._slot.sessions -= 1
+        self._tell_if_none_left()
+
+    def _tell_if_none_left(self) -> None:
+        if self._exiting and not self._slot.sessions:
+            os.eventfd_write(self.none_left, 1)
+
+    # -- the thread that watches --
+
+    def _watch_ends(self) -> None:
+        while True:
+            try:
+                for descriptor, _ in self._ends.poll(self._until_silence_ends_one()):
+                    if descriptor == self._wake:
+                        os.eventfd_read(self._wake)
+                    elif (session := self._by_descriptor.get(descriptor)) is not None:
+                        self.end(session)
+                while (session := self._silent_for_too_long()) is not None:
+                    _close_aside(session)
+            except Exception:
+                LOGGER.exception("Watching sessions: a fault of the daemon's own")
+
+    def _until_silence_ends_one(self) -> float | None:
+        """Seconds; None: nobody is waited for."""
+        with self._lock:
+            oldest = next(iter(self._silent), None)
+            if oldest is None:
+                return None
+            return max(0.0, oldest.last_used + self._stale_timeout - time.monotonic())
+
+    def _silent_for_too_long(self) -> Session | None:
+        now = time.monotonic()
+        with self._lock:
+            while (oldest := next(iter(self._silent), None)) is not None:
+                if oldest.last_used + self._stale_timeout > now:
+                    break
+                del self._silent[oldest]
+                if not oldest.running:  # or it is expected again when its call ends
+                    oldest.expired = True
+                    self._count_out()
+                    return oldest
+        return None
+
+
+def _close_aside(session: Session) -> None:
+    """Close what is left in a session, where nobody has to wait for it."""
+    if session.is_empty:
+        session.close()
+        return
+    try:
+        threading.Thread(target=session.close, name="close", daemon=True).start()
+    except RuntimeError:  # no more threads
+        session.close()
