@@ -1,16 +1,16 @@
-"""What finding state again costs: handed-over calls, kept connections, and a thousand sessions.
+"""What affinity costs: calls that are handed off, kept connections, and a thousand sessions.
 
     affinity.py [--seconds 2] [--rounds 3] [--sessions 1000]
 
 One daemon with 2 workers has the same function in a module without affinity and in one of affinity
 "client". The runs alternate, and each round gives one ratio to the module without affinity.
 
-That all calls are handed over is brought about by a reload: a process makes its first call, the
-daemon reloads, and the process becomes the load generator (exec keeps pid and start time, and so
-the session). Its owner drains and accepts nobody, so every call arrives in another worker.
+A reload makes every call be handed off: a process makes its first call, the daemon reloads, and the
+process becomes the load generator (exec keeps pid and start time, and so the session). Its owner
+drains and accepts no clients, so every call arrives in another worker.
 
-All calls of one client process run in one worker. So its throughput says how much one worker can
-do, whatever a hand-over costs; what that costs is the CPU time of the whole daemon for a call.
+All calls of one client process run in one worker. So its throughput shows the capacity of one
+worker, whatever a hand-off costs. The cost of a hand-off is the whole daemon's CPU time per call.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def call_kept(path: Path) -> bool:
 
 
 class Bench:
-    """The daemon, and what is asked of it."""
+    """The daemon, and the runs that are made against it."""
 
     def __init__(
         self, program: Path, path: Path, master: psutil.Process, options: argparse.Namespace
@@ -63,21 +63,21 @@ class Bench:
         self._options = options
 
     def plain(self, form: str, clients: int, module: str = "bench") -> Report:
-        """One run of the load generator, as a client process without a past."""
+        """One run of the load generator, as a client process that has no session yet."""
         before = cpu_seconds(self._master)
         return self._run([], module, form, clients, before)
 
-    def handed_over(self, form: str, clients: int) -> Report:
-        """One run in which the owner of the client's session accepts nobody."""
-        event = self._path.with_suffix(".cpu")
+    def handed_off(self, form: str, clients: int) -> Report:
+        """One run in which the owner of the client's session accepts no clients."""
+        cpu_file = self._path.with_suffix(".cpu")
         config = str(self._path.with_suffix(".toml"))
-        become = ["--become", str(self._path), config, str(self._master.pid), str(event)]
-        return self._run([sys.executable, __file__, *become], "kept", form, clients, event)
+        become = ["--become", str(self._path), config, str(self._master.pid), str(cpu_file)]
+        return self._run([sys.executable, __file__, *become], "kept", form, clients, cpu_file)
 
     def _run(
         self, become: list[str], module: str, form: str, clients: int, before: float | Path
     ) -> Report:
-        """`before` is the daemon's CPU time when the load began, or who has noted it."""
+        """`before` is the daemon's CPU seconds when the load began, or the file that has them."""
         seconds = self._options.seconds
         command = [
             *become,
@@ -102,21 +102,21 @@ class Bench:
         return report
 
 
-def become(path: str, config: str, master: int, event: str, command: list[str]) -> None:
-    """Begin a session, have the daemon reload, and become the load generator."""
+def become(path: str, config: str, master: int, cpu_file: str, command: list[str]) -> None:
+    """Begin a session, reload the daemon, and become the load generator."""
     if not call_kept(Path(path)):
         raise BenchError("the first call failed")
     subprocess.run(
         [find_cpanbridged(), "reload", "--config", config], check=True, stdout=subprocess.DEVNULL
     )
-    time.sleep(SETTLING_SECONDS)  # workers without sessions end, and are waited for
-    Path(event).write_text(str(cpu_seconds(psutil.Process(master))))
+    time.sleep(SETTLING_SECONDS)  # until workers without sessions have ended
+    Path(cpu_file).write_text(str(cpu_seconds(psutil.Process(master))))
     os.execv(command[0], command)
 
 
 @contextlib.contextmanager
-def crowd(path: Path, count: int) -> Iterator[None]:
-    """Client processes that have a session each, and are silent."""
+def silent_clients(path: Path, count: int) -> Iterator[None]:
+    """Client processes that have a session each, and send nothing."""
     children = []
     for _ in range(count):
         read_end, write_end = os.pipe()
@@ -150,38 +150,38 @@ def show(title: str, rounds: list[tuple[Report, Report]], field: str, unit: str)
 
 
 def measure(bench: Bench, path: Path, options: argparse.Namespace) -> None:
-    """Run all of it, and print a line for each question."""
+    """Run everything, and print one line per measurement."""
     print(f"{'':44}{'without':>9}{'with':>9} {'':8}{'ratio':>6}")
 
-    def rounds(form: str, clients: int, *, over: bool) -> list[tuple[Report, Report]]:
+    def rounds(form: str, clients: int, *, off: bool) -> list[tuple[Report, Report]]:
         pairs = []
         for _ in range(options.rounds):
             plain = bench.plain(form, clients)
-            if over:
-                pairs.append((plain, bench.handed_over(form, clients)))
+            if off:
+                pairs.append((plain, bench.handed_off(form, clients)))
             else:
                 pairs.append((plain, bench.plain(form, clients, "kept")))
         return pairs
 
-    pairs = rounds("oneshot", 1, over=True)
-    show("one-shot, all handed over, 1 client", pairs, "p50_us", "us p50")
+    pairs = rounds("oneshot", 1, off=True)
+    show("one-shot, all handed off, 1 client", pairs, "p50_us", "us p50")
     show("", pairs, "cpu_us", "us CPU")
-    pairs = rounds("oneshot", 16, over=True)
-    show("one-shot, all handed over, 16 clients", pairs, "cpu_us", "us CPU")
+    pairs = rounds("oneshot", 16, off=True)
+    show("one-shot, all handed off, 16 clients", pairs, "cpu_us", "us CPU")
     show("  all to one worker", pairs, "calls_per_second", "calls/s")
-    pairs = rounds("oneshot", 16, over=False)
-    show("one-shot, half of them handed over, 16", pairs, "cpu_us", "us CPU")
+    pairs = rounds("oneshot", 16, off=False)
+    show("one-shot, half of them handed off, 16", pairs, "cpu_us", "us CPU")
     show("  all to one worker", pairs, "calls_per_second", "calls/s")
-    pairs = rounds("framed", 1, over=True)
-    show("framed, handed over once, 1 client", pairs, "p50_us", "us p50")
+    pairs = rounds("framed", 1, off=True)
+    show("framed, handed off once, 1 client", pairs, "p50_us", "us p50")
     before = [bench.plain("oneshot", 16, "kept")["calls_per_second"] for _ in range(options.rounds)]
-    with crowd(path, options.sessions):
+    with silent_clients(path, options.sessions):
         after = [
             bench.plain("oneshot", 16, "kept")["calls_per_second"] for _ in range(options.rounds)
         ]
     ratio = statistics.median(after) / statistics.median(before)
     print(
-        f"{f'beside {options.sessions} other sessions, 16 clients':44}"
+        f"{f'with {options.sessions} other sessions, 16 clients':44}"
         f"{statistics.median(before):9.0f}{statistics.median(after):9.0f} {'calls/s':8}{ratio:6.2f}"
     )
 
@@ -189,9 +189,9 @@ def measure(bench: Bench, path: Path, options: argparse.Namespace) -> None:
 def main() -> int:
     """Start the daemon, measure, print."""
     if sys.argv[1:2] == ["--become"]:
-        socket, toml, pid, cpu_note, *program_line = sys.argv[2:]
-        become(socket, toml, int(pid), cpu_note, program_line)
-    parser = argparse.ArgumentParser(description="Measure what finding state again costs.")
+        socket, toml, pid, cpu_file, *program_line = sys.argv[2:]
+        become(socket, toml, int(pid), cpu_file, program_line)
+    parser = argparse.ArgumentParser(description="Measure what affinity costs.")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sessions", type=int, default=1000)

@@ -1,4 +1,4 @@
-"""The call that the benchmarks make, as bytes in each protocol that a server may speak."""
+"""The call that the benchmarks make, as bytes in the protocol of each server."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def request(size: int = SMALLEST, module: str = "bench") -> bytes:
 
 
 def http_request(size: int, *, keep: bool) -> bytes:
-    """The same as an HTTP/1.1 request; `keep`: the connection is to stay open."""
+    """The same as an HTTP/1.1 request; `keep`: the connection stays open."""
     body = request(size)
     head = (
         "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

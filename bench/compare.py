@@ -1,12 +1,12 @@
-"""The daemon's throughput beside that of the bare pre-fork server, measured in turns.
+"""The daemon's throughput compared with that of the bare pre-fork server, measured in turns.
 
     compare.py [--form oneshot|framed] [--clients 16] [--workers 2] [--seconds 4] [--rounds 3]
     compare.py --against REVISION ...
 
-An absolute figure says more about the machine than about the daemon, and a shared machine's speed
-changes from minute to minute. So both servers stand ready, and short runs alternate: floor,
-daemon, floor, daemon. Each round gives one ratio, and the spread of the ratios says how far to
-trust it. With `--against` the yardstick is not the floor but the daemon of another revision.
+An absolute figure depends more on the machine than on the daemon, and a shared machine's speed
+changes from minute to minute. So both servers run all the time, and short runs alternate: floor,
+daemon, floor, daemon. Each round gives one ratio, and the spread of the ratios shows how reliable
+it is. With `--against` the baseline is not the floor but the daemon of another revision.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from servers import (
 )
 
 WARM_UP_SECONDS = 1.0
-OTHERS_CPU_SHARE_LIMIT = 0.1  # of one core: above it, the figures are called disturbed
+OTHERS_CPU_SHARE_LIMIT = 0.1  # of one core: above it, the figures count as disturbed
 
 
 def print_table(rounds: dict[str, list[Run]]) -> None:
@@ -68,9 +68,9 @@ def print_table(rounds: dict[str, list[Run]]) -> None:
 
 
 def ratios(rounds: dict[str, list[Run]]) -> list[float]:
-    """The daemon's throughput over the yardstick's, of each round."""
-    yardstick = next(iter(rounds.values()))
-    pairs = zip(yardstick, rounds.get("cpanbridged", []), strict=False)
+    """The daemon's throughput over the baseline's, of each round."""
+    baseline = next(iter(rounds.values()))
+    pairs = zip(baseline, rounds.get("cpanbridged", []), strict=False)
     return [daemon.calls_per_second / other.calls_per_second for other, daemon in pairs]
 
 
@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--form", choices=["oneshot", "framed"], default="oneshot")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--pipeline", type=int, default=1, help="framed: requests under way")
+    parser.add_argument("--pipeline", type=int, default=1, help="framed: requests in flight")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 def _servers(
     folder: Path, options: argparse.Namespace
 ) -> dict[str, tuple[list[str], Path, dict[str, str] | None]]:
-    """The servers to run, the yardstick first: command, socket, and environment if another."""
+    """The servers to run, the baseline first: command, socket, and environment if it differs."""
     servers: dict[str, tuple[list[str], Path, dict[str, str] | None]] = {}
     if options.against:
         other = folder / "other"

@@ -1,13 +1,13 @@
-"""What watching and counting costs: the monitor's samples, and a request's way through the gate.
+"""What monitoring and counting cost: the monitor's samples, and a request's admission.
 
     cost.py [--workers 8] [--megabytes 200] [--seconds 10]
 
-Two measurements, each told as a ratio:
+Two measurements, each printed as a ratio:
 
-- An admission and its bookkeeping with 1,000 requests in the last minute beside 1,000,000: they
+- An admission and its statistics with 1,000 requests in the last minute against 1,000,000: they
   must cost the same.
-- The monitor's share of a core: the CPU time that the master uses while it samples a tree of so
-  many workers with so much memory each, and nobody calls.
+- The monitor's share of a core: the CPU time that the master uses while it samples a tree of
+  `--workers` workers with `--megabytes` of memory each, without any calls.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CALLS = 20_000
 
 
 def monitor_share(workers: int, megabytes: int, seconds: float) -> float:
-    """The share of a core that the master uses, workers holding so much memory each."""
+    """The share of a core that the master uses with workers of `megabytes` MB each, 0 to 1."""
     folder = Path(tempfile.mkdtemp(prefix="cpanbridged-bench-"))
     try:
         path = folder / "daemon.sock"
@@ -43,7 +43,7 @@ def monitor_share(workers: int, megabytes: int, seconds: float) -> float:
             f"limits.max_memory_mb = {2 * workers * megabytes + 1024}\n"
             '[modules.bench]\nimport = "bench_echo"\nfunctions = ["echo"]\n'
             '[modules.holder]\nimport = "bench_holder"\nfunctions = ["held"]\n'
-            "preload = false\n"  # each has its own
+            "preload = false\n"  # each worker has its own memory
         )
         os.environ["BENCH_HOLD_MB"] = str(megabytes)
         command = [find_cpanbridged(), "run", "--config", str(config)]
@@ -62,24 +62,24 @@ def _cpu_ns(process: psutil.Process) -> int:
     return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0])
 
 
-class Line:
-    """One gate with so many admissions in its last minute."""
+class Measured:
+    """One gate with a number of admissions in its last minute."""
 
     def __init__(self, admissions: int) -> None:
         limits = Limits(max_requests_per_minute=10_000_000, max_concurrent_requests=1000)
         self.shared = Shared.create(8, limits)
-        wakeups = [Wakeups.hang() for _ in range(8)]
+        wakeups = [Wakeups.create() for _ in range(8)]
         self.gate = Gate(self.shared, 0, wakeups)
         self.statistics = StatisticsWriter(self.shared, 0)
         for _ in range(admissions):
             self.shared.window.record(time.monotonic_ns())
 
     def nanoseconds(self) -> float:
-        """What one request takes, admitted, written down and given back."""
+        """The time of one request in ns: admission, statistics, and giving its room back."""
         gate, statistics = self.gate, self.statistics
         began = time.perf_counter_ns()
         for _ in range(CALLS):
-            assert gate.attempt(gate.admitted, connection=False) is True
+            assert gate.attempt(gate.admit, connection=False) is True
             statistics.ran(1, True, 1000, time.monotonic_ns())
             gate.finished(True)
         return (time.perf_counter_ns() - began) / CALLS
@@ -87,16 +87,16 @@ class Line:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="What watching and counting costs.")
+    parser = argparse.ArgumentParser(description="What monitoring and counting cost.")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args()
-    few, many = Line(1_000), Line(1_000_000)
+    few, many = Measured(1_000), Measured(1_000_000)
     times = [(few.nanoseconds(), many.nanoseconds()) for _ in range(ROUNDS)]
     ratios = [full / sparse for sparse, full in times]
     print(
-        "a request's admission and bookkeeping, in nanoseconds: "
+        "a request's admission and statistics, in nanoseconds: "
         f"{statistics.median(sparse for sparse, _ in times):.0f} with 1,000 in the last minute, "
         f"{statistics.median(full for _, full in times):.0f} with 1,000,000; "
         f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"

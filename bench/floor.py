@@ -1,11 +1,11 @@
-"""The bare pre-fork server: the yardstick that the daemon's throughput is measured against.
+"""The bare pre-fork server, the floor: the baseline for the daemon's throughput.
 
     floor.py --socket PATH --workers N [--form oneshot|framed]
 
 It accepts, receives, decodes, encodes, sends and closes, with the standard library's sockets, and
 does nothing else: no admission, no checks, no threads, no accounting. Its replies have the fields
-of the daemon's success reply, so both encode the same amount. What the daemon loses against it is
-the price of everything that the daemon promises.
+of the daemon's success reply, so both encode the same amount. The difference to the daemon is the
+cost of everything that the daemon guarantees.
 
 It trusts its clients: no timeouts, no size limits. Never use it for anything but measuring.
 Stops on SIGTERM or SIGINT and removes its socket.
@@ -57,7 +57,7 @@ def serve_oneshot(listener: socket.socket, worker: int) -> None:
         connection, _ = listener.accept()
         received = connection.recv(RECEIVE_BYTES)
         while True:
-            # Clients need not shut down their side, so the end is where decoding succeeds.
+            # Clients need not shut down their side, so a request ends where decoding succeeds.
             try:
                 if not received.endswith(b"}"):
                     raise msgspec.DecodeError
@@ -76,7 +76,7 @@ def serve_oneshot(listener: socket.socket, worker: int) -> None:
 
 
 def answer_frames(received: bytes, worker: int) -> tuple[bytes, bytes]:
-    """The replies to all whole frames in `received`, as frames, and what is left over."""
+    """The replies to all whole frames in `received`, as frames, and the remaining bytes."""
     replies = []
     at = 0
     while len(received) - at >= 4:
@@ -94,8 +94,8 @@ def answer_frames(received: bytes, worker: int) -> tuple[bytes, bytes]:
 def serve_framed(listener: socket.socket, worker: int) -> None:
     """Answer frames on kept connections from one epoll loop (runs in a worker, until killed).
 
-    One loop rather than a thread per connection: threads of one process only pass the
-    interpreter lock around here, at a context switch for each call.
+    One loop rather than a thread per connection: here, threads of one process would only pass the
+    interpreter lock to each other, at a context switch for each call.
     """
     listener.setblocking(False)
     poll = select.epoll()
@@ -135,7 +135,7 @@ def main() -> int:
 
     serve = serve_oneshot if options.form == "oneshot" else serve_framed
     libc = ctypes.CDLL(None, use_errno=True)
-    # Blocked before the first fork, so that a stop signal can't come between; workers unblock.
+    # Blocked before the first fork, so that no stop signal is missed; workers unblock them.
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -145,7 +145,7 @@ def main() -> int:
         for worker in range(options.workers):
             child = os.fork()
             if child == 0:
-                # The kernel kills a worker whose master died, however the master died.
+                # The kernel kills a worker whose master has died, for whatever reason.
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)

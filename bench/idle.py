@@ -1,11 +1,11 @@
-"""What the daemon costs while nobody calls: memory of its tree, CPU time, system calls.
+"""What the daemon costs without calls: memory of its tree, CPU time, system calls.
 
     idle.py [--workers 2] [--seconds 10] [--no-strace] [--json]
 
-Starts the daemon with default settings, makes one call (so it is ready), then watches it doing
-nothing. Memory is PSS (pages shared by k processes count 1/k in each), so the sum over the tree is
-what the tree really takes. An idle daemon should use no measurable CPU, and the few system calls
-that it makes (timers of the master) can be read off the strace summary.
+Starts the daemon with default settings, makes one call (so it is ready), then measures it while it
+is idle. Memory is PSS (pages shared by k processes count 1/k in each), so the sum over the tree is
+what the tree really takes. An idle daemon should use no measurable CPU; the strace summary shows
+the few system calls that it makes (timers of the master).
 """
 
 import argparse
@@ -28,10 +28,10 @@ SETTLE_SECONDS = 2.0
 
 @dataclass
 class Idle:
-    """What one process of the tree held and did while nobody called."""
+    """Memory, threads, CPU and context switches of one process of the idle tree."""
 
     name: str
-    title: str  # as the process shows itself in ps
+    title: str  # as ps shows it
     pss_mb: float
     threads: int
     cpu_ms: float
@@ -49,7 +49,7 @@ def cpu_nanoseconds(process: psutil.Process) -> int:
 
 
 def context_switches(process: psutil.Process) -> int:
-    """Times that a thread of the process was put on or taken off a core: its wake-ups."""
+    """How often threads of the process were taken off a core: a measure of its wake-ups."""
     total = 0
     for task in Path(f"/proc/{process.pid}/task").iterdir():
         text = (task / "status").read_text()
@@ -58,7 +58,7 @@ def context_switches(process: psutil.Process) -> int:
 
 
 def trace(processes: list[psutil.Process], seconds: float, folder: Path) -> list[str]:
-    """The summaries of `strace -c` over all processes at once, in their order."""
+    """The summaries of `strace -c`, one per process in their order, all traced at once."""
     started = []
     for process in processes:
         output = folder / f"strace.{process.pid}"
@@ -67,7 +67,7 @@ def trace(processes: list[psutil.Process], seconds: float, folder: Path) -> list
     time.sleep(seconds)
     summaries = []
     for child, output in started:
-        child.send_signal(signal.SIGINT)  # detaches, and prints what was counted
+        child.send_signal(signal.SIGINT)  # detaches, and prints the counts
         _, complaint = child.communicate(timeout=10)
         text = output.read_text() if output.exists() else ""
         summaries.append(text.strip() or complaint.decode().strip() or "no system calls")
@@ -75,7 +75,7 @@ def trace(processes: list[psutil.Process], seconds: float, folder: Path) -> list
 
 
 def main() -> int:
-    """Start the daemon, watch it, print."""
+    """Start the daemon, measure it, print."""
     parser = argparse.ArgumentParser(description="Measure what an idle daemon costs.")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0)

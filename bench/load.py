@@ -1,4 +1,4 @@
-"""Running a load generator against a server, and accounting what both of them used."""
+"""Running a load generator against a server, and measuring the CPU and memory of both."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from servers import BENCH, BenchError, cpu_seconds, tree, tree_pss_bytes
 
 @dataclass
 class Run:
-    """What one server did in one round."""
+    """The figures of one server in one round."""
 
     calls_per_second: float
     p50_us: float
@@ -25,7 +25,7 @@ class Run:
     server_cpu_per_1000: float  # seconds of CPU, of the server's whole tree
     load_cpu_per_1000: float  # seconds of CPU, of the load generator
     load_cpu_share: float  # of one core: near 1.0, the load generator is the bottleneck
-    others_cpu_share: float  # of one core: what the rest of the machine took away meanwhile
+    others_cpu_share: float  # of one core: what all other processes used meanwhile
 
 
 def build_load(folder: Path) -> Path:
@@ -54,7 +54,7 @@ def load_command(
 
 
 def machine_busy_seconds() -> float:
-    """CPU time that all cores have spent on anything so far, or lost to other virtual machines."""
+    """CPU time of all cores that was not idle so far, or was stolen by other virtual machines."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
@@ -62,9 +62,9 @@ def machine_busy_seconds() -> float:
 def drive(
     command: Sequence[str], request: bytes, seconds: float, server: psutil.Process | None
 ) -> Run:
-    """Run a load generator for `seconds`, and account both sides' CPU.
+    """Run a load generator for `seconds`, and measure both sides' CPU.
 
-    Without a server to look at, the generator tells what its helpers used.
+    Without a server, the generator's report has the CPU time of its helpers.
     """
     before = cpu_seconds(server) if server else 0.0
     busy_before = machine_busy_seconds()
@@ -92,27 +92,27 @@ def drive(
 
 
 class Memory:
-    """The most memory (PSS, bytes) that a server's tree was seen to have."""
+    """The highest sample of memory (PSS, bytes) of a server's tree."""
 
     bytes = 0
 
 
 @contextlib.contextmanager
-def watching_memory(server: psutil.Process | None) -> Iterator[Memory]:
-    """Look at the server's memory ten times a second while the block runs.
+def sampling_memory(server: psutil.Process | None) -> Iterator[Memory]:
+    """Sample the server's memory ten times a second while the block runs.
 
-    Looking takes time from what is measured, so this is for warm-ups. Without a server it looks at
-    the helpers: the processes that processes of the load generator have started.
+    Sampling takes time from the run, so this is for warm-ups. Without a server it samples the
+    helpers: the Python processes that the load generator's processes have started.
     """
     memory = Memory()
     over = threading.Event()
 
-    def watch() -> None:
+    def sample() -> None:
         while not over.wait(0.1):
             with contextlib.suppress(psutil.NoSuchProcess):
-                memory.bytes = max(memory.bytes, tree_pss_bytes(_watched(server)))
+                memory.bytes = max(memory.bytes, tree_pss_bytes(_sampled(server)))
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield memory
@@ -121,7 +121,7 @@ def watching_memory(server: psutil.Process | None) -> Iterator[Memory]:
         thread.join()
 
 
-def _watched(server: psutil.Process | None) -> list[psutil.Process]:
+def _sampled(server: psutil.Process | None) -> list[psutil.Process]:
     if server is not None:
         return tree(server)
     return [

@@ -1,9 +1,9 @@
-"""What memory a worker, a connection, a session and a heavy module cost.
+"""The memory of a worker, a connection, a session and a large module.
 
     memory.py [--connections 500] [--sessions 200] [--json] [--write]
 
 Memory is PSS, in which a page that k processes share counts 1/k in each, summed over the daemon's
-tree. What the kernel holds for a socket isn't in it.
+tree. The kernel's memory for sockets is not in it.
 """
 
 import argparse
@@ -50,9 +50,9 @@ PRELOAD = {True: "preload = true", False: "preload = false"}
 class Heavy:
     """Four workers with a module of 50 MB; bytes of the whole tree."""
 
-    without: int  # the module
-    loaded: int  # with it
-    read: int  # when each worker has looked at every object in it
+    without: int  # before the module is added
+    loaded: int  # with the module
+    read: int  # when each worker has read every object in it
     start_seconds: float  # of MANY workers and a slow module, from the command to the first reply
 
 
@@ -61,7 +61,7 @@ class Memory:
     """All in bytes."""
 
     one_worker: int  # the whole tree, with one worker
-    per_worker: float  # each further one
+    per_worker: float  # each further worker
     per_connection: float  # a kept one that has made a call
     per_session: float  # a client process that has state in a worker, and no connection now
     shared: Heavy  # preload = true
@@ -72,7 +72,7 @@ class Memory:
 def daemon(
     workers: int, more: Sequence[str] = (), *, preload: bool = True
 ) -> Iterator[tuple[psutil.Process, Path]]:
-    """Run one with so many workers; gives its master and its socket."""
+    """Run a daemon with `workers` workers; yields its master and its socket."""
     with tempfile.TemporaryDirectory(prefix="cpanbridged-bench-") as name:
         folder = Path(name)
         top = [PRELOAD[preload]]
@@ -84,19 +84,19 @@ def daemon(
 
 
 def settled_bytes(master: psutil.Process, part: str = "Pss") -> int:
-    """What a daemon takes that nobody calls; see `pss_bytes`."""
+    """The memory of a daemon without calls; `part` as for `pss_bytes`."""
     time.sleep(SETTLE_SECONDS)
     return tree_pss_bytes(tree(master), part)
 
 
 def tree_bytes(workers: int, *, preload: bool = True) -> int:
-    """What a daemon takes that nobody has called."""
+    """The memory of a daemon that has run no call yet."""
     with daemon(workers, preload=preload) as (master, _):
         return settled_bytes(master)
 
 
 def connection_bytes(connections: int) -> float:
-    """What each of so many kept connections adds."""
+    """What each of `connections` kept connections adds."""
     with daemon(2) as (master, path), contextlib.ExitStack() as stack:
         before = settled_bytes(master)
         for _ in range(connections):
@@ -107,10 +107,10 @@ def connection_bytes(connections: int) -> float:
 
 
 def session_bytes(sessions: int) -> float:
-    """What each of so many client processes adds that have called a module of affinity client."""
+    """What each client process adds that has called a module of affinity `client`."""
     with daemon(2, OWN) as (master, path), contextlib.ExitStack() as stack:
         _one_shot(path, "own", "echo")
-        # The clients are Pythons as well, and would take a share of what the daemon has mapped.
+        # The clients are Python processes as well, and share the files that the daemon has mapped.
         before = settled_bytes(master, "Pss_Anon")
         stack.enter_context(clients(sessions, lambda: _one_shot(path, "own", "echo")))
         return (settled_bytes(master, "Pss_Anon") - before) / sessions
@@ -118,7 +118,7 @@ def session_bytes(sessions: int) -> float:
 
 @contextlib.contextmanager
 def clients(count: int, work: Callable[[], object]) -> Iterator[None]:
-    """So many processes that have done their work, and live until the block ends."""
+    """`count` processes that have done `work`, and live until the block ends."""
     stop, keep = os.pipe()
     pids = []
     try:
@@ -130,7 +130,7 @@ def clients(count: int, work: Callable[[], object]) -> Iterator[None]:
                 _be_client(work, stop, tell)
             pids.append(pid)
             os.close(tell)
-            worked = os.read(done, 1)  # one after another: how they meet is not measured
+            worked = os.read(done, 1)  # one after another: contention is not measured
             os.close(done)
             if not worked:
                 raise BenchError("a client's call has failed")
@@ -152,7 +152,7 @@ def _be_client(work: Callable[[], object], stop: int, tell: int) -> NoReturn:
 
 
 def heavy(*, preload: bool) -> Heavy:
-    """What a heavy module costs, imported once for all workers or by each."""
+    """The memory of a large module, imported once for all workers or by each."""
     without = tree_bytes(HEAVY_WORKERS, preload=preload)
     with daemon(HEAVY_WORKERS, HEAVY, preload=preload) as (master, path):
         loaded = settled_bytes(master)
@@ -163,7 +163,7 @@ def heavy(*, preload: bool) -> Heavy:
 
 
 def start_seconds(*, preload: bool) -> float:
-    """How long a daemon takes that has a slow module, from the command to its first reply."""
+    """The start of a daemon with a slow module, in seconds from the command to its first reply."""
     began = time.monotonic()
     with daemon(MANY, SLOW, preload=preload):
         return time.monotonic() - began
@@ -224,7 +224,7 @@ def markdown(found: Memory, options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Measure, print, and write if asked to."""
+    """Measure, print, and write the page with --write."""
     parser = argparse.ArgumentParser(description="Memory of workers, connections and modules.")
     parser.add_argument("--connections", type=int, default=500)
     parser.add_argument("--sessions", type=int, default=200)

@@ -1,4 +1,4 @@
-"""Writing figures into docs/performance.md, between the marks that stand there for them."""
+"""Writing figures into docs/performance.md, between the markers that it has for them."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,11 +17,11 @@ def heading(command: str) -> str:
 
 
 def write(section: str, text: str, page: Path = PAGE) -> None:
-    """Replace what stands between the marks of a section."""
+    """Replace the text between the markers of a section. Raises BenchError if they are missing."""
     begin, end = f"<!-- {section}: written by bench -->", f"<!-- {section}: end -->"
     old = page.read_text()
     if old.count(begin) != 1 or old.count(end) != 1:
-        raise BenchError(f"{page}: the marks {begin!r} and {end!r} are wanted, once each")
+        raise BenchError(f"{page}: the markers {begin!r} and {end!r} must occur once each")
     head, _, rest = old.partition(begin)
     tail = rest.partition(end)[2]
     page.write_text(f"{head}{begin}\n\n{text}\n{end}{tail}")

@@ -1,6 +1,6 @@
 """The floor's work as a WSGI application: decode JSON, call echo, encode JSON.
 
-Runs in the peers' own environment, under gunicorn and uWSGI.
+Runs under gunicorn and uWSGI, in the environment of `peerenv.py`.
 """
 
 import os
@@ -18,7 +18,7 @@ decode = msgspec.json.decode
 
 
 def echo(**params: object) -> dict[str, object]:
-    """Give the keyword arguments back."""
+    """Return the keyword arguments."""
     return params
 
 

@@ -1,4 +1,4 @@
-"""The peers' own environment, `bench/.peers`, so that the project's stays clean."""
+"""The environment of the other servers, `bench/.peers`: the project's own has none of them."""
 
 import subprocess
 import sys
@@ -12,24 +12,26 @@ BIN = FOLDER / "bin"
 
 
 class Missing(Exception):
-    """A peer that can't be run here; the message says why."""
+    """A server that cannot be run here; the message has the reason."""
 
 
-def install(client: str) -> Path:
-    """Install a peer from PyPI unless it is there, and return its command. Raises Missing."""
-    command = BIN / client.lower()
+def install(package: str) -> Path:
+    """Install a server from PyPI unless it is there, and return its command. Raises Missing."""
+    command = BIN / package.lower()
     if command.exists() and version("msgspec"):
         return command
     if not (BIN / "python").exists():
         _run([sys.executable, "-m", "venv", str(FOLDER)])
-    _run([str(BIN / "pip"), "install", "--quiet", "--disable-pip-version-check", client, "msgspec"])
+    _run(
+        [str(BIN / "pip"), "install", "--quiet", "--disable-pip-version-check", package, "msgspec"]
+    )
     return command
 
 
-def version(client: str) -> str | None:
-    """The version that is installed."""
+def version(package: str) -> str | None:
+    """The installed version; None without one."""
     for found in metadata.distributions(path=[str(path) for path in FOLDER.glob("lib/*/site-*")]):
-        if found.name.lower() == client.lower():
+        if found.name.lower() == package.lower():
             return found.version
     return None
 

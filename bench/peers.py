@@ -1,11 +1,11 @@
-"""The daemon beside its peers, in turns, as ratios to a bare pre-fork server.
+"""The daemon compared with other servers, in turns, as ratios to a bare pre-fork server.
 
     peers.py [--quick] [--rows NAME,...] [--clients 1,16,100] [--payload '100 B,10 KB,1 MB']
              [--rounds 5] [--seconds 2] [--workers 2] [--json] [--plot FILE] [--write]
 
-All servers stand ready. In each cell (a number of clients and a payload) every row is warmed up,
-during which its memory is looked at, and then short runs go round: A B C A B C. Each round gives
-each row one ratio to the yardstick, the one-shot floor. `rows.py` has the rows.
+All servers run all the time. In each cell (a number of clients and a payload) every row is warmed
+up, during which its memory is sampled, and then short runs take turns: A B C A B C. Each round
+gives each row one ratio to the baseline, the one-shot floor. `rows.py` has the rows.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pages
 import psutil
 import results
 from calls import PAYLOADS
-from load import Run, build_load, drive, watching_memory
+from load import Run, build_load, drive, sampling_memory
 from peerenv import Missing
 from progress import Progress
 from results import Cell, Measured
@@ -34,7 +34,7 @@ WARM_UP_SECONDS = 1.0
 
 
 class Bench:
-    """The servers that run, and how to point a load generator at them."""
+    """The running servers, and how to run a load generator against them."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder = folder
@@ -43,7 +43,7 @@ class Bench:
         self._missing: dict[Server, str] = {}
 
     def start(self, rows: Sequence[Row], stack: contextlib.ExitStack) -> None:
-        """Start what the rows need; a peer that can't be had is noted and left out."""
+        """Start the servers of the rows; the reason is kept for one that cannot be installed."""
         for server in dict.fromkeys(row.server for row in rows if row.server is not None):
             path = server.socket(self._folder)
             try:
@@ -55,21 +55,21 @@ class Bench:
             self._running[server] = stack.enter_context(started)
 
     def missing(self, row: Row, cell: Cell) -> str:
-        """Why a row isn't measured; nothing if it is."""
+        """Why a row is not measured; empty if it is."""
         if cell.clients * PAYLOADS[cell.payload] > row.most_bytes:
             return "not measured: too much under way for one run"
         return self._missing.get(row.server, "") if row.server else ""
 
     def warm_up(self, row: Row, cell: Cell) -> int:
-        """Run a row once; returns the most memory that was seen, in bytes."""
-        with watching_memory(self._server(row)) as memory:
+        """Run a row once; returns its server's highest memory in bytes."""
+        with sampling_memory(self._server(row)) as memory:
             self.run(row, cell, WARM_UP_SECONDS)
         return memory.bytes
 
     def run(self, row: Row, cell: Cell, seconds: float) -> Run:
-        """Run a row for so long."""
+        """Run a row for `seconds`."""
         payload = PAYLOADS[cell.payload]
-        path = row.server.socket(self._folder) if row.server else self._folder / "nobody.sock"
+        path = row.server.socket(self._folder) if row.server else self._folder / "unused.sock"
         target = Target(self._folder, path, cell.clients, payload, seconds)
         return drive(row.command(target), row.request(payload), seconds, self._server(row))
 
@@ -78,7 +78,7 @@ class Bench:
 
 
 def measure(bench: Bench, rows: Sequence[Row], options: argparse.Namespace) -> list[Cell]:
-    """All cells."""
+    """Measure all cells."""
     cells = [Cell(clients, payload) for clients in options.clients for payload in options.payload]
     progress = Progress(len(cells) * len(rows) * (1 + options.rounds))
     for cell in cells:
@@ -99,9 +99,9 @@ def measure(bench: Bench, rows: Sequence[Row], options: argparse.Namespace) -> l
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure the daemon beside its peers, in turns.")
+    parser = argparse.ArgumentParser(description="Measure the daemon and other servers, in turns.")
     parser.add_argument("--quick", action="store_true", help="one cell, two short rounds")
-    parser.add_argument("--rows", help="only rows whose names hold one of these, by commas")
+    parser.add_argument("--rows", help="only rows whose names contain one of these, by commas")
     parser.add_argument("--clients", help="numbers of clients, by commas")
     parser.add_argument("--payload", help=f"of {', '.join(PAYLOADS)}, by commas")
     parser.add_argument("--rounds", type=int)
@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen(names: str | None) -> list[Row]:
-    """The yardstick, and the rows asked for."""
+    """The baseline, and the requested rows."""
     wanted = [name.strip().lower() for name in names.split(",")] if names else [""]
     return [ROWS[0]] + [row for row in ROWS[1:] if any(n in row.name.lower() for n in wanted)]
 

@@ -1,4 +1,4 @@
-"""A bar on a terminal's stderr, and nothing elsewhere."""
+"""A progress bar on stderr, if that is a terminal."""
 
 import sys
 
@@ -6,7 +6,7 @@ WIDTH = 30
 
 
 class Progress:
-    """How many of so many steps are done."""
+    """Shows how many of `steps` steps are done."""
 
     def __init__(self, steps: int) -> None:
         self._steps = max(1, steps)
@@ -14,7 +14,7 @@ class Progress:
         self._shown = sys.stderr.isatty()
 
     def step(self, what: str) -> None:
-        """Say what is done now; everything before it is over."""
+        """Show the step that begins now; the ones before it are done."""
         if self._shown:
             filled = WIDTH * self._done // self._steps
             bar = "#" * filled + "-" * (WIDTH - filled)
@@ -22,6 +22,6 @@ class Progress:
         self._done += 1
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What `peers.py` found, as ratios, a markdown table and a plot."""
+"""The results of `peers.py`, as ratios, a markdown table and a plot."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from load import Run
 
-# What is told of each run: a heading, the field, what it is multiplied with, and its digits.
+# The columns of a table: heading, field of `Run`, factor, and decimal digits.
 COLUMNS = (
     ("calls/s", "calls_per_second", 1.0, 0),
     ("p50 us", "p50_us", 1.0, 0),
@@ -17,13 +17,13 @@ COLUMNS = (
     ("p99.9 us", "p999_us", 1.0, 0),
     ("CPU us/call", "server_cpu_per_1000", 1000.0, 0),
 )
-BUSY_LOAD = 0.9  # of one core: the load generator may have held the server up
-DISTURBED = 0.1  # of one core, used by what else runs on the machine
+BUSY_LOAD = 0.9  # of one core: above it, the load generator may be the bottleneck
+DISTURBED = 0.1  # of one core, used by other processes: above it, the figures count as disturbed
 
 
 @dataclass
 class Measured:
-    """One row in one cell: its rounds, or why there are none."""
+    """One row in one cell: its rounds, or the reason why there are none."""
 
     runs: list[Run] = field(default_factory=list)
     memory: int = 0  # bytes
@@ -32,16 +32,16 @@ class Measured:
 
 @dataclass
 class Cell:
-    """All rows with the same number of clients and the same payload; the yardstick first."""
+    """All rows with the same number of clients and the same payload; the baseline first."""
 
     clients: int
     payload: str
     rows: dict[str, Measured] = field(default_factory=dict)
 
     def ratios(self, name: str, column: str) -> list[float]:
-        """A row's value over the yardstick's, of each round."""
-        yardstick = next(iter(self.rows.values()))
-        pairs = zip(yardstick.runs, self.rows[name].runs, strict=False)
+        """A row's value over the baseline's, of each round."""
+        baseline = next(iter(self.rows.values()))
+        pairs = zip(baseline.runs, self.rows[name].runs, strict=False)
         return [
             getattr(run, column) / getattr(other, column)
             for other, run in pairs
@@ -49,7 +49,7 @@ class Cell:
         ]
 
     def markdown(self) -> str:
-        """A heading and a table: medians, and the ratio to the yardstick with its spread."""
+        """A heading and a table: medians, and the ratio to the baseline with its spread."""
         headings = ["", *(heading for heading, *_ in COLUMNS), "memory MB"]
         lines = [
             f"### {self.clients} client{'s' if self.clients > 1 else ''}, {self.payload}",
@@ -84,7 +84,7 @@ class Cell:
 
 
 def disturbance(cells: Sequence[Cell]) -> str:
-    """A warning if other processes took a noticeable share of the machine, else nothing."""
+    """A warning if other processes used more than DISTURBED, else an empty string."""
     shares = [
         run.others_cpu_share
         for cell in cells

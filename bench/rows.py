@@ -1,4 +1,4 @@
-"""What is measured side by side. To add a row: add a `Row` to `ROWS`, and its `Server`."""
+"""The rows of `peers.py`. To add one: add a `Row` to `ROWS`, and its `Server`."""
 
 import math
 import os
@@ -26,31 +26,31 @@ from servers import (
 # Clients times bytes of payload. Pure Perl takes about a second to encode and decode 1 MB, and each
 # client makes at least one call: beyond this a run would take minutes, and measure Perl alone.
 PERL_MOST_BYTES = 20_000_000
-# The same for eight requests under way on each connection.
+# The same for eight requests in flight on each connection.
 PIPELINED_MOST_BYTES = 20_000_000
 PERL_BATCH_BYTES = 1_000_000  # of requests, in one `call_many`
 PERL_BATCH_CALLS = 100
-PEER_THREADS = 8
+THREADS = 8
 BACKLOG = 1024
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that stands ready during the whole benchmark."""
+    """A server that runs during the whole benchmark."""
 
     name: str
-    # Folder and number of workers to the command line; raises peerenv.Missing.
+    # From folder and number of workers to the command line; raises peerenv.Missing.
     command: Callable[[Path, int], list[str]]
     trial: Callable[[Path], dict[str, Any]] = call
 
     def socket(self, folder: Path) -> Path:
-        """Where it listens, if it runs in this folder."""
+        """The path that it listens on, if it runs in this folder."""
         return folder / ("daemon.sock" if self.name == "cpanbridged" else f"{self.name}.sock")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a load generator is pointed at."""
+    """What a load generator is run against."""
 
     folder: Path  # with the load generator compiled from load.c
     socket: Path
@@ -66,8 +66,8 @@ class Row:
     name: str
     server: Server | None
     command: Callable[[Target], list[str]]
-    request: Callable[[int], bytes]  # of so many bytes of payload
-    most_bytes: float = math.inf  # clients times bytes of payload that it is measured with
+    request: Callable[[int], bytes]  # from the payload's bytes
+    most_bytes: float = math.inf  # the row is skipped if clients times bytes of payload are more
 
 
 def _floor(form: str, folder: Path, workers: int) -> list[str]:
@@ -85,14 +85,14 @@ def _gunicorn(
 ) -> list[str]:
     command = [str(peerenv.install("gunicorn")), "peer_app:application", f"--chdir={BENCH}"]
     command += [f"--bind=unix:{folder}/{name}.sock", f"--backlog={BACKLOG}"]
-    # The heartbeat files belong in memory, as its documentation says.
+    # Its documentation recommends memory for the heartbeat files.
     return [*command, "--worker-tmp-dir=/dev/shm", *options(workers)]
 
 
 def _uwsgi(folder: Path, workers: int) -> list[str]:
     command = [str(peerenv.install("uWSGI")), "--master", "--need-app", "--die-on-term"]
     command += [f"--uwsgi-socket={folder}/uwsgi.sock", f"--listen={BACKLOG}"]
-    command += [f"--processes={workers}", f"--threads={PEER_THREADS}", "--disable-logging"]
+    command += [f"--processes={workers}", f"--threads={THREADS}", "--disable-logging"]
     command += ["--single-interpreter", f"--chdir={BENCH}", "--module=peer_app:application"]
     return [*command, f"--virtualenv={peerenv.FOLDER}"]
 
@@ -126,7 +126,7 @@ _KEPT = partial(calls.request, module="kept")
 FLOOR = Server("floor-oneshot", partial(_floor, "oneshot"))
 FRAMED_FLOOR = Server("floor-framed", partial(_floor, "framed"), call_framed)
 DAEMON = Server("cpanbridged", _daemon)
-# As its documentation recommends: 2 x cores + 1 processes where one serves one client at a time.
+# Its documentation recommends 2 x cores + 1 processes if one serves one client at a time.
 SYNC = Server(
     "sync",
     partial(_gunicorn, "sync", lambda cores: [f"--workers={2 * cores + 1}"]),
@@ -137,7 +137,7 @@ GTHREAD = Server(
     partial(
         _gunicorn,
         "gthread",
-        lambda cores: [f"--workers={cores}", "--worker-class=gthread", f"--threads={PEER_THREADS}"],
+        lambda cores: [f"--workers={cores}", "--worker-class=gthread", f"--threads={THREADS}"],
     ),
     _TRY_HTTP,
 )
@@ -148,7 +148,7 @@ _FRAMED = partial(_compiled, "framed", 1)
 _PIPELINED = partial(_compiled, "framed", 8)
 _HTTP = partial(_compiled, "http", 1)
 
-ROWS = [  # the yardstick first
+ROWS = [  # the baseline first
     Row("floor, one-shot", FLOOR, _ONESHOT, calls.request),
     Row("floor, framed", FRAMED_FLOOR, _FRAMED, calls.request),
     Row("floor, framed, pipelined", FRAMED_FLOOR, _PIPELINED, calls.request, PIPELINED_MOST_BYTES),
@@ -182,7 +182,7 @@ ROWS = [  # the yardstick first
 
 
 def versions() -> dict[str, str]:
-    """What ran, where: for whoever compares figures of two days."""
+    """Versions of the software and the machine, to compare figures of different days."""
     found = {name: peerenv.version(name) or "not installed" for name in ("gunicorn", "uWSGI")}
     with open("/proc/cpuinfo") as lines:
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

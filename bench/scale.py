@@ -1,13 +1,13 @@
-"""Whether there is a cliff: more workers, more connections, slow calls beside fast ones.
+"""Whether performance drops suddenly: more workers or connections, slow calls beside fast ones.
 
     scale.py [--quick] [--rounds 3] [--seconds 2] [--json] [--write]
 
 - throughput with 1 to 8 workers, and with 1 to 500 connections, one-shot and framed
-- what the workers that have nothing to do cost a lone client
+- the cost of idle workers for a lone client
 - a fast function's p99 alone, beside calls that wait, and beside calls that compute
-- how the calls spread over the workers at full load
+- how the calls are spread over the workers at full load
 
-All daemons stand ready, and the rounds go over all settings in turns; medians are told.
+All daemons run all the time, and each round measures all settings in turn; the tables have medians.
 """
 
 import argparse
@@ -46,10 +46,10 @@ SLOW: dict[str, tuple[str, list[float]]] = {  # calls of about 20 ms
 
 @dataclass
 class Round:
-    """What came of a setting once."""
+    """The figures of one setting in one round."""
 
     run: Run
-    largest_share: float  # of the busiest worker, over what it would be if all did the same
+    largest_share: float  # of the busiest worker: its calls over the mean of all workers
 
 
 @dataclass
@@ -64,17 +64,17 @@ class Setting:
     rounds: list[Round] = field(default_factory=list)
 
     def median(self, column: str) -> float:
-        """Of one of the fields of `Run`."""
+        """The median of a field of `Run`."""
         return float(statistics.median(getattr(each.run, column) for each in self.rounds))
 
     @property
     def errors(self) -> int:
-        """Calls that failed, of all rounds."""
+        """Failed calls of all rounds."""
         return sum(each.run.errors for each in self.rounds)
 
 
 class Daemon:
-    """A daemon that stands ready, and the load generator."""
+    """A running daemon, and the load generator."""
 
     def __init__(self, folder: Path, program: Path, process: psutil.Process) -> None:
         self.path = folder / "daemon.sock"
@@ -82,7 +82,7 @@ class Daemon:
         self._process = process
 
     def measure(self, setting: Setting, seconds: float) -> Round:
-        """Warm up, run, and look at how the calls were spread."""
+        """Warm up, run, and find how the calls were spread over the workers."""
         with self.slow_calls(setting.slow, seconds + 2 * WARM_UP_SECONDS):
             self._drive(setting, WARM_UP_SECONDS)
             before = self._requests()
@@ -96,7 +96,7 @@ class Daemon:
 
     @contextlib.contextmanager
     def slow_calls(self, slow: tuple[str, list[float]] | None, seconds: float) -> Iterator[None]:
-        """Keep clients busy with a slow function for so long, while the block runs."""
+        """Call a slow function with SLOW_CLIENTS clients for `seconds`, while the block runs."""
         if slow is None:
             yield
             return
@@ -118,7 +118,7 @@ class Daemon:
 
 @contextlib.contextmanager
 def daemon(program: Path, workers: int) -> Iterator[Daemon]:
-    """Run one with so many workers, and without limits."""
+    """Run a daemon with `workers` workers, and without limits."""
     with tempfile.TemporaryDirectory(prefix="cpanbridged-bench-") as name:
         folder = Path(name)
         config = daemon_config(folder, workers, unlimited=True)
@@ -128,7 +128,7 @@ def daemon(program: Path, workers: int) -> Iterator[Daemon]:
 
 
 def settings(quick: bool) -> dict[str, list[Setting]]:
-    """All lines, by the table that they stand in."""
+    """All lines, by the title of their table."""
     workers = (1, 2) if quick else WORKERS
     connections = (1, 100) if quick else CONNECTIONS
     mixes: dict[str, tuple[str, list[float]] | None] = {"alone": None, **SLOW}
@@ -152,7 +152,7 @@ def settings(quick: bool) -> dict[str, list[Setting]]:
 
 
 def measure(program: Path, tables: dict[str, list[Setting]], rounds: int, seconds: float) -> None:
-    """Fill in the rounds of all settings, in turns."""
+    """Measure the rounds of all settings, in turns."""
     lines = [setting for table in tables.values() for setting in table]
     progress = Progress(len(lines) * rounds)
     with contextlib.ExitStack() as stack:
@@ -192,8 +192,8 @@ def markdown(tables: dict[str, list[Setting]]) -> str:
 
 
 def main() -> int:
-    """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description="Look for cliffs: workers, connections, mixes.")
+    """Measure, print, and write the page with --write."""
+    parser = argparse.ArgumentParser(description="Measure scaling: workers, connections, mixes.")
     parser.add_argument("--quick", action="store_true", help="fewer settings, short runs")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="length of one run")

@@ -26,7 +26,7 @@ STOP_SECONDS = 15.0
 
 
 class BenchError(Exception):
-    """A server that can't be found, started or called; the message says what to do."""
+    """A server cannot be found, started or called; the message has the remedy."""
 
 
 def find_cpanbridged() -> str:
@@ -42,7 +42,7 @@ def find_cpanbridged() -> str:
 
 
 def extract_revision(revision: str, folder: Path) -> dict[str, str]:
-    """Put a git revision's packages into `folder`; the environment in which they are imported."""
+    """Extract a git revision's packages into `folder`; returns an environment that imports them."""
     packages = folder / "cpanbridge"
     packages.mkdir(parents=True)
     archive = subprocess.run(
@@ -56,7 +56,7 @@ def extract_revision(revision: str, folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-# For `more`: the same function where a client's calls all go to the worker that has its state.
+# For `more`: the same function, in a module whose calls go to the worker that has their state.
 KEPT_MODULE = (
     "[modules.kept]",
     'import = "bench_echo"',
@@ -75,7 +75,7 @@ def daemon_config(
 ) -> Path:
     """Write a configuration that listens in `folder`; `unlimited`: no limit is ever reached.
 
-    `more` is further lines, such as another module's; `top` those before any table.
+    `more` has further lines, such as another module's; `top` has lines before any table.
     """
     lines = [
         f'listen = ["{folder}/daemon.sock"]',
@@ -103,18 +103,18 @@ def daemon_config(
 
 
 def call(path: Path) -> dict[str, Any]:
-    """The benchmarks' call, one-shot; raises OSError while nobody listens."""
+    """The benchmarks' call, one-shot; raises OSError while no server listens."""
     return send_call(path, json.loads(calls.request()))
 
 
 def send_call(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Any one-shot call."""
+    """Make a one-shot call; returns the reply."""
     reply: dict[str, Any] = json.loads(exchange(path, json.dumps(request).encode()))
     return reply
 
 
 def exchange(path: Path, request: bytes) -> bytes:
-    """What a server answers on a connection that it closes after its reply."""
+    """Send a request and read until the server closes the connection; returns what it sent."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(5)
         connection.connect(str(path))
@@ -126,13 +126,13 @@ def exchange(path: Path, request: bytes) -> bytes:
 
 
 def call_web(path: Path, request: bytes) -> dict[str, Any]:
-    """One call of a WSGI server; ValueError when it answers something else."""
+    """One call of a WSGI server; raises ValueError if the body of its answer is not JSON."""
     reply: dict[str, Any] = json.loads(exchange(path, request).partition(b"\r\n\r\n")[2])
     return reply
 
 
 def call_framed(path: Path) -> dict[str, Any]:
-    """One framed call on a connection of its own; raises OSError while nobody listens."""
+    """One framed call on a connection of its own; raises OSError while no server listens."""
     with connect_framed(path) as connection, connection.makefile("rb") as stream:
         length = int.from_bytes(stream.read(4), "big")
         reply: dict[str, Any] = json.loads(stream.read(length))
@@ -140,7 +140,7 @@ def call_framed(path: Path) -> dict[str, Any]:
 
 
 def connect_framed(path: Path) -> socket.socket:
-    """A kept connection on which one call was sent, and not yet answered."""
+    """A kept connection with one call sent; its reply is still to be read."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(5)
     connection.connect(str(path))
@@ -160,8 +160,8 @@ def running(
     """Run a server until the block ends; enters it once a call to `path` has succeeded.
 
     `trial` makes that call, and raises OSError or ValueError while there is no answer. The server's
-    stdout and stderr go to the file `output`, which an error quotes. `environment` is in the place
-    of this process's.
+    stdout and stderr go to the file `output`, which an error message quotes. `environment` replaces
+    this process's own.
     """
     with output.open("wb") as sink:
         child = subprocess.Popen(
@@ -179,7 +179,7 @@ def running(
         try:
             child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            # Its workers end by themselves when their master is gone.
+            # Its workers end by themselves when the master has ended.
             child.kill()
             child.wait()
             print(
@@ -224,12 +224,12 @@ def tree(master: psutil.Process) -> list[psutil.Process]:
 
 
 def cpu_seconds(master: psutil.Process) -> float:
-    """CPU time of the tree so far, with what it has waited for (children that ended).
+    """CPU time of the tree so far, including ended children that it has waited for.
 
     From /proc/PID/stat, which counts in ticks of 10 ms per process.
     """
     total = 0.0
-    # The children first: what one has used that ends meanwhile counts in who has waited for it.
+    # The children first: the CPU time of a child that ends meanwhile is then read from its parent.
     for process in reversed(tree(master)):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
@@ -238,9 +238,9 @@ def cpu_seconds(master: psutil.Process) -> float:
 
 
 def pss_bytes(process: psutil.Process, part: str = "Pss") -> int:
-    """The process's proportional share of memory: a page of k processes counts 1/k in each.
+    """The process's proportional set size: a page of k processes counts 1/k in each.
 
-    `part` may be "Pss_Anon": without the files that are mapped, such as Python's own library.
+    `part` may be "Pss_Anon": without mapped files, such as Python's own library.
     """
     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     found = re.search(rf"^{part}:\s+(\d+) kB$", text, re.MULTILINE)
@@ -250,7 +250,7 @@ def pss_bytes(process: psutil.Process, part: str = "Pss") -> int:
 
 
 def tree_pss_bytes(processes: Sequence[psutil.Process], part: str = "Pss") -> int:
-    """Memory of them all; one that has just ended counts as nothing."""
+    """Memory of all `processes`; one that has just ended counts as 0."""
     total = 0
     for process in processes:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, BenchError):

@@ -1,11 +1,11 @@
-"""Settings: the file, the environment and the command's flags, checked and put together.
+"""Settings: the file, the environment and the command's flags, checked and merged.
 
-Each later source beats the earlier: defaults, file, environment, flags. What is wrong is told in
+Each later source beats the earlier: defaults, file, environment, flags. A mistake is reported in
 one line that names the source, the key, the value and what is allowed; nothing is guessed or
-ignored. The types below are the rules; `msgspec` checks them.
+ignored. The types below are the rules; `validation` checks values against them.
 
-Called in the `cpanbridged` command before anything is started; the master and the workers are
-handed the finished `Settings`.
+Read in the `cpanbridged` command before anything is started, and by the master for each reload.
+Workers receive the finished `Settings`.
 """
 
 import difflib
@@ -14,11 +14,14 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 import psutil
 from msgspec import Meta
+
+from cpanbridge.supervisor.validation import ConfigError as ConfigError
+from cpanbridge.supervisor.validation import checked
 
 DEFAULT_FILE = "/etc/cpanbridged.toml"
 ENVIRONMENT_PREFIX = "CPAN_BRIDGE_"
@@ -35,8 +38,8 @@ MAX_REQUEST_SIZE = 9 * 2**24 - 1
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
-# A worker ends by itself when its time is over, but its shutdown hooks have a second at least; one
-# that cannot end is killed after this.
+# A worker ends by itself when its time is over, but its shutdown hooks have at least a second. A
+# worker that cannot end is killed so many seconds after its time.
 KILL_MARGIN = 3.0
 Seconds = Annotated[float, Meta(gt=0, le=LONGEST_SECONDS)]
 SecondsOrNever = Annotated[float, Meta(ge=0, le=LONGEST_SECONDS)]
@@ -45,12 +48,6 @@ FunctionName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_FUNCTION
 Path_ = Annotated[str, Meta(min_length=1)]
 Functions = list[FunctionName] | Literal["*"]
 Affinity = Literal["none", "client", "module"]
-
-S = TypeVar("S")
-
-
-class ConfigError(Exception):
-    """A setting is wrong. The message is one line: source, key, value, and what is allowed."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,7 +98,7 @@ class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings, checked. `source` says where the file's part came from."""
+    """All settings, checked."""
 
     listen: Annotated[list[Path_], Meta(min_length=1)] | None = None
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}\Z")] = "0600"
@@ -124,7 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def sockets(self) -> list[str]:
-        """The paths to listen on: as set, or the one place for this user."""
+        """The paths to listen on: as set, or the default for this user."""
         return self.listen or [default_socket()]
 
     @property
@@ -133,28 +130,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.workers or min(8, max(2, len(os.sched_getaffinity(0))))
 
     def timeout_of(self, module: Module | ModuleDir) -> float:
-        """How many seconds a call of a module may take; 0: any time."""
+        """How many seconds a call of a module may take; 0: no limit."""
         if module.request_timeout is not None:
             return module.request_timeout
         return self.limits.request_timeout
 
     def preloads(self, module: Module | ModuleDir) -> bool:
-        """Whether a module is imported once for all workers, if it can be."""
+        """Whether a module is imported once for all workers, provided that it can be shared."""
         return self.preload if module.preload is None else module.preload
 
     @property
     def preloads_any(self) -> bool:
-        """Whether there is a module to be imported for all workers."""
+        """Whether there is a module that the template should import."""
         tables: list[Module | ModuleDir] = [*self.modules.values(), *self.module_dirs]
         return any(map(self.preloads, tables))
 
     @property
     def thread_count(self) -> int:
-        """Connections that one worker serves at a time: as set, or all that there may be."""
+        """Connections that one worker serves at a time: as set, or `max_connections`."""
         return self.threads or self.limits.max_connections
 
 
-# What may stand at a key, where msgspec's own words would not tell an operator.
+# What is allowed at a key, where msgspec's message would not help an operator.
 _NAME_RULE = "must be a letter followed by letters, digits and _, at most {} characters"
 _RULES = {
     "listen": "must be a list of socket paths",
@@ -165,11 +162,12 @@ _RULES = {
     "group": "must be a group's name",
     "affinity": 'must be "none", "client" or "module"',
     "functions": 'must be "*" or a list of function names',
+    "functions[]": _NAME_RULE.format(MAX_FUNCTION_NAME),
     "debug": "must be true or false",
     "preload": "must be true or false",
 }
 
-# The environment's names that are not the prefix and the key's last part.
+# The variables that are not named by the prefix and the key's last part.
 _ENVIRONMENT_NAMES = {"listen": "SOCKET", "limits.idle_timeout": "TIMEOUT"}
 _ENVIRONMENT_KEYS = (
     *("listen", "workers", "threads", "max_requests", "debug", "overload", "preload"),
@@ -179,19 +177,20 @@ ENVIRONMENT = {
     ENVIRONMENT_PREFIX + _ENVIRONMENT_NAMES.get(key, key.rpartition(".")[2].upper()): key
     for key in _ENVIRONMENT_KEYS
 }
-# What the Perl client reads; not ours, and not a mistake.
+# Read by the Perl client: no options of the daemon, but no mistakes either.
 _CLIENT_ENVIRONMENT = frozenset({"CPAN_BRIDGE_JSON"})
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """Settings, where they came from, and what the operator should know about them.
+    """Settings, the name of their source, and warnings for the operator.
 
-    `follow_link`: whether `log_file` may be a symbolic link, because somebody chose its place.
+    `follow_link`: whether `log_file` may be a symbolic link. It may where the operator has chosen
+    the path.
     """
 
     settings: Settings
     source: str
-    events: list[str]
+    warnings: list[str]
     follow_link: bool = True
 
 
@@ -199,7 +198,7 @@ Load = Callable[[], Loaded]  # reads the configuration again; raises ConfigError
 
 
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:
-    """Where the socket is when none is set; the Perl client looks in the same places."""
+    """The socket path when none is set; the Perl client tries the same paths."""
     uid = os.getuid()
     if uid == 0:
         return "/run/cpanbridged/cpanbridged.sock"
@@ -213,12 +212,11 @@ def load(
     flags: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
 ) -> Loaded:
-    """Put the settings together.
+    """Read all sources and merge them. Raises ConfigError.
 
-    `file` is the one that was asked for; without it `/etc/cpanbridged.toml` is read if it is there.
-    `flags` are `KEY=VALUE` texts. Raises ConfigError.
+    Without a `file`, `/etc/cpanbridged.toml` is read if it exists. `flags` are `KEY=VALUE` texts.
     """
-    events: list[str] = []
+    warnings: list[str] = []
     tables: dict[str, Any] = {}
     source = "defaults"
     if file is not None or Path(DEFAULT_FILE).exists():
@@ -231,31 +229,31 @@ def load(
         if name in ENVIRONMENT:
             _set(tables, ENVIRONMENT[name], text, f"environment: {name}")
         else:
-            events.append(f"environment: {name} is not an option and has no effect")
+            warnings.append(f"environment: {name} is not an option and has no effect")
     for flag in flags:
         key, separator, text = flag.partition("=")
         if not separator:
             raise ConfigError(f"--set {flag}: must be KEY=VALUE, such as limits.max_connections=50")
         _set(tables, key.strip(), text, "--set")
     settings = _convert(tables, source)
-    events.extend(_beyond_the_machine(tables, settings.limits))
+    warnings.extend(_beyond_the_machine(tables, settings.limits))
     together = settings.worker_count * settings.thread_count
     if together < settings.limits.max_connections:
-        events.append(
+        warnings.append(
             f"threads = {settings.threads}: the {settings.worker_count} workers together serve "
             f"{together} of the {settings.limits.max_connections} connections that "
             "limits.max_connections allows; others wait"
         )
-    return Loaded(settings, source, events)
+    return Loaded(settings, source, warnings)
 
 
 def _beyond_the_machine(tables: Mapping[str, Any], limits: Limits) -> Iterator[str]:
-    """What was set higher than anything here can use."""
-    there = psutil.virtual_memory().total >> 20
-    if _get(tables, "limits.max_memory_mb") is not None and limits.max_memory_mb > there:
+    """Warnings about limits that this machine can never reach."""
+    memory = psutil.virtual_memory().total >> 20
+    if _get(tables, "limits.max_memory_mb") is not None and limits.max_memory_mb > memory:
         yield (
             f"limits.max_memory_mb = {limits.max_memory_mb} is more memory than this machine has "
-            f"({there} MB): it will never be reached"
+            f"({memory} MB): it will never be reached"
         )
     cores = os.cpu_count() or 1
     if _get(tables, "limits.max_cpu_percent") is not None and limits.max_cpu_percent > 100 * cores:
@@ -285,7 +283,7 @@ def _get(tables: Mapping[str, Any], key: str) -> Any:
 
 
 def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
-    """Put one value, given as text, in its place, after checking it by itself."""
+    """Check one value, given as text, and store it under its key."""
     if key not in _SETTABLE:
         close = difflib.get_close_matches(key, _SETTABLE, 1, 0.7)
         meant = f"did you mean {close[0]}? " if close else ""
@@ -295,85 +293,31 @@ def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
         )
     raw: Any = text.split(",") if key in ("listen", "python_path") else text
     label = source if source.startswith("environment") else f"{source} {key}"
-    value = _checked(raw, _SETTABLE[key], label, key, strict=False)
+    value = checked(raw, _SETTABLE[key], label, key, _RULES, strict=False)
     table, _, name = key.rpartition(".")
     (tables.setdefault("limits", {}) if table else tables)[name] = value
 
 
 def _convert(tables: dict[str, Any], source: str) -> Settings:
-    """Check a whole file's worth of tables."""
+    """Check all tables, of one source or merged."""
     if type(tables.get("debug")) is int and tables["debug"] in (0, 1):
         tables["debug"] = bool(tables["debug"])  # 0 and 1 are allowed, as in the environment
     tables = dict(tables)
     modules = tables.get("modules")
-    if isinstance(modules, dict):  # one by one, so that an error tells which
+    if isinstance(modules, dict):  # one by one, so that an error names the module
         tables["modules"] = {
-            name: _checked(table, Module, f"{source}: modules.{name}", "modules")
+            name: checked(table, Module, f"{source}: modules.{name}", "modules", _RULES)
             for name, table in modules.items()
         }
         for name in modules:
             if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
                 rule = _NAME_RULE.format(MAX_MODULE_NAME)
                 raise ConfigError(f"{source}: modules: the name {name!r} {rule}")
-    return _checked(tables, Settings, f"{source}: ", "")
-
-
-def _checked(value: Any, kind: type[S], label: str, key: str, *, strict: bool = True) -> S:
-    """The value as `kind`. Raises ConfigError: label and path, the value, and what is allowed."""
-    try:
-        return msgspec.convert(value, kind, strict=strict)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at ")
-        path = path.strip("`").removeprefix("$")
-        if unknown := re.match(r"Object contains unknown field `(.*)`", message):
-            allowed = ", ".join(_fields_at(key + path))
-            where = f"{label}{path}.{unknown[1]}".replace(": .", ": ")
-            raise ConfigError(f"{where}: unknown key; allowed: {allowed}") from None
-        last = re.search(r"(\w+)(\[\d+\])?$", key + path)
-        rule = _RULES.get(last[1]) if last else None
-        if last and last[1] == "functions" and last[2]:
-            rule = _NAME_RULE.format(MAX_FUNCTION_NAME)
-        found = _lookup(value, path)
-        shown = "" if isinstance(found, dict) else f" = {found!r}"
-        where = f"{label}{path}".replace(": .", ": ")
-        raise ConfigError(f"{where}{shown}: {rule or _in_words(message)}") from None
-
-
-def _fields_at(path: str) -> list[str]:
-    section: type[msgspec.Struct] = Settings
-    for name, kind in (("limits", Limits), ("module_dirs", ModuleDir), ("modules", Module)):
-        if path.removeprefix(".").startswith(name):
-            section = kind
-            break
-    return [field.encode_name for field in msgspec.structs.fields(section)]
-
-
-def _lookup(value: Any, path: str) -> Any:
-    """What a msgspec path such as `.module_dirs[0].path` leads to."""
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-        value = value[int(index)] if index and not isinstance(value, dict) else value[name or index]
-    return value
-
-
-def _in_words(message: str) -> str:
-    """msgspec's words in an operator's: TOML's names of the types instead of JSON's."""
-    words = {
-        "array": "a list",
-        "object": "a table",
-        "str": "a string",
-        "float": "a number",
-        "int": "a whole number",
-        "bool": "true or false",
-    }
-    message = message.replace("`", "").replace(" | null", "")
-    message = re.sub(r"\b(array|object|str|float|int|bool)\b", lambda m: words[m[0]], message)
-    message = message.replace("Object missing required field", "lacks the key")
-    message = message.replace("a table missing", "lacks")
-    return message[0].lower() + message[1:].replace("Expected", "expected")
+    return checked(tables, Settings, f"{source}: ", "", _RULES)
 
 
 def _settable() -> dict[str, Any]:
-    """The keys that the environment and flags may set: all but tables, with their types."""
+    """The keys that the environment and flags may set, with their types: all but tables."""
     tables = ("modules", "module_dirs", "limits")
     return {
         **{f.name: f.type for f in msgspec.structs.fields(Settings) if f.name not in tables},

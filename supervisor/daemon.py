@@ -1,13 +1,14 @@
 """One daemon, from locking its socket paths to giving them back."""
 
 import os
-from collections.abc import Callable
 from functools import partial
 
 import msgspec
 
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded
 from cpanbridge.supervisor.lifecycle import upgrade
+from cpanbridge.supervisor.lifecycle.configuration import Configuration
+from cpanbridge.supervisor.lifecycle.reload import OnDone
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.master import Master
@@ -17,7 +18,7 @@ from cpanbridge.supervisor.system import logs, privileges, rlimit
 from cpanbridge.supervisor.system.logs import LogError
 
 
-def serve(load: Load, mains: Mains, on_ready: Callable[[str | None], None]) -> int:
+def serve(load: Load, mains: Mains, on_ready: OnDone) -> int:
     """Be the master, from locking the socket paths to giving them back; the exit status.
 
     `load` reads the configuration, now and for each reload. `on_ready` is called once: with None
@@ -30,25 +31,23 @@ def serve(load: Load, mains: Mains, on_ready: Callable[[str | None], None]) -> i
     loaded = load()
     settings = loaded.settings
     sockets = Sockets()
-    whom = privileges.identity(settings)
-    if whom is not None:
+    identity = privileges.identity(settings)
+    if identity is not None:
         logs.configure(logs.LogSettings.of(loaded))
-        privileges.drop(settings, whom)
+        privileges.drop(settings, identity)
     sockets.open(settings, lent)
     try:
         logs.configure(logs.LogSettings.of(loaded))
-        for event in loaded.events:
-            logs.LOGGER.warning("%s", event)
+        for warning in loaded.warnings:
+            logs.LOGGER.warning("%s", warning)
         rlimit.raise_limit(settings.limits, slot_capacity(settings.worker_count))
-        return Master(load, loaded, sockets, mains, on_ready).run()
+        return Master(Configuration(load, loaded), sockets, mains, on_ready).run()
     finally:
-        sockets.close()
-        sockets.close_control()
-        sockets.release()
+        sockets.give_back()
 
 
 def _at_lent_paths(load: Load, paths: list[str]) -> Loaded:
-    """Where no path is set, those of the sockets that the service manager has made are meant."""
+    """Where `listen` is not set, take the paths of the service manager's sockets."""
     loaded = load()
     if loaded.settings.listen is not None:
         return loaded
@@ -59,7 +58,7 @@ def _at_lent_paths(load: Load, paths: list[str]) -> Loaded:
 def take_over(load: Load, mains: Mains) -> int:
     """Be the new master that another one has started; the exit status.
 
-    The other one has said in the environment where it is to be heard. Raises UpgradeError.
+    The environment names the descriptor by which the two talk. Raises UpgradeError.
     """
     inherited = upgrade.inherit(int(os.environ.pop(upgrade.VARIABLE)))
     lent = [each.path for each in inherited.estate.sockets.listeners if each.lent]
@@ -75,8 +74,7 @@ def take_over(load: Load, mains: Mains) -> int:
         return 1
     sockets = Sockets(inherited.estate.sockets)
     try:
-        return Master(load, loaded, sockets, mains, lambda _: None, inherited).run()
+        configuration = Configuration(load, loaded)
+        return Master(configuration, sockets, mains, lambda _: None, inherited).run()
     finally:
-        sockets.close()
-        sockets.close_control()
-        sockets.release()
+        sockets.give_back()

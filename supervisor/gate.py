@@ -3,31 +3,27 @@
 1. Never more than `max_connections` client connections open.
 2. Never more than `max_concurrent_requests` requests running.
 3. In any 60 seconds, wherever they start, at most `max_requests_per_minute` requests admitted.
-4. While the master's verdict is closed nothing is accepted and no request begins; what runs goes
-   on. Nothing is accepted either while 1 to 3 leave no room.
+4. While the gate is closed, because the daemon uses more memory or CPU than it may, no client is
+   accepted and no request begins; what runs goes on. Nor is a client accepted while 1 to 3 leave
+   no room.
 
-Everything that takes room is decided under one lock; giving room back needs none. The kernel frees
-it when its holder dies, at whatever instruction: see robustlock.py.
+What is taken stands in counters of the whole daemon (`Counters`, in the shared memory), and besides
+in each worker's slot. Both are changed under the gate's lock: the counter first when room is taken,
+the slot first when it is given back. A process killed in between leaves the counter too high, never
+too low, and the master has it counted anew from the slots: see `Shared.recount`.
 
-Only numbers are read and written while the lock is held. In particular no call gives up the
-interpreter lock: a thread that did would wait for a busy module of its own worker to hand it back,
-and all other workers with it. So a client is accepted outside the lock, into room that was reserved
-under it.
-
-Room is counted from what all slots say. That takes longer the more workers there are, so it is done
-once for many who take room: the one who counts leaves word of how many others may pass without
-counting again, whether for a connection or a request (`header.passes`). Room that is given back
-meanwhile only makes it more. Where there is less room than that, each one counts.
+Only plain numbers are read and written under the lock, and no call gives up the interpreter lock:
+a thread that did would wait for a busy module of its own worker to hand it back, and all other
+workers with it. So room for a client is taken under the lock, and the client accepted outside it.
 
 The rate is exact: the ring holds the times of the last admissions, and a request is admitted when
-the entry `max_requests_per_minute` places back has left the window. One comparison, whatever the
-load. Times are CLOCK_MONOTONIC: setting the machine's clock changes nothing.
+the entry `max_requests_per_minute` places back has left the window. Times are CLOCK_MONOTONIC:
+setting the machine's clock changes nothing.
 
-Who finds no room says in its slot what it waits for, looks once more, and sleeps on its worker's
-eventfd, the bell. Whoever gives room back rings the bell of every worker that waits for such room,
-where anybody waits at all (`header.somebody_waits`); two threads of a worker wait at most, one at
-the door and one for all that have a request. A ring is only a hint to look again: one that is lost
-because its process was killed costs `LOST_RING_MS`.
+A thread that finds no room publishes in its slot what it waits for, checks once more, and sleeps on
+its worker's eventfd. Whoever gives such room back wakes all workers that wait for it. Two threads of
+a worker wait at most: the one that accepts, and one for all that have a request. A wake-up is only a
+hint to check again: one that is lost because its process was killed costs `LOST_WAKEUP_MS`.
 
 Called in the worker process, from any of its threads, but for what says otherwise.
 """
@@ -41,70 +37,69 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 from cpanbridge.supervisor.memory import handoff_sockets
-from cpanbridge.supervisor.memory.layout import (
+from cpanbridge.supervisor.memory.fields import (
+    CONCURRENCY,
+    CONNECTIONS,
     GATE_OPEN,
+    OVERLOAD,
+    RATE,
     WAITS_FOR_CONNECTION,
     WAITS_FOR_LOAD,
     WAITS_FOR_NOTHING,
     WAITS_FOR_RATE,
     WAITS_FOR_REQUEST,
-    Shared,
-    Slot,
 )
+from cpanbridge.supervisor.memory.layout import Shared
 
-# Clients that a worker is telling so, at a time, where those that find no room are turned away.
+# Clients that a worker rejects at a time, with `overload = "reject"`.
 MOST_REJECTED = 64
 
-LOST_RING_MS = 100
+LOST_WAKEUP_MS = 100
 OVERLOAD_RECHECK_MS = 1000
-
-# How often room is taken before all slots are counted again; as often as there are slots where
-# these are more. So a rise in connections that is over before the monitor's next look may be told
-# too low by as many, and by those that doors had reserved when it was counted.
-PASSES = 8
 
 T = TypeVar("T")
 
 
 class Wakeups(NamedTuple):
-    """What others reach one worker by: eventfds that they ring, and its postbox.
+    """The descriptors by which others reach one worker. Made by the master, before it forks."""
 
-    Made by the master, before it forks.
-    """
-
-    acceptor: int  # for its thread at the door
-    request: int  # for the one of its threads that looks for a request's room
-    watch: int  # for its main thread, when there is something for it to do
-    put: int  # its postbox, for clients that others hand over to it: see postbox.py
-    take: int  # where it takes them out
+    accept: int  # an eventfd: the thread that accepts waits for room on it
+    request: int  # an eventfd: the thread that waits for a request's room
+    main: int  # an eventfd: the main thread, when there is something for it to do
+    put: int  # its hand-off queue, for clients that others hand over: see handoff_sockets.py
+    take: int  # the end from which it takes them
 
     @classmethod
-    def hang(cls) -> "Wakeups":
-        """Create them. Raises OSError when the process is out of descriptors."""
+    def create(cls) -> "Wakeups":
+        """Raises OSError when the process is out of descriptors."""
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        acceptor, request, watch = (os.eventfd(0, flags) for _ in range(3))
-        return cls(acceptor, request, watch, *handoff_sockets.hang())
+        accept, request, main = (os.eventfd(0, flags) for _ in range(3))
+        return cls(accept, request, main, *handoff_sockets.create())
 
 
 class Obstacle(NamedTuple):
     """Why nothing can be admitted now, and what to wait for."""
 
-    # verdict, connections, concurrency, rate; reservations: for a moment, as other doors look out
-    reason: str
+    reason: str  # one of fields.REASONS
     waits_for: int  # whose giving back may remove it: WAITS_FOR_...
     until: int | None = None  # CLOCK_MONOTONIC nanoseconds when it will have gone
 
     @property
     def retry_after(self) -> float:
-        """In how many seconds it is worth while to try again."""
+        """In how many seconds another try is worth while."""
         if self.until is not None:
             return max(0.001, (self.until - time.monotonic_ns()) / 1e9)
-        return (OVERLOAD_RECHECK_MS if self.reason == "verdict" else LOST_RING_MS) / 1000
+        return self.recheck_ms / 1000
+
+    @property
+    def recheck_ms(self) -> int:
+        """After how many milliseconds a waiting thread checks again without a wake-up."""
+        return OVERLOAD_RECHECK_MS if self.waits_for == WAITS_FOR_LOAD else LOST_WAKEUP_MS
 
 
 class Gate:
-    """One worker's view of the gate. The limits are read from the shared
-    memory each time, so that a change holds for all generations of workers at once.
+    """One worker's view of the gate. The limits are read from the shared memory each time, so a
+    change holds for all generations of workers at once.
     """
 
     def __init__(self, shared: Shared, slot: int, wakeups: Sequence[Wakeups]) -> None:
@@ -114,198 +109,152 @@ class Gate:
         self._slot = shared.slots[slot]
         self._wakeups = wakeups[slot]
         self._all_wakeups = wakeups
-        self._workers: list[tuple[Slot, Wakeups]] = []
+        counters = shared.counters
+        self._connections = counters.connections.get_obj()
+        self._running = counters.running.get_obj()
+        self._waiting = counters.waiting.get_obj()
+        self._overload_state = counters.overload_state.get_obj()
         self._exiting = False
-        self._release = threading.Lock()
-        self._line_for_connection = threading.Lock()
-        self._line_for_request = threading.Lock()
+        self._turn_to_accept = threading.Lock()
+        self._turn_for_request = threading.Lock()
 
     # -- taking room, under the lock --
 
     def obstacle(self, *, connection: bool) -> Obstacle | None:
-        """What keeps a request out, or with `connection` a new client; None when there is room."""
+        """What keeps a request out, or with `connection` a new client; None: there is room."""
         header = self._header
-        if header.overload_state != GATE_OPEN and not self._exiting:
-            return Obstacle("verdict", WAITS_FOR_LOAD)
-        if header.passes <= 0:
-            obstacle = self._count(connection)
-            if obstacle is not None:
-                return obstacle
+        if header.recount:
+            self._shared.recount()
+        if self._overload_state.value != GATE_OPEN and not self._exiting:
+            return Obstacle(OVERLOAD, WAITS_FOR_LOAD)
+        if connection and self._connections.value >= header.max_connections:
+            return Obstacle(CONNECTIONS, WAITS_FOR_CONNECTION)
+        if self._running.value >= header.max_concurrent_requests:
+            return Obstacle(CONCURRENCY, WAITS_FOR_REQUEST)
         free_at = self._shared.window.free_at()
         if free_at > time.monotonic_ns():
-            return Obstacle("rate", WAITS_FOR_RATE, free_at)
+            return Obstacle(RATE, WAITS_FOR_RATE, free_at)
         return None
 
-    def _count(self, connection: bool) -> Obstacle | None:
-        """Count what is taken, say how many may pass without that, and what is in the way of one.
-
-        Fewer may have passed by then than there is room for: what `took_over` counts twice is room
-        that is taken once.
-        """
-        header = self._header
-        connections = reserved = running = 0
-        for slot, _ in self._used():
-            reserved += slot.reserved  # before `opened`, which it turns into
-            connections += slot.opened - slot.closed
-            running += slot.admitted - slot.succeeded - slot.failed
-        self._shared.record_peak(connections)
-        if header.somebody_waits:
-            self._see_who_waits()
-        connections_left = header.max_connections - connections - reserved
-        requests_left = header.max_concurrent_requests - running
-        header.passes = min(max(PASSES, len(self._workers)), connections_left, requests_left)
-        if connection and connections_left <= 0:
-            taken = connections >= header.max_connections
-            return Obstacle("connections" if taken else "reservations", WAITS_FOR_CONNECTION)
-        if requests_left <= 0:
-            return Obstacle("concurrency", WAITS_FOR_REQUEST)
-        return None
-
-    def _see_who_waits(self) -> None:
-        """Whether anybody does. Who was killed while it waited waits no longer."""
-        self._header.somebody_waits = any(
-            slot.accept_waits_for or slot.request_waits_for for slot, _ in self._used()
-        )
-
-    def _used(self) -> list[tuple[Slot, Wakeups]]:
-        """The slots that a worker may have, or has had, with their bells."""
-        used: int = self._header.slots_used
-        if used != len(self._workers):
-            self._workers = list(zip(self._shared.used_slots, self._all_wakeups, strict=False))
-        return self._workers
-
-    def reserve(self) -> Literal[True]:
-        """Take room for one client; `opened` or `nobody_came` must follow."""
-        self._header.passes -= 1
-        self._slot.reserved = 1
+    def open(self) -> Literal[True]:
+        """Take room for one client, which is to be accepted; `closed` must follow."""
+        header, slot = self._header, self._slot
+        connections = self._connections.value = self._connections.value + 1
+        slot.opened += 1
+        # A client that is handed over has room twice for a moment.
+        if header.peak_connections < connections <= header.max_connections:
+            header.peak_connections = connections
         return True
 
-    def admitted(self) -> Literal[True]:
-        """Charge a request that is complete and about to run."""
-        self._header.passes -= 1
+    def admit(self) -> Literal[True]:
+        """Charge a request that is complete and about to run; `finished` must follow."""
+        self._running.value += 1
         self._slot.admitted += 1
         self._shared.window.record(time.monotonic_ns())
         return True
 
-    def reserve_any(self) -> bool:
-        """Take room for a client, whatever there is of requests; False when there is none.
+    # -- taking and giving back, with the lock --
 
-        As `reserve`, but it takes the lock itself.
+    def open_any(self) -> bool:
+        """As `open`, whatever room there is for requests; False when there is none."""
+        with self._lock:
+            return self._connections.value < self._header.max_connections and self.open()
+
+    def take_over(self) -> int:
+        """Take room for another worker's client; returns its number in this slot.
+
+        It is counted here before the other worker gives it up: twice for a moment, and at every
+        moment at least once, whichever process is killed.
         """
         with self._lock:
-            reserved = sum(slot.reserved for slot in self._shared.used_slots)
-            if reserved + self._shared.connections() >= self._header.max_connections:
-                return False
-            return self.reserve()
+            self.open()
+            self._slot.taken_over += 1
+            return int(self._slot.opened)
 
-    # -- using room and giving it back, without the lock --
+    def accepted(self) -> int:
+        """The room that was taken has a client; returns its number in this slot.
 
-    def opened(self) -> int:
-        """The room that was reserved has a client; returns its number in this slot.
-
-        Called by the thread at the door.
+        Called by the thread that accepts.
         """
-        number: int = self._slot.opened + 1
-        self._slot.opened = number
-        self._slot.reserved = 0
-        return number
-
-    def took_over(self) -> int:
-        """A client is taken over from another worker; returns its number in this slot.
-
-        It is counted here before the other worker gives it up: twice for a moment, and never not
-        at all, whoever is killed when. Called by the thread at the door.
-        """
-        number: int = self._slot.opened + 1
-        self._slot.opened = number
-        self._slot.taken_over += 1
-        return number
-
-    def nobody_came(self) -> None:
-        """Give back the room that was reserved. Called by the thread at the door."""
-        self._slot.reserved = 0
-        self._tell_who_waits_for_connection()
+        self._slot.accepted += 1
+        return int(self._slot.opened)
 
     def closed(self) -> None:
-        """Give back a connection, after its socket is closed."""
-        with self._release:
+        """Give back a connection's room, after its socket is closed, or when no client came."""
+        with self._lock:
             self._slot.closed += 1
-        self._tell_who_waits_for_connection()
+            self._connections.value -= 1
+        if self._waiting.value:
+            self._wake_waiting(WAITS_FOR_CONNECTION)
 
     def finished(self, succeeded: bool) -> None:
-        """Give back a request's place, once its function has returned."""
-        with self._release:
+        """Give back a request's room, once its function has returned."""
+        with self._lock:
             if succeeded:
                 self._slot.succeeded += 1
             else:
                 self._slot.failed += 1
-        if not self._header.somebody_waits:
-            return
-        for other, wakeups in self._used():
-            if other.request_waits_for == WAITS_FOR_REQUEST:
-                ring(wakeups.request)
-            if other.accept_waits_for == WAITS_FOR_REQUEST:
-                ring(wakeups.acceptor)
+            self._running.value -= 1
+        if self._waiting.value:
+            self._wake_waiting(WAITS_FOR_REQUEST)
 
-    def leave(self) -> None:
-        """From now on the verdict is nothing to this worker: what it has taken up, it finishes.
+    def _wake_waiting(self, waits_for: int) -> None:
+        for slot, wakeups in zip(self._shared.used_slots, self._all_wakeups, strict=False):
+            if slot.accept_waits_for == waits_for:
+                wake(wakeups.accept)
+            if slot.request_waits_for == waits_for:
+                wake(wakeups.request)
 
-        It accepts no more, and the verdict may be waiting for it to have left.
+    def ignore_overload(self) -> None:
+        """From now on this worker finishes what it has, also while the gate is closed.
+
+        For a worker that exits: the gate may be waiting for its memory.
         """
         self._exiting = True
-        ring(self._wakeups.request)
+        wake(self._wakeups.request)
 
-    def leave_to_others(self) -> None:
-        """Somebody may wait outside whom this worker does not let in: let the others look."""
+    def wake_other_workers(self) -> None:
+        """Clients may wait in the listen queue that this worker does not accept."""
         wake_main_threads(self._shared, self._all_wakeups)
 
-    def _tell_who_waits_for_connection(self) -> None:
-        if not self._header.somebody_waits:
-            return
-        for other, wakeups in self._used():
-            if other.accept_waits_for == WAITS_FOR_CONNECTION:
-                ring(wakeups.acceptor)
+    def wake_if_waiting(self, slot: int) -> None:
+        """If any thread waits at the gate, wake the main thread of a worker that can give room."""
+        if self._waiting.value:
+            wake(self._all_wakeups[slot].main)
 
     # -- waiting for room --
 
     def attempt(self, take: Callable[[], T], *, connection: bool) -> T | Obstacle:
         """Run `take` under the lock and return what it returns, or what keeps it from being run.
 
-        `take` is one of `reserve` and `admitted`.
+        `take` is one of `open` and `admit`.
         """
         with self._lock:
             obstacle = self.obstacle(connection=connection)
             if obstacle is None:
                 return take()
-        if obstacle.reason == "connections":
+        if obstacle.waits_for == WAITS_FOR_CONNECTION:
             self._slot.full += 1
         return obstacle
 
-    def enter(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
+    def wait_and_take(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
         """Run `take` under the lock as soon as there is room, and return what it returns.
 
         Sleeps while there is none; returns None when the descriptor `stop` is readable by then.
         """
-        outcome = self.attempt(take, connection=connection)
-        if not isinstance(outcome, Obstacle):
-            return outcome
-        return self.wait_and_take(take, stop, connection=connection)
-
-    def wait_and_take(self, take: Callable[[], T], stop: int, *, connection: bool) -> T | None:
-        """As `enter`, for who has found no room already."""
-        # Of the threads that wait for the same, one looks and the others wait for their turn.
+        # Of the threads that wait for the same, one checks; the others wait for their turn.
         if connection:
-            with self._line_for_connection:
+            with self._turn_to_accept:
                 return self._wait_and_take(take, stop, connection)
-        self._queue(+1)
+        self._count_queued(+1)
         try:
-            with self._line_for_request:
+            with self._turn_for_request:
                 return self._wait_and_take(take, stop, connection)
         finally:
-            self._queue(-1)
+            self._count_queued(-1)
 
-    def _queue(self, change: int) -> None:
-        with self._release:
+    def _count_queued(self, change: int) -> None:
+        with self._lock:
             self._slot.queued += change
 
     def _wait_and_take(self, take: Callable[[], T], stop: int, connection: bool) -> T | None:
@@ -315,27 +264,27 @@ class Gate:
                     obstacle = self.obstacle(connection=connection)
                     if obstacle is None:
                         return take()
-                    is_new = self._register(obstacle.waits_for, connection)
-                # Room that was given back before this thread was registered has rung nobody: so
-                # it looks once more before it sleeps.
+                    is_new = self._publish(obstacle.waits_for, connection)
+                # Room that was given back before this was published has woken nobody: so the
+                # thread checks once more before it sleeps.
                 if not is_new and self._sleep(obstacle, stop, connection):
                     return None
         finally:
             with self._lock:
-                self._register(WAITS_FOR_NOTHING, connection)
-                self._see_who_waits()
+                self._publish(WAITS_FOR_NOTHING, connection)
 
-    def _register(self, waits_for: int, connection: bool) -> bool:
-        """Say what this thread waits for, so that it is rung; whether that is something new.
+    def _publish(self, waits_for: int, connection: bool) -> bool:
+        """Say what this thread waits for, so that it is woken; returns whether that is new.
 
         Called under the lock.
         """
         slot = self._slot
+        before = slot.accept_waits_for if connection else slot.request_waits_for
+        self._waiting.value += bool(waits_for) - bool(before)
         if connection:
-            before, slot.accept_waits_for = slot.accept_waits_for, waits_for
+            slot.accept_waits_for = waits_for
         else:
-            before, slot.request_waits_for = slot.request_waits_for, waits_for
-        self._header.somebody_waits = 1
+            slot.request_waits_for = waits_for
         return bool(before != waits_for)
 
     def _sleep(self, obstacle: Obstacle, stop: int, connection: bool) -> bool:
@@ -344,52 +293,54 @@ class Gate:
         A time is met exactly, in several sleeps: poll(2) may be late by a thousandth of what it is
         asked for, so it is asked for less, and the last milliseconds are a sleep of their own.
         """
-        wakeup = self._wakeups.acceptor if connection else self._wakeups.request
+        wakeup = self._wakeups.accept if connection else self._wakeups.request
         poll = select.poll()
         poll.register(stop, select.POLLIN)
         poll.register(wakeup, select.POLLIN)
         exact_ns = 0
+        limit_ms = obstacle.recheck_ms
         if obstacle.until is not None:
             left_ns = max(0, obstacle.until - time.monotonic_ns())
             early_ns = max(1_000_000, left_ns // 500)
             limit_ms = max(0, left_ns - early_ns) // 1_000_000
             if limit_ms == 0:
                 exact_ns = left_ns
-        else:
-            limit_ms = OVERLOAD_RECHECK_MS if obstacle.reason == "verdict" else LOST_RING_MS
         ready = [fd for fd, _ in poll.poll(limit_ms)]
         if stop in ready:
             return True
         if wakeup in ready:
-            os.eventfd_read(wakeup)  # all rings so far: this thread looks after it
+            os.eventfd_read(wakeup)  # all wake-ups so far: this thread sees to them
         else:
             time.sleep(exact_ns / 1e9)
         return False
 
 
-def ring(wakeup: int) -> None:
-    """Wake whoever sleeps by this eventfd."""
-    # Rung 2**64 - 2 times and not heard yet: it will be.
+def wake(eventfd: int) -> None:
+    """Wake the thread that sleeps on this eventfd."""
+    # Written 2**64 - 2 times and not read yet: it is readable.
     with contextlib.suppress(BlockingIOError):
-        os.eventfd_write(wakeup, 1)
+        os.eventfd_write(eventfd, 1)
 
 
-def set_overload_state(shared: Shared, wakeups: Sequence[Wakeups], overload_state: int) -> None:
-    """Open or close the gate for the whole daemon. Called in the master."""
+def set_overload_state(shared: Shared, wakeups: Sequence[Wakeups], state: int) -> None:
+    """Open or close the gate for the whole daemon: GATE_OPEN or GATE_CLOSED.
+
+    Called in the master, which is the only writer and waits for no lock.
+    """
     header = shared.header
     header.changed_at = time.monotonic_ns()
-    header.closings += overload_state != GATE_OPEN
-    header.overload_state = overload_state
-    if overload_state != GATE_OPEN:
+    header.closings += state != GATE_OPEN
+    shared.counters.overload_state.get_obj().value = state
+    if state != GATE_OPEN:
         return
     for slot, each in zip(shared.used_slots, wakeups, strict=False):
         if slot.accept_waits_for == WAITS_FOR_LOAD:
-            ring(each.acceptor)
+            wake(each.accept)
         if slot.request_waits_for == WAITS_FOR_LOAD:
-            ring(each.request)
+            wake(each.request)
 
 
 def wake_main_threads(shared: Shared, wakeups: Sequence[Wakeups]) -> None:
-    """Let the main thread of every worker look whether there is something to do."""
+    """Have the main thread of every worker check whether there is something to do."""
     for each in wakeups[: shared.header.slots_used]:
-        ring(each.watch)
+        wake(each.main)

@@ -1,24 +1,24 @@
 """The master process: fork the workers, watch them, replace them, stop them.
 
-It is single-threaded, so that forking is safe, runs no module code and reads no client bytes. It
-waits in one place, the loop; nothing is polled. A signal NAME is handled by the method
-`handle_name`. Which workers there are is the workforce's business.
+It is single-threaded, so that forking is safe. It runs no module code and reads no client bytes. It
+waits in one place, the event loop; nothing is polled. A signal NAME is handled by the method
+`handle_name`. Which workers there should be is the worker pool's business.
 """
 
 import gc
 import logging
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import setproctitle
 
-from cpanbridge.supervisor.config import KILL_MARGIN, Load, Loaded
-from cpanbridge.supervisor.control.server import ControlConnection, ControlServer
-from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
-from cpanbridge.supervisor.lifecycle.reload import Reloader
+from cpanbridge.supervisor.config import KILL_MARGIN
+from cpanbridge.supervisor.gate import Wakeups
+from cpanbridge.supervisor.lifecycle.configuration import Configuration
+from cpanbridge.supervisor.lifecycle.handover import Handover
+from cpanbridge.supervisor.lifecycle.mastership import Mastership
+from cpanbridge.supervisor.lifecycle.reload import Reloader, OnDone
 from cpanbridge.supervisor.lifecycle.takeover import Takeover
 from cpanbridge.supervisor.lifecycle.upgrade import Inherited
 from cpanbridge.supervisor.listening.sockets import Sockets
@@ -28,10 +28,9 @@ from cpanbridge.supervisor.processes.context import Mains
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.processes.watchdog import Watchdog
-from cpanbridge.supervisor.reports import numbers, status
+from cpanbridge.supervisor.reports.answers import Answers
 from cpanbridge.supervisor.system import logs
 from cpanbridge.supervisor.system.event_loop import Loop
-from cpanbridge.supervisor.system.logs import LogError
 from cpanbridge.supervisor.system.sd_notify import ServiceManager
 from cpanbridge.supervisor.system.signals import Signals
 from cpanbridge.supervisor.version import __version__
@@ -43,99 +42,79 @@ class Master:
     """The master of one daemon, from its first fork to its last wait.
 
     `on_ready` is called once: with None when all workers are ready, or with the reason why the
-    daemon does not start.
+    daemon does not start. The new master of an upgrade has `inherited` a daemon that is ready.
     """
 
     def __init__(
         self,
-        load: Load,
-        loaded: Loaded,
+        configuration: Configuration,
         sockets: Sockets,
         mains: Mains,
-        on_ready: Callable[[str | None], None],
+        on_ready: OnDone,
         inherited: Inherited | None = None,
     ) -> None:
-        settings = loaded.settings
+        settings = configuration.loaded.settings
         self._sockets = sockets
         self._on_ready = on_ready
         if inherited is None:
             capacity = slot_capacity(settings.worker_count)
             shared = Shared.create(capacity, settings.limits, used=settings.worker_count)
-            wakeups = [Wakeups.hang() for _ in shared.slots]
+            wakeups = [Wakeups.create() for _ in shared.slots]
             number = 1
         else:
-            shared, wakeups, number = (
-                inherited.shared,
-                inherited.wakeups,
-                inherited.estate.generation,
-            )
-        self._loop = Loop()
-        self._notifier = ServiceManager(self._loop, silent=inherited is not None)
-        self._pool = WorkerPool(self, self._loop, shared, wakeups, mains)
-        self._reloader = Reloader(load, loaded, self._loop, shared, sockets, self._pool, number)
+            shared, wakeups = inherited.shared, inherited.wakeups
+            number = inherited.estate.generation
+        self._loop = loop = Loop()
+        self._pool = pool = WorkerPool(self, loop, shared, wakeups, mains)
+        self._reloader = Reloader(configuration, loop, shared, sockets, pool, number)
         self._reloader.changed = self._configuration_changed
+        listeners = [each.socket for each in sockets.listeners]
         self._monitor = Monitor(
-            self._loop,
-            shared,
-            wakeups,
-            settings.limits,
-            [each.socket for each in sockets.listeners],
-            self._pool.retire_for_memory,
+            loop, shared, wakeups, settings.limits, listeners, pool.retirement.retire_for_memory
         )
-        self._hangs = Watchdog(self._loop, shared, self._pool)
-        self._shared, self._wakeups = shared, wakeups
-        self._control = ControlServer(
-            self._loop,
-            {"status": self._status, "metrics": self._metrics},
-            {"reload": self._reload_for, "upgrade": self._upgrade_for},
-            self._progress,
-        )
-        self._takeover = Takeover(
-            self._loop,
-            shared,
-            wakeups,
-            sockets,
-            self._pool,
-            self._reloader,
-            self._control,
-            self._notifier,
-        )
-        self._signals = Signals(self._loop, self._handle)
+        self._watchdog = Watchdog(loop, shared, pool)
+        self._service_manager = ServiceManager(loop, silent=inherited is not None)
+        control = Answers(self, self._reloader, pool, shared).server(loop)
+        self._mastership = Mastership(sockets, control, self._service_manager)
+        self._handover = Handover(loop, pool, self._reloader, self._mastership)
+        self._takeover: Takeover | None = None  # until the workers of this master serve
+        if inherited is not None:
+            self._takeover = Takeover(
+                loop, inherited, pool, self._reloader, self._mastership, self._start_watching
+            )
+        self._signals = Signals(loop, self._handle)
         self._started = inherited is not None
-        self._taking_over = inherited is not None  # until its own workers serve
         self._reload_when_started = False
         self._stopping = False
         self._exit_status = 0
-        if inherited is not None:
-            self._takeover.will_inherit(inherited, self._start_watching)
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
         self._show_title()
         self._signals.catch()
-        self._notifier.watch_dog()
-        gc.freeze()  # what exists now is shared with the workers; keep the collector off it
-        if self._takeover.expected:
+        self._service_manager.watch_dog()
+        gc.freeze()  # workers share what exists now, as long as the collector does not write to it
+        if self._takeover is not None:
             self._reloader.begin(self._taken_over)
         else:
-            self._takeover.watch_control()
+            self._mastership.begin()
             self._pool.spawn(self._reloader.generation)
-        while not (self._takeover.left or (self._stopping and self._pool.is_gone())):
+        while not (self._handover.complete or (self._stopping and self._pool.is_gone())):
             self._loop.turn()
         self._signals.ignore()
-        if not self._takeover.left:
+        if not self._handover.complete:
             LOGGER.info("Stopped")
         return self._exit_status
 
     # -- signals --
 
     def _handle(self, number: int) -> None:
-        if not self._takeover.puts_off(number):
+        if not self._handover.defers(number):
             name = signal.Signals(number).name.removeprefix("SIG").lower()
             getattr(self, f"handle_{name}")()
 
     def handle_term(self) -> None:
-        """Stop gracefully: no new client, running requests finish."""
+        """Stop gracefully: accept no new client, and let running requests finish."""
         if not self._stopping:
             seconds = self._graceful_timeout
             LOGGER.info("Stopping: running requests may take %g s", seconds)
@@ -151,18 +130,18 @@ class Master:
         self._stop(None)
 
     def handle_chld(self) -> None:
-        """Some children have ended; signals of the same kind merge, so ask until there is none.
+        """Some children have ended. Pending signals of one kind merge, so ask until there is none.
 
-        Not only workers: as process 1 of a container the master inherits what they leave behind.
+        Not only workers: a subreaper, or process 1 of a container, inherits what they leave behind.
         """
         while True:
             try:
-                pid, status = os.waitpid(self._takeover.whom_to_wait_for, os.WNOHANG)
+                pid, status = os.waitpid(self._handover.children, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            self._takeover.ended(pid, status)
+            self._handover.ended(pid, status)
             self._pool.ended(pid, status)
 
     def handle_hup(self) -> None:
@@ -170,10 +149,10 @@ class Master:
         self.reload(lambda _: None)
 
     def handle_usr1(self) -> None:
-        """Go on in new log files of the same names: the old ones were renamed."""
+        """Continue in new log files of the same names: the old ones were renamed."""
         try:
             logs.reopen()
-        except LogError as error:
+        except logs.LogError as error:
             LOGGER.error("The log stays where it is: %s", error)
             return
         LOGGER.info("Logs reopened")
@@ -197,13 +176,13 @@ class Master:
         else:
             LOGGER.warning("No worker fewer: the last worker stays")
 
-    # -- what the workforce tells --
+    # -- called by the worker pool --
 
     def generation_ready(self, generation: Generation) -> None:
         """All workers have booted: the daemon is ready, or a reload can be completed."""
         if self._stopping:
             return
-        if self._takeover.expected:
+        if self._takeover is not None and self._takeover.pending:
             self._takeover.ready()
             return
         if self._started:
@@ -220,17 +199,17 @@ class Master:
             ", ".join(listener.path for listener in generation.listeners),
         )
         self._on_ready(None)
-        self._notifier.ready(self._summary())
+        self._service_manager.ready(self._summary())
         if self._reload_when_started:
             self.handle_hup()
 
     def _start_watching(self) -> None:
-        """The daemon is this master's from now on, and clients are served."""
+        """This is the daemon's master from now on, and clients are served."""
         self._monitor.start()
-        self._hangs.start()
+        self._watchdog.start()
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
-        """A worker does not boot: before the daemon was ready there is no daemon then."""
+        """A worker cannot boot: a reload fails, or the daemon does not start."""
         if self._started:
             self._reloader.failed(generation, reason)
         elif not self._stopping:
@@ -238,40 +217,39 @@ class Master:
             self._stop(None, reason)
 
     def worker_gone(self) -> None:
-        """A worker has gone; a reload may have waited for its slot, or a client for the worker."""
-        wake_main_threads(self._shared, self._wakeups)
+        """A worker has ended: a reload may wait for its slot."""
         self._reloader.worker_gone()
 
     # -- reloading, stopping --
 
-    def reload(self, tell: Callable[[str | None], None]) -> None:
-        """Change over to the configuration as it is now; `tell` is called once, see Reloader."""
+    def reload(self, on_done: OnDone) -> None:
+        """Change over to the configuration as it is now; `on_done` is called once, see Reloader."""
         if self._stopping:
-            self._reloader.refuse(tell, "the daemon is stopping")
-        elif self._takeover.successor or self._takeover.expected:
-            self._notifier.reloading()  # whoever has sent the signal waits for this
-            self._reloader.refuse(partial(self._reloaded, tell), "an upgrade is under way")
+            self._reloader.refuse(on_done, "the daemon is stopping")
+        elif self.successor or (self._takeover is not None and self._takeover.pending):
+            self._service_manager.reloading()  # `systemctl reload` waits until it was, and is over
+            self._reloader.refuse(partial(self._reloaded, on_done), "an upgrade is under way")
         elif not self._started:
             self._reload_when_started = True
-            tell("the daemon is still starting; it reloads when it has started")
+            on_done("the daemon is still starting; it reloads when it has started")
         else:
-            self._notifier.reloading()
-            self._reloader.begin(partial(self._reloaded, tell))
+            self._service_manager.reloading()
+            self._reloader.begin(partial(self._reloaded, on_done))
 
-    def _reloaded(self, tell: Callable[[str | None], None], reason: str | None) -> None:
+    def _reloaded(self, on_done: OnDone, reason: str | None) -> None:
         self._tell_ready(self._summary() if reason is None else f"Not reloaded: {reason}")
-        tell(reason)
+        on_done(reason)
 
     def _tell_ready(self, status: str) -> None:
-        if not self._stopping:  # then the service manager is told nothing more but that
-            self._notifier.ready(status)
+        if not self._stopping:  # or the service manager would take the stop for over
+            self._service_manager.ready(status)
 
     def _summary(self) -> str:
         generation = self._reloader.generation
         return f"Serving with {generation.wanted} workers, generation {generation.number}"
 
     def _configuration_changed(self) -> None:
-        """Another generation has taken over."""
+        """Another generation serves."""
         settings = self._reloader.loaded.settings
         self._monitor.limits = settings.limits
         self._monitor.listeners = [each.socket for each in self._sockets.listeners]
@@ -282,46 +260,56 @@ class Master:
             self._on_ready(reason)
         if not self._stopping:
             self._stopping = True
-            self._notifier.stopping((seconds or 0.0) + KILL_MARGIN)
+            self._service_manager.stopping((seconds or 0.0) + KILL_MARGIN)
             self._reloader.give_up("the daemon is stopping")
-            self._takeover.give_up("the daemon is stopping")
+            self._handover.give_up("the daemon is stopping")
             self._sockets.close()
         self._pool.stop(seconds)
 
-    def upgrade(self, tell: Callable[[str | None], None]) -> None:
-        """Hand over to a new master; `tell` is called once: with None when it has taken over."""
+    @property
+    def _graceful_timeout(self) -> float:
+        return self._reloader.loaded.settings.limits.graceful_timeout
+
+    def _show_title(self) -> None:
+        setproctitle.setproctitle(f"cpanbridged: master [{self._reloader.loaded.source}]")
+
+    # -- upgrading --
+
+    def upgrade(self, on_done: OnDone) -> None:
+        """Hand over to a new master; `on_done` is called once: with None when it has taken over."""
         reason = self._cannot_upgrade()
         if reason is None:
-            self._takeover.begin(partial(self._upgraded, tell))
+            self._handover.begin(partial(self._upgraded, on_done))
             return
         LOGGER.error("Not upgraded, nothing has changed: %s", reason)
         if not self._stopping:
-            self._notifier.status(f"Not upgraded: {reason}")
-        tell(reason)
+            self._service_manager.status(f"Not upgraded: {reason}")
+        on_done(reason)
 
-    def _upgraded(self, tell: Callable[[str | None], None], reason: str | None) -> None:
+    def _upgraded(self, on_done: OnDone, reason: str | None) -> None:
         if reason is not None:
             self._tell_ready(f"Not upgraded: {reason}")
-        tell(reason)
+        on_done(reason)
 
     def _cannot_upgrade(self) -> str | None:
         if self._stopping:
             return "the daemon is stopping"
-        if self._takeover.successor:
+        if self.successor:
             return "an upgrade is under way"
         if not self._started or self._reloader.coming is not None:
-            return f"the daemon is {self._state()}"
+            return f"the daemon is {self.state}"
         if os.getpid() == 1:
             return "process 1 of a container cannot be replaced; restart the container"
         return None
 
     def _taken_over(self, reason: str | None) -> None:
-        """The reload by which a new master takes over is over."""
-        self._taking_over = False
+        """The reload by which a new master replaces the old workers is over."""
+        assert self._takeover is not None
+        takeover, self._takeover = self._takeover, None
         if reason is None:
             self._tell_ready(self._summary())
-        elif self._takeover.expected:
-            self._takeover.refuse(reason)
+        elif takeover.pending:
+            takeover.refuse(reason)
             self._exit_status = 1
             self._stop(None)
         elif not self._stopping:
@@ -335,54 +323,20 @@ class Master:
             self._exit_status = 1
             self._stop(seconds)
 
+    # -- state --
+
     @property
-    def _graceful_timeout(self) -> float:
-        return self._reloader.loaded.settings.limits.graceful_timeout
-
-    # -- the control socket --
-
-    def _state(self) -> str:
+    def state(self) -> str:
+        """The daemon's state in a word, as `cpanbridged status` shows it."""
         if self._stopping:
             return "stopping"
         if not self._started:
             return "starting"
-        if self._takeover.successor or self._taking_over:
+        if self.successor or self._takeover is not None:
             return "upgrading"
         return "reloading" if self._reloader.coming is not None else "running"
 
-    def _progress(self) -> str | None:
-        workers = self._pool.workers
-        if self._stopping:
-            return status.stop_progress(workers, self._shared)
-        if self._takeover.successor:
-            return f"the new master (pid {self._takeover.successor}) boots"
-        coming = self._reloader.coming if self._started else self._reloader.generation
-        return status.boot_progress(coming, self._pool) if coming is not None else None
-
-    def _status(self) -> dict[str, Any]:
-        return status.status(self._state(), self._reloader, self._pool, self._shared)
-
-    def _metrics(self) -> dict[str, Any]:
-        return numbers.numbers(self._status(), self._reloader.loaded.settings, self._shared)
-
-    def _reload_for(self, connection: ControlConnection) -> None:
-        def tell(reason: str | None) -> None:
-            if reason is not None:
-                connection.fail(reason)
-                return
-            generation = self._reloader.generation
-            connection.finish({"generation": generation.number, "workers": generation.wanted})
-
-        self.reload(tell)
-
-    def _upgrade_for(self, connection: ControlConnection) -> None:
-        def tell(reason: str | None) -> None:
-            if reason is not None:
-                connection.fail(reason)
-            else:
-                connection.finish({"pid": self._takeover.successor})
-
-        self.upgrade(tell)
-
-    def _show_title(self) -> None:
-        setproctitle.setproctitle(f"cpanbridged: master [{self._reloader.loaded.source}]")
+    @property
+    def successor(self) -> int:
+        """The pid of the new master of an upgrade; 0: there is none."""
+        return self._handover.successor

@@ -1,4 +1,4 @@
-"""What each kind of `probe.results` is as JSON."""
+"""The JSON form of each kind of `probe.results`."""
 
 from typing import Any
 

@@ -218,8 +218,8 @@ class Daemon:
 NewDaemon = Callable[..., Daemon]
 
 
-def take_down(wakeups: Sequence[Sequence[int]]) -> None:
-    """Close the bells that a test has hung."""
+def close_wakeups(wakeups: Sequence[Sequence[int]]) -> None:
+    """Close the wake-ups that a test has created."""
     for each in wakeups:
         for descriptor in each:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Many client processes at once: run as a program, it forks them, and kills them when told to.
+"""Many client processes at once: run as a program, forks them, and kills them at a line on stdin.
 
 It prints how many calls succeeded, and when it killed them (Unix time in seconds).
 """

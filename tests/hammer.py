@@ -1,4 +1,4 @@
-"""Clients that call without a pause and know each of their calls: none may be lost or doubled."""
+"""Clients that call without a pause and record each call: none may be lost or run twice."""
 
 import contextlib
 import threading
@@ -9,23 +9,23 @@ from typing import Any
 
 from plain_client import Framed, one_shot
 
-# What became of a call, as its client knows. BEGUN: it got no answer.
+# The outcome of a call, as its client knows it. BEGUN: it got no answer.
 BEGUN, ANSWERED, NOT_RUN = range(3)
 NOT_SENT = (FileNotFoundError, ConnectionRefusedError)  # by connect(2), and by nothing else here
 
 
 class NotRunError(Exception):
-    """The daemon says that it has not run the call."""
+    """The daemon has replied that it has not run the call."""
 
 
 class Hammer:
     """One-shot and framed clients at full speed, through one daemon's changes.
 
-    A framed client that is told to go elsewhere (the frame of length 0) sends its request again on
-    another connection, as the wire allows. Everything else that is not the right reply is an error,
-    which is noted, and the client goes on with its next call.
+    A framed client that receives the frame of length 0 sends its request again on another
+    connection, as the wire format allows. Everything else that is not the right reply is recorded
+    as an error, and the client continues with its next call.
 
-    With a `journal`, a file, the daemon writes down there what it runs: see `disagreements`.
+    With a `journal`, a file, the daemon records there which calls it runs: see `disagreements`.
     """
 
     def __init__(self, path: str, one_shots: int, framed: int, journal: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class Hammer:
             client.join(60)
 
     def disagreements(self) -> list[str]:
-        """What the clients and the journal do not agree about; to be asked at the end.
+        """Differences between the clients' records and the journal; to be called at the end.
 
         A call that was answered has run once, one that was refused has not, and one that got no
         answer may have run, but not twice.
@@ -123,7 +123,7 @@ class Hammer:
                 while not self._over.is_set():
                     began = time.monotonic()
                     function, params = self._request(number)
-                    # It may have stopped reading by now; its last word is there to read.
+                    # The daemon may have stopped reading by now; its last frame can still be read.
                     with contextlib.suppress(BrokenPipeError):
                         client.send("probe", function, params, request_id=f"r{number}")
                     reply = client.receive()

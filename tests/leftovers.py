@@ -1,4 +1,4 @@
-"""What a daemon holds, and what it leaves behind when it has ended."""
+"""The resources that a daemon holds, and those that it leaves behind when it has ended."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ MEMORY = "/memfd:cpanbridged (deleted)"
 
 
 def memory_of(daemon: Daemon) -> int:
-    """Bytes that the daemon's shared memory takes."""
+    """The bytes of the daemon's shared memory."""
     for each in Path(f"/proc/{daemon.pid}/fd").iterdir():
         if os.readlink(each) == MEMORY:
             return 512 * each.stat().st_blocks

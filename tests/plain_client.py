@@ -1,4 +1,4 @@
-"""Clients in plain sockets and the standard library's json: they share no code with the daemon."""
+"""Clients of plain sockets and the standard library's json; they share no code with the daemon."""
 
 import json
 import socket
@@ -117,6 +117,6 @@ def until(condition: Any, seconds: float = 20.0, what: str = "condition") -> Any
 
 
 def most_at_once(spans: Sequence[Sequence[float]]) -> int:
-    """How many of these (began, ended) were under way at the same instant, at most."""
+    """The most of these (began, ended) that overlapped at one instant."""
     changes = [(began, 1) for began, _ in spans] + [(ended, -1) for _, ended in spans]
     return max(accumulate(change for _, change in sorted(changes)))

@@ -1,4 +1,4 @@
-"""Client processes for the tests of state: each is a Python of its own, told what to do by line."""
+"""Client processes for the tests of state: each is a Python process that gets its calls by line."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ class ClientProcess:
         return self.process.pid
 
     def begin(self, module: str, function: str, params: Any = None, **fields: Any) -> None:
-        """Have it make a call; `end` must follow."""
+        """Start a call; `end` must follow."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([module, function, params, fields]) + "\n")
         self.process.stdin.flush()
@@ -57,7 +57,7 @@ class ClientProcess:
         return reply["result"]
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 

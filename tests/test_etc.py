@@ -20,7 +20,7 @@ def uncommented() -> str:
 def test_it_loads_as_it_stands_and_changes_nothing() -> None:
     loaded = load(str(EXAMPLE), environ={})
     assert loaded.settings == Settings()
-    assert loaded.events == []
+    assert loaded.warnings == []
 
 
 def test_it_mentions_every_option() -> None:

@@ -1,6 +1,6 @@
-"""What a worker is made of. For module authors there is one name: `current_session`."""
+"""The worker processes. The names here are for module authors, who begin with `current_session`."""
 
-from cpanbridge.workers.sessions.sessions import (
+from cpanbridge.workers.sessions.session import (
     Session,
     SessionEnded,
     UnknownHandle,

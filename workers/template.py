@@ -1,8 +1,8 @@
-"""A template: imports a generation's modules once, and forks workers that have them.
+"""A template process: imports a generation's modules once, and forks workers that have them.
 
-Everything here runs in the template process, which has one thread. It imports what can be shared,
-says how that went, and waits for orders to fork a worker. It ends when the master closes its end of
-their talk, or ends itself.
+Everything here runs in the template process, which has one thread. It imports what workers can
+share, reports the result, and waits for commands to fork a worker. It ends when the master closes
+its end of the command socket, or ends itself.
 """
 
 import gc
@@ -29,20 +29,21 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 
 
 def run(context: TemplateContext) -> NoReturn:
-    """Be a template. Called in the child, right after the fork; ends the process."""
-    boot.run_to_the_end("The template", lambda: _serve(context))
+    """A template's main function. Called in the child, right after the fork; ends the process."""
+    boot.run_and_exit("The template", lambda: _serve(context))
 
 
 def _serve(context: TemplateContext) -> int:
     name = f"template gen {context.worker.generation}"
-    boot.begin(context.worker, f"{name} imports")
+    boot.set_up(context.worker, f"{name} imports")
     loader = Loader(context.worker.settings, builtin.NAMES)
     imports = _import_all(context, loader)
     if imports.error is not None or imports.unfit:
-        end_children()  # nobody will use what modules have started here
+        end_children()  # this process ends, and nothing will use them
         tell_imports(context.commands, imports)
         return 0
-    # The collector writes to what it visits, and what is written to is shared no more.
+    # The collector writes to the objects that it visits, and memory pages that are written to are
+    # no longer shared.
     gc.collect()
     gc.freeze()
     boot.show_title(name)
@@ -61,28 +62,33 @@ def _import_all(context: TemplateContext, loader: Loader) -> Imports:
         return Imports(error=str(error))
 
 
-def _fork(context: TemplateContext, loader: Loader, worker_place: WorkerContext) -> None:
-    """Fork a worker that is the master's child."""
-    boot.flush_output()  # or the worker would write it as well
+def _fork(context: TemplateContext, loader: Loader, worker_context: WorkerContext) -> None:
+    """Fork a worker that is the master's child: through a process in between that ends."""
+    boot.flush_output()  # the worker would write what is buffered once more
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = fork_worker()
         if pid == 0:
-            _fork_again(context, loader, worker_place)
-        with suppress(ChildProcessError):  # a module may have SIGCHLD ignored
+            _fork_again(context, loader, worker_context)
+        with suppress(ChildProcessError):  # a module may have set SIGCHLD to be ignored
             os.waitpid(pid, 0)
-    except OSError as error:  # the report ends without a word, as the master sees
+    except OSError as error:  # the master reads an end of file from the report
         LOGGER.error("The template cannot fork: %s", error.strerror)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
-def _fork_again(context: TemplateContext, loader: Loader, worker_place: WorkerContext) -> NoReturn:
-    """Called between template and worker: this process ends, and the worker is the master's."""
+def _fork_again(
+    context: TemplateContext, loader: Loader, worker_context: WorkerContext
+) -> NoReturn:
+    """Called in the process in between. It ends, and the worker becomes the master's child.
+
+    The master is the nearest subreaper (prctl(2), PR_SET_CHILD_SUBREAPER).
+    """
     try:
         between = os.pidfd_open(os.getpid())
         if fork_worker() == 0:
             context.commands.close()
-            worker.run_forked(worker_place, loader, between)
+            worker.run_forked(worker_context, loader, between)
     finally:
         os._exit(1)

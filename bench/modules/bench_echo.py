@@ -1,10 +1,10 @@
-"""The module that the benchmarks call: the least that a real, configured module can do."""
+"""The module that the benchmarks call: the minimum that a configured module can do."""
 
 import time
 
 
 def echo(**params: object) -> dict[str, object]:
-    """Give the keyword arguments back."""
+    """Return the keyword arguments."""
     return params
 
 
@@ -14,7 +14,7 @@ def nap(seconds: float) -> None:
 
 
 def count(to: int) -> int:
-    """Compute, as a parser in pure Python does, and hold the interpreter lock all the while."""
+    """Compute, as a parser in pure Python does, and use the interpreter all the time."""
     total = 0
     for number in range(to):
         total += number

@@ -1,4 +1,4 @@
-"""A heavy module: about 50 MB of Python objects, as a package with large tables has."""
+"""A large module: about 50 MB of Python objects, as a package with large tables has."""
 
 import os
 
@@ -6,11 +6,11 @@ TABLE = [{"number": number, "name": f"entry {number}"} for number in range(170_0
 
 
 def entries() -> int:
-    """How many entries its table has."""
+    """The number of entries in its table."""
     return len(TABLE)
 
 
 def read() -> int:
-    """Look at every entry; the process that has done so."""
+    """Read every entry; returns the pid of this process."""
     assert all(entry["number"] is not entry["name"] for entry in TABLE)
     return os.getpid()

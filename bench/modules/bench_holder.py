@@ -1,4 +1,4 @@
-"""A module that holds memory of its own in each worker, as BENCH_HOLD_MB says."""
+"""A module that holds BENCH_HOLD_MB of memory in each worker."""
 
 import os
 
@@ -6,5 +6,5 @@ KEPT = bytearray(os.urandom(1 << 20)) * int(os.environ["BENCH_HOLD_MB"])
 
 
 def held() -> int:
-    """Bytes that it holds."""
+    """The number of bytes that it holds."""
     return len(KEPT)

@@ -1,4 +1,4 @@
-"""A module that computes for 0.3 s when it is imported, as a large package does."""
+"""A module that computes for 0.3 s at import, as a large package does."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What a script runs that starts a Python for each call: a request on stdin, a reply on stdout."""
+"""Run by a script that starts a Python process per call: request on stdin, reply on stdout."""
 
 import importlib
 import json

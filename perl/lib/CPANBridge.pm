@@ -109,7 +109,7 @@ sub call_many {
     return wantarray ? @results : \@results;
 }
 
-# Runs the calls in one exchange, which gives them their outcomes.
+# Runs the calls in one exchange, which sets their outcomes.
 sub _run {
     my ($self, @calls) = @_;
     if (!ref $self) {
@@ -207,7 +207,7 @@ sub perl_caller {
         while (defined $package && ($package eq 'CPANBridge' || $package->isa('CPANBridge')));
     return $0 if !defined $package;
     my $place = join ':', (caller $level - 1)[ 1, 2 ];
-    # The sub that the call stands in is told by the frame outside of it.
+    # The next outer frame has the name of the sub that contains the call.
     while (my $sub = (caller $level++)[3]) {
         return $sub =~ /::__ANON__\z/ ? $place : $sub if $sub ne '(eval)';
     }
@@ -253,7 +253,7 @@ CPANBridge - call Python functions from Perl
         warn "No mean: $mean->{error}";
     }
 
-    # The same with an exception instead of a hash to look at:
+    # The same with an exception instead of a hash to check:
     my $again = eval { $bridge->call('stats', 'mean', [ [ 1, 2, 3, 4 ] ]) };
     warn "No mean: $@" if $@;
 
@@ -261,8 +261,8 @@ CPANBridge - call Python functions from Perl
 
 =head1 DESCRIPTION
 
-The daemon C<cpanbridged> runs Python functions for Perl scripts. This is the scripts' side of it:
-pure Perl, with nothing but what Perl 5.10 brings along. A call costs well under a millisecond. Python
+The daemon C<cpanbridged> runs Python functions for Perl scripts. This is its client library:
+pure Perl, with no modules other than those of Perl 5.10. A call costs well under a millisecond. Python
 modules stay loaded from one call to the next.
 
 The daemon runs several worker processes. Whether a call finds what earlier ones left in a module (open
@@ -272,13 +272,13 @@ connections, parsed documents) is set in the daemon's configuration, by the modu
 
 =item client
 
-What calls of this process have left is found by its later ones, over whatever connection (in a container whose
-processes the daemon does not see, over the same one). A process that the script forks is a client of its
-own, and does not find it.
+Later calls of this process find what its earlier ones have left, over any connection (in a container whose
+processes the daemon cannot see, over the same one). A process that the script forks is another client,
+and does not find it.
 
 =item module
 
-What all clients have left is found by all.
+All clients find what any client has left.
 
 =item none
 
@@ -286,18 +286,18 @@ A call may run in any worker: keep state outside, in a file or a database.
 
 =back
 
-Such state ends with its worker; what belongs to one client process, also when that ends or has been silent for
-long. A call that comes too late for it is told C<SessionLost>, see L</ERRORS>.
+Such state ends with its worker. State of one client process also ends when that process ends or has been silent for
+long. A call that comes too late for it gets C<SessionLost>, see L</ERRORS>.
 
-An object keeps one connection to the daemon, which it opens with the first call, and again when the
-daemon was restarted, has closed it because it rested for long, or the script has forked. Nothing has
-to be done for that.
+An object keeps one connection to the daemon. It opens it with the first call, and again when the
+daemon was restarted, when the daemon has closed it because it was idle for long, or when the script has forked. The
+script has to do nothing for that.
 
 =head1 METHODS
 
 =head2 new(%options)
 
-Makes a bridge; does not connect yet. Dies if an option is unknown or has an impossible value.
+Creates a bridge; does not connect yet. Dies if an option is unknown or has an impossible value.
 
 =over
 
@@ -308,9 +308,9 @@ How long a call may take, in seconds, from connecting to the last byte of the re
 
 =item retry_count
 
-How many times to try again if the daemon isn't there. 3 by default, which takes about a second in all:
-a daemon that is restarted is absent for a moment. After such a second in vain, calls of the next
-five seconds try once and fail at once. No call is ever repeated that may have run.
+How many times to try again if no daemon listens. 3 by default, which takes about a second in all:
+a daemon that is restarted does not listen for a moment. After such a second without success, calls of the next
+five seconds try once and fail at once. A call that may have run is never repeated.
 
 =item max_json_size
 
@@ -318,13 +318,13 @@ How many bytes a request, and a reply, may have. 10485760 (10 MiB) by default.
 
 =item socket
 
-The path of the daemon's socket. See L<CPANBridge::SocketPath> for where it is looked for by default.
-Scripts that run with taint checks (C<perl -T>) have to give it: a path out of the environment is tainted.
+The path of the daemon's socket. See L<CPANBridge::SocketPath> for the default paths.
+Scripts that run with taint checks (C<perl -T>) have to set it: a path from the environment is tainted.
 
 =item debug
 
 With a true value, one line for each call goes to STDERR: its name, its duration, its outcome.
-Parameters and results are never shown.
+Parameters and results are never written.
 
 =back
 
@@ -334,29 +334,29 @@ Calls the function and returns its result. If C<$params> is a reference to a has
 keyword arguments; to an array: positional ones; with undef none; and anything else is its one argument.
 
 If the call fails, this returns a reference to a hash of C<success> (0), C<error>,
-C<error_type>, C<module>, C<function>, C<duration> in seconds, and where there are such: C<request_id>,
+C<error_type>, C<module>, C<function>, C<duration> in seconds, and if they exist: C<request_id>,
 C<traceback> (where the daemon runs with C<debug> on), C<retry_after> (with C<Overloaded>). See
 L</ERRORS>. It never dies because a call failed.
 
 =head2 call($module, $function, $params)
 
-The same, but dies with a L<CPANBridge::Error> if the call fails. So a result that happens to
-look like a failure can't be mistaken for one.
+The same, but dies with a L<CPANBridge::Error> if the call fails. So a result that has the fields
+of a failure cannot be mistaken for one.
 
 =head2 call_many([ [$module, $function, $params], ... ])
 
 Runs many calls, without waiting for one reply before the next request is sent. Returns a list of what
 C<call_python> would return, in the order of the calls; in scalar context, a reference to it. The
-timeout is for all of them together. A failed call doesn't keep the others from running. If a
-connection is lost, calls that may have run fail with C<WorkerLost> (up to 128 are on their way at a
-time), and all others go on over a new one.
+timeout is for all of them together. A failed call does not prevent the others from running. If a
+connection is lost, calls that may have run fail with C<WorkerLost> (up to 128 are in flight at a
+time), and all others continue over a new one.
 
 One reply over C<max_json_size> ends the connection as well: that call fails with C<ReplyTooLarge>, and
-those that were sent with it and have no reply yet with C<WorkerLost>, though the worker lives; their
-messages tell which call was the cause.
+those that were sent with it and have no reply yet fail with C<WorkerLost>, though the worker lives; their
+messages name the call that was the cause.
 
 The daemon takes 2000 requests a minute by default (C<limits.max_requests_per_minute>). Larger
-batches have to wait: give them a C<timeout> that allows for it, or raise the limit.
+batches have to wait: set a C<timeout> that is long enough, or raise the limit.
 
 =head2 get_last_error
 
@@ -386,20 +386,20 @@ Closes the connection. The next call opens another.
 
 A subclass may call C<< $class->SUPER::new(%options) >>, with none but the options above, and keep
 fields of its own in the object, which is a hash; names that begin with an underscore, and those of
-the options, are taken. These methods are there to be overridden:
+the options, are taken. These methods may be overridden:
 
 =over
 
 =item socket_paths
 
-The paths where the daemon may listen; the first that exists is used. In the place of a path may stand an
-entry of C<candidates> in L<CPANBridge::SocketPath>. Called before each attempt to connect.
+The paths where the daemon may listen; the first that exists is used. An entry may also be one
+of C<candidates> in L<CPANBridge::SocketPath>. Called before each attempt to connect.
 
 =item perl_caller
 
-Who makes the call, for the daemon's log, which has it with security events and calls that take too long; the
-last 200 characters are sent. By default the sub that the call stands in (as C<Package::name>), or the script
-and line. Frames of subclasses are not counted.
+The caller, for the daemon's log, which has it with security events and calls that take too long; the
+last 200 characters are sent. By default the sub that contains the call (as C<Package::name>), or the script
+and line. Frames of subclasses are skipped.
 
 =item call_finished($call)
 
@@ -415,7 +415,7 @@ Writes a debug line to STDERR.
 
 =head1 DATA
 
-No value is ever altered: what can't be sent is refused, and the message tells its place, such as
+No value is ever altered: a value that cannot be sent is refused, and the message names its place, such as
 C<< $params->{rows}[3] >>.
 
 =over
@@ -423,14 +423,14 @@ C<< $params->{rows}[3] >>.
 =item Strings
 
 are characters, in both directions, and all of Unicode. A string of bytes is sent as the characters
-U+0000 to U+00FF. Decode text before, C<use utf8> for literals; or the function gets C<Ã¼> for C<ü>. Half
+U+0000 to U+00FF. Decode text before you send it, and C<use utf8> for literals; otherwise the function gets C<Ã¼> for C<ü>. Half
 of a surrogate pair is refused.
 
 =item Numbers
 
 stay numbers and strings stay strings: C<"007"> and C<"1.0"> arrive as such. What counts is how the value
 was made, not how it was used; before Perl 5.36, a number that was printed counts as a string, and only
-C<< $value + 0 >> is sure. A float that is a whole number is sent as an integer up to 2**53 (9007199254740992); one above
+C<< $value + 0 >> is certain to be a number. A float that is a whole number is sent as an integer up to 2**53 (9007199254740992); one above
 that as Perl prints it, mostly with an exponent, and arrives as a float. Infinity and NaN are
 refused. A whole number beyond Perl's own arrives as a L<Math::BigInt>, and such objects are sent as
 numbers.
@@ -450,15 +450,15 @@ may be nested, as deep as the daemon allows. One that contains itself is refused
 
 =item Objects
 
-are sent as what their method C<TO_JSON> returns. If that dies, the call fails with C<InvalidParams>, whatever
-it died with: also with the exception of a signal handler that ran meanwhile. Others are refused, as are code, globs and
+are sent as the result of their method C<TO_JSON>. If that dies, the call fails with C<InvalidParams>, whatever
+the exception: also with that of a signal handler that ran meanwhile. Other objects are refused, as are code, globs and
 references to scalars.
 
 =back
 
 =head1 ERRORS
 
-Messages are character strings, like all else: before you print one, C<binmode STDERR, ':utf8'>.
+Messages are character strings, like all other strings: before you print one, C<binmode STDERR, ':utf8'>.
 
 An exception of the function has the name of its Python class for C<error_type>, such as
 C<ValueError>. Others come from the daemon:
@@ -467,7 +467,7 @@ C<ValueError>. Others come from the daemon:
 
 =item InvalidRequest, InvalidParams, ModuleNotAllowed, FunctionNotAllowed, UnencodableResult
 
-The call is wrong, or not allowed. The bridge itself uses the first two for what it can't send.
+The call is wrong, or not allowed. The bridge itself uses the first two for values that it cannot send.
 
 =item PermissionDenied
 
@@ -476,17 +476,17 @@ root. Not run.
 
 =item Overloaded
 
-Turned away, because there was no room; C<retry_after> has the seconds to wait. Not run. A daemon says so only
+Rejected, because there was no room; C<retry_after> has the seconds to wait. Not run. A daemon rejects calls only
 if it is set to C<overload = "reject">, or if no further client can have state in it; else calls wait.
 
 =item ShuttingDown
 
-The daemon is about to leave. Not run.
+The daemon is stopping. Not run.
 
 =item SessionLost
 
 What earlier calls of this process left in the daemon, such as handles, is gone: the worker that had it has
-ended, or the script was silent for too long. Not run. It is told once; begin afresh.
+ended, or the script was silent for too long. Not run. Reported once; start afresh.
 
 =back
 
@@ -496,25 +496,25 @@ or from the bridge:
 
 =item DaemonNotRunning
 
-Nobody listens, or the user has no right to connect ("Permission denied"). The message tells each path that
-was tried, why it failed, and what to do: start the daemon, or ask its operator for access (its settings
+No daemon listens, or the user has no right to connect ("Permission denied"). The message has each path that
+was tried, the reason why it failed, and the remedy: start the daemon, or ask its operator for access (its settings
 C<socket_mode> and C<socket_group>).
 
 =item ConnectionFailed
 
-The script can have no further socket.
+The system gives the script no further socket.
 
 =item RequestTimeout
 
-No reply in time; the call may have run, or may still run, unless the message says otherwise. The daemon is told
-how long the script waits, and gives up then as well. Where it allows less (C<limits.request_timeout>, or what is
-set for the module), it is the daemon that reports this.
+No reply in time; the call may have run, or may still run, unless the message says otherwise. The request has the
+time that the script waits, and the daemon gives up then as well. If the daemon allows less (C<limits.request_timeout>,
+or the module's own), the daemon reports this error.
 
 =item WorkerLost
 
 The connection ended before the reply: mostly because the worker died, but see C<call_many> for another
-cause. The call may have run; it is for the script to tell whether it may
-be repeated. Where the daemon itself reports it, as its message says, the call was not run.
+cause. The call may have run; the script has to decide whether it may
+be repeated. If the daemon itself reports this error, as its message says, the call was not run.
 
 =item ReplyTooLarge
 
@@ -522,7 +522,7 @@ The call has run, but its reply is over C<max_json_size>.
 
 =item InvalidReply
 
-What came isn't a reply to the call, which may have run; or it isn't a cpanbridged that listens there.
+The received data is not a reply to the call, which may have run; or another program than cpanbridged listens there.
 
 =back
 
@@ -530,7 +530,7 @@ What came isn't a reply to the call, which may have run; or it isn't a cpanbridg
 
 No signal handler is installed or replaced, and C<alarm> is not used. A signal doesn't shorten a call.
 A handler may die: that ends the call and reaches the script, and the object can be used again. A daemon
-that leaves causes no C<SIGPIPE>.
+that closes the connection causes no C<SIGPIPE>.
 
 =head1 ENVIRONMENT
 

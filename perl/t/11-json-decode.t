@@ -6,7 +6,7 @@ use Test::More;
 use CPANBridge::JSON;
 use CPANBridge::JSON::Decoder;
 
-# Both ways to decode, the second where it can be had, must give the same.
+# Both ways to decode, the second if it is available, must give the same data.
 my @decoders = ([ 'pure Perl' => \&CPANBridge::JSON::Decoder::decode ]);
 if (!$ENV{CPAN_BRIDGE_JSON} && eval { require Cpanel::JSON::XS; 1 }) {
     push @decoders, [ 'with Cpanel::JSON::XS' => \&CPANBridge::JSON::decode ];

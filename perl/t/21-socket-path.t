@@ -58,7 +58,7 @@ SKIP: {
     }
 };
 
-subtest 'a daemon that does not run is told from a call that failed' => sub {
+subtest 'a daemon that does not run is distinguished from a call that failed' => sub {
     my $bridge = CPANBridge->new(socket => "$folder/none.sock", retry_count => 0);
     my $result = $bridge->call_python('test', 'ping');
     is($result->{error_type}, 'DaemonNotRunning', 'error_type');
@@ -87,7 +87,7 @@ subtest 'each path of CPAN_BRIDGE_SOCKET is tried' => sub {
     $bridge->disconnect;
     $daemon->stop;
     like($bridge->call_python('a', 'b')->{error},
-        qr{none\.sock: No such file.*; \Q$left\E: Connection refused; .*: No such file}, 'or all are told');
+        qr{none\.sock: No such file.*; \Q$left\E: Connection refused; .*: No such file}, 'or all are reported');
 };
 
 subtest 'the advice goes by the reason' => sub {
@@ -106,7 +106,7 @@ subtest 'the advice goes by the reason' => sub {
     unlike($error_at->('/' . 'x' x 200), qr/Start|ask/i, 'a path that is too long');
 };
 
-subtest 'each path that was tried is told' => sub {
+subtest 'each path that was tried is reported' => sub {
     { package Elsewhere; our @ISA = ('CPANBridge'); our @paths; sub socket_paths { return @paths } }
     @Elsewhere::paths = ("$folder/one", [ "$folder/two", 'refused, because' ], "$folder/three");
     my $bridge = Elsewhere->new(retry_count => 0);

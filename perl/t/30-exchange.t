@@ -179,7 +179,7 @@ subtest 'replies that are not valid' => sub {
     }
 };
 
-# A reply as cpanbridged words it, with the result as JSON.
+# A reply as cpanbridged formats it, with the result as JSON.
 sub worded {
     my ($connection, $request, $result, $more) = @_;
     return $connection->frame(qq({"result":$result,$more"module":"$request->{module}","function":"$request->{function}",)
@@ -253,7 +253,7 @@ subtest 'names of any characters' => sub {
         is_deeply([ @{$sent}{qw(module function perl_caller)} ], [ $name, "f$name", $name ], sprintf('they arrive: %vd', $name));
     }
     undef $Odd::caller;
-    is($odd->call('m', 'f')->{perl_caller}, undef, 'and nobody is nobody');
+    is($odd->call('m', 'f')->{perl_caller}, undef, 'and no caller is undef');
     no warnings;
     like($bridge->call_python("\x{d800}", 'f')->{error}, qr/\Athe module cannot be sent: /, 'half of a pair is refused');
 };

@@ -53,7 +53,7 @@ subtest 'a lost connection' => sub {
     my @results = $bridge->call_many([ map { [ 'm', "f$_", [$_] ] } 1 .. 1000 ]);
     is_deeply([ @results[ 0 .. 9 ] ], [ map { [$_] } 1 .. 10 ], 'replies before it hold');
     my @lost = grep { ref eq 'HASH' && $_->{error_type} eq 'WorkerLost' } @results;
-    cmp_ok(scalar @lost, '>', 0,   'those on their way are lost');
+    cmp_ok(scalar @lost, '>', 0,   'those in flight are lost');
     cmp_ok(scalar @lost, '<', 129, '... which are not many');
     is(scalar(grep { ref eq 'ARRAY' } @results), 1000 - @lost, '... and all others have run');
     my %times;
@@ -89,11 +89,11 @@ subtest 'a reply that is too large' => sub {
         max_json_size => 2000,
     );
     my @results = $bridge->call_many([ map { [ 'm', "f$_" ] } 1 .. 300 ]);
-    is($results[2]{error_type}, 'ReplyTooLarge', 'is told');
+    is($results[2]{error_type}, 'ReplyTooLarge', 'is reported');
     is($results[1] . $results[299], '11', '... and the calls before and after it have run');
     is($results[3]{error_type}, 'WorkerLost', '... those sent with it may have');
     like($results[3]{error}, qr/given up because of the reply to call 3, which was too large; this call may have run/,
-        '... and it is told why');
+        '... with the reason');
 };
 
 subtest 'the timeout is for all' => sub {

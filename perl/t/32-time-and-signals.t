@@ -17,7 +17,7 @@ sub bridge_to {
     return ($daemon, CPANBridge->new(socket => $daemon->path, %options));
 }
 
-# Seconds that the code takes.
+# The seconds that the code takes.
 sub seconds {
     my ($code) = @_;
     my $begin = CPANBridge::Clock::now();
@@ -25,7 +25,7 @@ sub seconds {
     return CPANBridge::Clock::now() - $begin;
 }
 
-# On a busy machine, late is right; early is not.
+# On a busy machine it may be late, but never early.
 sub took_half_a_second {
     my ($took, $name) = @_;
     ok($took > 0.45 && $took < 3, "$name ($took s)");
@@ -163,12 +163,12 @@ subtest "the script's __DIE__ handler" => sub {
     my @seen;
     local $SIG{__DIE__} = sub { push @seen, $_[0] };
     $bridge->call_python('m', 'f', [ sub { } ]);
-    is_deeply(\@seen, [], 'hears nothing of what the bridge catches');
+    is_deeply(\@seen, [], 'is not called for exceptions that the bridge catches');
     is_deeply($bridge->call_python('m', 'f', [0]), [0], 'a connection is kept');
     local $SIG{ALRM} = sub { die "enough\n" };
     eval { alarm 1; $bridge->call_python('m', 'f') };
     alarm 0;
-    # Perl itself tells it once or twice.
+    # Perl itself calls the handler once or twice.
     ok(@seen && !grep({ $_ ne "enough\n" } @seen), "but of a signal handler's die during a call");
 };
 

@@ -12,7 +12,7 @@ use FakeDaemon;
 
 sub handle { my $connection = $_[0]{_state}{connection}; return $connection && $connection->{handle} }
 
-# A daemon whose connections say which one of them replies, served by a process each.
+# A daemon that serves each connection in a process, which replies with the connection's number.
 my $daemon = FakeDaemon->start(
     sub {
         my ($connection, $number) = @_;

@@ -129,7 +129,7 @@ subtest 'a worker that is killed during a call' => sub {
     my $pid;
     while (CPANBridge::Clock::now() < $until && !$pid) {
         $pid = $bridge->call_python('probe', 'pid');
-        undef $pid if ref $pid;    # a module's state was lost, as the first call after is told
+        undef $pid if ref $pid;    # a module's state was lost: the first call after that gets the error
     }
     ok($pid, 'later calls are answered');
     my @ran = running($marks);

@@ -1,5 +1,5 @@
-"""The control socket: the server in the master, and what the command does at its other end.
+"""The control socket: its server in the master, and its clients in the `cpanbridged` command.
 
 `server` runs in the master process, in its event loop; `client`, `one_call`, `top` and `screen` run
-in the `cpanbridged` command. Imports from `system`, `memory`, `listening` and `config`.
+in the command. Imports from `system` and the rooms below it.
 """

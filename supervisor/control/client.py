@@ -1,7 +1,8 @@
-"""What the command does to a running daemon from outside: find it, ask it, stop it.
+"""What the command does with a running daemon: find it, send it requests, stop it.
 
-It is found by its lock, and stopped by a signal, so both work whatever state it is in. Everything
-else is asked at the control socket (`controlserver.py`), which the master itself answers.
+It is found by its lock and stopped by a signal, so both work whatever state it is in. Everything
+else is a request at the control socket (see `server`), which the master itself answers. Called in
+the `cpanbridged` command.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import msgspec
 import psutil
 
 from cpanbridge.supervisor.config import KILL_MARGIN, Settings
-from cpanbridge.supervisor.control.server import Answer, Question
+from cpanbridge.supervisor.control.server import Reply, Request
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import running_pid
 from cpanbridge.supervisor.system import privileges
@@ -29,22 +30,22 @@ _STOP_MARGIN = 10.0
 _CONNECT_SECONDS = 5.0
 _TIMEVAL = struct.pack("ll", int(_CONNECT_SECONDS), 0)
 _STATUS_SECONDS = 3.0
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 Show = Callable[[str], None]
 
 
 class ControlError(Exception):
-    """The daemon could not be told, or did not do it; one line that says why, and what to do."""
+    """The master was not reached, or the command failed; one line that says why and what to do."""
 
 
 class EndedError(ControlError):
-    """The master has ended, and it is not known what came of the command."""
+    """The master has ended, and the command's outcome is unknown."""
 
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Show]:
-    """On a terminal: one line on standard error that says what is waited for, wiped at the end."""
+    """On a terminal: one line on standard error with the progress, erased at the end."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -61,34 +62,34 @@ def shown_progress() -> Iterator[Show]:
         sys.stderr.flush()
 
 
-class Conversation:
-    """One question to the master, and its answers. Raises ControlError when there are none."""
+class Exchange:
+    """One request to the master, and its replies. Raises ControlError if it cannot be sent."""
 
     def __init__(self, settings: Settings, command: str) -> None:
         self._path = settings.sockets[0] + listener.CONTROL
         self._lines = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Where the queue is full, connect(2) waits for a place in it, so long; with Python's own
-        # timeout, under which the descriptor does not block, it would fail at once.
+        # With a full listen queue connect(2) waits for SO_SNDTIMEO. With Python's own timeout, for
+        # which the descriptor is non-blocking, it would fail at once (EAGAIN).
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
         try:
             self._socket.connect(self._path)
             self._socket.settimeout(_CONNECT_SECONDS)
-            self._socket.sendall(msgspec.json.encode(Question(command)) + b"\n")
+            self._socket.sendall(msgspec.json.encode(Request(command)) + b"\n")
         except OSError as error:
             self._socket.close()
             raise ControlError(f"{self._path}: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Hear no more."""
+        """End the exchange."""
         self._socket.close()
 
     def fileno(self) -> int:
-        """For poll(2): readable when there is something to hear."""
+        """For poll(2): readable when there is a reply, or the end."""
         return self._socket.fileno()
 
-    def hear(self) -> list[Answer] | None:
-        """What has been said, once there is something; None at the end."""
+    def receive(self) -> list[Reply] | None:
+        """Wait for replies; None at the end."""
         try:
             data = self._socket.recv(65536)
         except OSError:
@@ -97,77 +98,77 @@ class Conversation:
             return None
         *lines, rest = bytes(self._lines + data).split(b"\n")
         self._lines = bytearray(rest)
-        return [msgspec.json.decode(line, type=Answer) for line in lines]
+        return [msgspec.json.decode(line, type=Reply) for line in lines]
 
 
 def ask(settings: Settings, command: str, timeout: float | None, show: Show) -> Any:
-    """The result of a command. `timeout` is in seconds between two lines; None: no limit.
+    """The result of a command. `timeout` is in seconds between two replies; None: no limit.
 
     Raises ControlError, with the reason when the master refuses or fails; EndedError when it ends.
     """
-    conversation = Conversation(settings, command)
+    exchange = Exchange(settings, command)
     try:
         poll = select.poll()
-        poll.register(conversation, select.POLLIN)
+        poll.register(exchange, select.POLLIN)
         while poll.poll(timeout * 1000 if timeout is not None else None):
-            answers = conversation.hear()
-            if answers is None:
+            replies = exchange.receive()
+            if replies is None:
                 raise EndedError("the master hung up before it answered; its log may say why")
-            for answer in answers:
-                if answer.error is not None:
-                    raise ControlError(answer.error)
-                if answer.progress is None:
-                    return answer.result
-                show(answer.progress)
+            for reply in replies:
+                if reply.error is not None:
+                    raise ControlError(reply.error)
+                if reply.progress is None:
+                    return reply.result
+                show(reply.progress)
         raise ControlError(f"the master does not answer within {timeout:g} s")
     finally:
-        conversation.close()
+        exchange.close()
 
 
 def wait_until_running(settings: Settings, show: Show) -> None:
-    """Wait until a new master is through with taking over. Raises ControlError."""
+    """Wait until a new master has taken over. Raises ControlError."""
     while ask(settings, "status", _STATUS_SECONDS, show)["state"] != "running":
-        time.sleep(_LOOK_SECONDS / 10)
+        time.sleep(_POLL_SECONDS / 10)
 
 
 def watch_until(descriptor: int, settings: Settings, show: Show, seconds: float = math.inf) -> bool:
-    """Show what the master waits for, until a descriptor is readable; False: not in time."""
+    """Show the master's progress until a descriptor is readable; False: not in time."""
     until = time.monotonic() + seconds
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    conversation: Conversation | None = None
+    exchange: Exchange | None = None
     try:
         while (left := until - time.monotonic()) > 0:
-            ready = [fd for fd, _ in poll.poll(min(_LOOK_SECONDS, left) * 1000)]
+            ready = [fd for fd, _ in poll.poll(min(_POLL_SECONDS, left) * 1000)]
             if descriptor in ready:
                 return True
-            if conversation is None:
-                # It does not listen yet, or not any more; that is told at the descriptor.
+            if exchange is None:
+                # A master that does not listen yet, or no longer: the descriptor will say so.
                 with contextlib.suppress(ControlError):
-                    conversation = Conversation(settings, "watch")
-                    poll.register(conversation, select.POLLIN)
+                    exchange = Exchange(settings, "watch")
+                    poll.register(exchange, select.POLLIN)
             elif ready:
-                answers = conversation.hear()
-                if answers is None:
-                    poll.unregister(conversation)
-                for answer in answers or ():
-                    show(answer.progress or "")
+                replies = exchange.receive()
+                if replies is None:
+                    poll.unregister(exchange)
+                for reply in replies or ():
+                    show(reply.progress or "")
         return False
     finally:
-        if conversation is not None:
-            conversation.close()
+        if exchange is not None:
+            exchange.close()
 
 
 def master_pid(settings: Settings) -> int | None:
-    """The running master's pid; believed only where nobody else could have put the files.
+    """The running master's pid, from files that no other user could have created.
 
     None if none runs. Raises ListenError, InstanceError, PrivilegeError.
     """
     path = settings.sockets[0]
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         return None
-    whom = privileges.identity(settings)
-    owner = whom.uid if whom is not None else None
+    identity = privileges.identity(settings)
+    owner = identity.uid if identity is not None else None
     listener.prepare_folder(path, create=False, owner=owner)
     return running_pid(path, owner)
 
@@ -184,11 +185,11 @@ def stop(settings: Settings, show: Show) -> int | None:
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
-        return pid  # it has ended this moment
+        return pid  # it has just ended
     try:
-        # The handle may be of another process, which has got the pid meanwhile.
+        # The pid may have been given to another process before the handle was opened.
         if master_pid(settings) != pid:
-            raise ControlError(f"the daemon at {path} changed while it was looked at; try again")
+            raise ControlError(f"the daemon at {path} changed meanwhile; try again")
         signal.pidfd_send_signal(handle, signal.SIGTERM)
         _wait_for_end(handle, pid, settings, show)
     except PermissionError:
@@ -201,14 +202,14 @@ def stop(settings: Settings, show: Show) -> int | None:
 
 
 def numbers(settings: Settings) -> dict[str, Any] | None:
-    """What the master says in numbers (see numbers.py), whatever the workers do; None: none runs.
+    """The master's numbers (see `reports.numbers`), whatever the workers do; None: none runs.
 
     Raises ControlError, ListenError, InstanceError, PrivilegeError.
     """
     if master_pid(settings) is None:
         return None
-    told: dict[str, Any] = ask(settings, "metrics", _STATUS_SECONDS, lambda _: None)
-    return told
+    result: dict[str, Any] = ask(settings, "metrics", _STATUS_SECONDS, lambda _: None)
+    return result
 
 
 def _wait_for_end(handle: int, pid: int, settings: Settings, show: Show) -> None:
@@ -220,21 +221,21 @@ def _wait_for_end(handle: int, pid: int, settings: Settings, show: Show) -> None
 
 
 def describe(pid: int, settings: Settings) -> dict[str, Any] | None:
-    """What the master says of its daemon, and what the kernel knows of the processes.
+    """The master's status, and what the kernel knows of the processes.
 
-    None when it has ended meanwhile. A master that does not answer is described by the kernel's
-    word alone, with the state `unresponsive` and the `problem`.
+    None when the master has ended meanwhile. If it does not answer there is only what the kernel
+    knows, with the state `unresponsive` and the `problem`.
     """
     try:
-        told = ask(settings, "status", _STATUS_SECONDS, lambda _: None)
+        status = ask(settings, "status", _STATUS_SECONDS, lambda _: None)
     except ControlError as error:
-        told = {"state": "unresponsive", "problem": str(error), "workers": []}
-    templates = {each["pid"] for each in told.get("templates", ())}
-    known = {each["pid"]: each for each in told.pop("workers")}
+        status = {"state": "unresponsive", "problem": str(error), "workers": []}
+    templates = {each["pid"] for each in status.get("templates", ())}
+    known = {each["pid"]: each for each in status.pop("workers")}
     workers = []
     try:
         master = psutil.Process(pid)
-        # Those that an earlier master has forked are not this one's children.
+        # Workers that an earlier master has forked are not this one's children.
         children = {child.pid for child in master.children()} - templates
         for worker in children | known.keys() - {0}:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -249,6 +250,6 @@ def describe(pid: int, settings: Settings) -> dict[str, Any] | None:
         "pid": pid,
         "uptime_seconds": uptime,
         "sockets": settings.sockets,
-        **told,
+        **status,
         "workers": sorted(workers, key=lambda each: each["title"]),
     }

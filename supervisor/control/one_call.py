@@ -1,4 +1,4 @@
-"""One call from the shell: a framed client in a few lines."""
+"""One call from the shell: a client of the framed protocol. Called in the command."""
 
 import socket
 import struct
@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 
 _HEADER = struct.Struct(">I")
-_ANSWER_SECONDS = 1.0  # for the daemon to say that a call took too long
+_REPLY_SECONDS = 1.0  # for the daemon to report that a call took too long
 
 
 class CallError(Exception):
-    """A call could not be made, or was answered with an error; one line."""
+    """A call was not made, or its reply is an error; one line."""
 
 
 class NotRunningError(CallError):
@@ -26,7 +26,7 @@ def call(path: str, module: str, function: str, params: Any, timeout: float) -> 
     """
     request = {"module": module, "function": function, "params": params, "timeout": timeout}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(timeout + _ANSWER_SECONDS)
+        connection.settimeout(timeout + _REPLY_SECONDS)
         try:
             connection.connect(path)
         except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -52,8 +52,8 @@ def call(path: str, module: str, function: str, params: Any, timeout: float) -> 
 def _receive(connection: socket.socket, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
-        piece = connection.recv(min(size - len(data), 1 << 20))
-        if not piece:
+        chunk = connection.recv(min(size - len(data), 1 << 20))
+        if not chunk:
             raise CallError("connection closed without a reply; the call may have run")
-        data += piece
+        data += chunk
     return bytes(data)

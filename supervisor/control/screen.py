@@ -1,8 +1,8 @@
-"""What `cpanbridged top` shows: one look at the numbers, on a screen of any size.
+"""The screen of `cpanbridged top`: one sample of the numbers, in any number of rows.
 
-The load stands on top, with the limits beside it; the rows that are left are shared by the workers,
+The load stands on top, with the limits beside it. The rows that are left are shared by the workers,
 the functions that take the most time or calls, and the last errors. Rates are of the time between
-two looks, by the daemon's own clock. Made in the command's process; the daemon never loads this.
+two samples, by the daemon's own clock. Called in the command; the daemon never imports this.
 """
 
 import time
@@ -23,43 +23,46 @@ _BAR = 10  # columns
 _LOAD_ROWS = 3
 _TABLES = 3
 _EDGES = 2 * _TABLES  # a table's header, and the line above it
-_NO_ROOM_LEFT = 2  # rows of each table, however small the screen is
+_FEWEST_ROWS = 2  # of each table, however small the screen is
 
 
-class Look(NamedTuple):
-    """The numbers, and those of the look before, of the same daemon; None at the first."""
+class Sample(NamedTuple):
+    """The numbers, and those of the sample before, if it was of the same daemon."""
 
     now: Numbers
     before: Numbers | None
 
     @classmethod
-    def of(cls, now: Numbers, before: Numbers | None) -> "Look":
-        """Those of another daemon are no look before."""
+    def of(cls, now: Numbers, before: Numbers | None) -> "Sample":
+        """Numbers of another daemon are discarded: rates between the two mean nothing."""
         same = before is not None and before["start_time"] == now["start_time"]
         return cls(now, before if same else None)
 
     @property
     def seconds(self) -> float:
-        """The time between the two; 0.0 at the first."""
+        """The time between the two; 0.0 at the first sample."""
         if self.before is None:
             return 0.0
         return float(self.now["status"]["uptime_seconds"] - self.before["status"]["uptime_seconds"])
 
     def rate(self, now: float, before: float) -> float | None:
-        """How much it became more in a second; None at the first look."""
+        """The increase per second; None at the first sample."""
         return (now - before) / self.seconds if self.seconds > 0 else None
 
 
-def screen(look: Look, height: int | None, command: str) -> RenderableType:
-    """All of it; `height` is the rows that there are, None: as many as it takes."""
+def screen(sample: Sample, height: int | None, order: str) -> RenderableType:
+    """The whole screen. `height` is the number of rows, None: as many as are needed.
+
+    `order` is BY_TIME or BY_CALLS: how the functions are sorted.
+    """
     head: list[RenderableType] = [
-        _title(look.now),
-        *_gate(look.now),
-        _load(look.now),
-        _throughput(look),
+        _title(sample.now),
+        *_gate(sample.now),
+        _load(sample.now),
+        _throughput(sample),
     ]
-    workers, functions = _workers(look), _functions(look, command)
-    errors = look.now["recent_errors"]
+    workers, functions = _workers(sample), _functions(sample, order)
+    errors = sample.now["recent_errors"]
     rows = [len(workers), len(functions), len(errors)]
     if height is not None:
         rows = shared_out(height - (len(head) - 1 + _LOAD_ROWS) - _EDGES, rows)
@@ -72,7 +75,7 @@ def screen(look: Look, height: int | None, command: str) -> RenderableType:
 
 
 def absent(reason: str) -> RenderableType:
-    """What is shown while there is no daemon that answers."""
+    """The screen while no daemon answers."""
     return Group(
         Text.assemble(("cpanbridged", "bold"), "  ", time.strftime("%H:%M:%S")),
         Text(reason, style="bold red"),
@@ -81,8 +84,8 @@ def absent(reason: str) -> RenderableType:
 
 
 def shared_out(room: int, wanted: Sequence[int]) -> list[int]:
-    """So many rows for each, as evenly as their wishes allow; a few where there is no room."""
-    given = [min(_NO_ROOM_LEFT, each) for each in wanted]
+    """The rows for each table: as even as the wanted numbers allow, and at least a few."""
+    given = [min(_FEWEST_ROWS, each) for each in wanted]
     while sum(given) < room and given != list(wanted):
         short = [at for at, each in enumerate(wanted) if given[at] < each]
         given[min(short, key=lambda at: given[at])] += 1
@@ -150,11 +153,11 @@ def _meter(
     return Text(label), bar, Text(f"{value:{form}}{of}", no_wrap=True)
 
 
-def _throughput(look: Look) -> Text:
-    counts = look.now["metrics"]["performance_metrics"]
-    before = (look.before or look.now)["metrics"]["performance_metrics"]
+def _throughput(sample: Sample) -> Text:
+    counts = sample.now["metrics"]["performance_metrics"]
+    before = (sample.before or sample.now)["metrics"]["performance_metrics"]
     rates = [
-        look.rate(counts[name], before[name]) for name in ("total_requests", "failed_requests")
+        sample.rate(counts[name], before[name]) for name in ("total_requests", "failed_requests")
     ]
     quantiles = (
         f"p{percent} {_milliseconds(counts[f'p{percent}_response_time'])}"
@@ -179,12 +182,12 @@ _WORKERS = (
 )
 _FUNCTIONS = ("function", "calls", "/s", "mean ms", "busy s", "failed")
 _ERRORS = ("error", "in", "was")
-_WORDS = ("function", "state", *_ERRORS)  # columns that stand to the left
-_WIDEST = ("function", "state", "was")  # and those that take the room that is left
+_LEFT = ("function", "state", *_ERRORS)  # columns that are aligned to the left
+_WIDEST = ("function", "state", "was")  # columns that take the remaining width
 
 
 def _table(columns: Sequence[str], rows: Sequence[Iterable[str]], room: int) -> RenderableType:
-    """The first rows of a table. Its header says how many there are when not all are shown."""
+    """The first rows of a table. Its header says how many exist when not all are shown."""
     if not rows:
         return Text(f"\nno {columns[0]} yet", style="dim")
     some = f" ({room} of {len(rows)})" if room < len(rows) else ""
@@ -192,7 +195,7 @@ def _table(columns: Sequence[str], rows: Sequence[Iterable[str]], room: int) -> 
     for column in columns:
         table.add_column(
             column if column != columns[0] else column + some,
-            justify="left" if column in _WORDS else "right",
+            justify="left" if column in _LEFT else "right",
             no_wrap=True,
             overflow="crop",
             ratio=1 if column in _WIDEST else None,
@@ -202,11 +205,11 @@ def _table(columns: Sequence[str], rows: Sequence[Iterable[str]], room: int) -> 
     return Group(Text(), table)
 
 
-def _workers(look: Look) -> list[tuple[str, ...]]:
-    known = {each["worker"]: each for each in look.now["metrics"]["workers"]}
-    before = {each["worker"]: each for each in (look.before or look.now)["metrics"]["workers"]}
+def _workers(sample: Sample) -> list[tuple[str, ...]]:
+    known = {each["worker"]: each for each in sample.now["metrics"]["workers"]}
+    before = {each["worker"]: each for each in (sample.before or sample.now)["metrics"]["workers"]}
     rows: list[tuple[str, ...]] = []
-    for worker in look.now["status"]["workers"]:
+    for worker in sample.now["status"]["workers"]:
         each = known[worker["worker"]]
         earlier = before.get(worker["worker"], {"requests": 0})["requests"]
         rows.append(
@@ -219,30 +222,30 @@ def _workers(look: Look) -> list[tuple[str, ...]]:
                 str(each["sessions"]),
                 str(each["connections"]),
                 str(each["requests"]),
-                _rate(look.rate(each["requests"], earlier)),
+                _rate(sample.rate(each["requests"], earlier)),
                 worker["state"] + (f": {escaped(worker['why'])}" if worker["why"] else ""),
             )
         )
     return rows
 
 
-def _functions(look: Look, command: str) -> list[tuple[str, ...]]:
-    """Those that have taken the most since the last look come first, and then the most at all."""
-    before = {each["name"]: each for each in (look.before or look.now)["functions"]}
-    field = "busy_seconds" if command == BY_TIME else "calls"
+def _functions(sample: Sample, order: str) -> list[tuple[str, ...]]:
+    """Sorted by what they have taken since the last sample, then by what they have taken at all."""
+    before = {each["name"]: each for each in (sample.before or sample.now)["functions"]}
+    field = "busy_seconds" if order == BY_TIME else "calls"
     none = {"calls": 0, "busy_seconds": 0.0}
 
     def since(each: Numbers, name: str) -> float:
         return float(each[name] - before.get(each["name"], none)[name])
 
     functions = sorted(
-        look.now["functions"], key=lambda each: (-since(each, field), -each[field], each["name"])
+        sample.now["functions"], key=lambda each: (-since(each, field), -each[field], each["name"])
     )
     return [
         (
             each["name"],
             str(each["calls"]),
-            _rate(look.rate(since(each, "calls"), 0)),
+            _rate(sample.rate(since(each, "calls"), 0)),
             f"{each['busy_seconds'] / each['calls'] * 1000:.2f}",
             f"{each['busy_seconds']:.1f}",
             str(each["failed"]),

@@ -1,18 +1,19 @@
 """The control socket's server: what the `cpanbridged` command asks the master.
 
-It is a part of the master's loop, answered out of the shared memory and what the master knows, so
-it works while the gate is shut, while every thread hangs, and while workers crash at their start. A
-visitor sends one line of JSON and gets lines of JSON: what is waited for, as long as something is,
-and at the end one result or error.
+It is a part of the master's loop and replies from the shared memory and the master's own state. So
+it works while the gate is closed, while every thread hangs, and while workers crash at their start.
+A client sends one line of JSON. It receives lines of JSON: progress, while the master waits for
+something, and at the end one result or error.
 
-Nobody can hold the master up: nothing here waits for a visitor, and each has little room and little
-time. Nor can anybody keep others out: of those that ask nothing, only watch, or have their answer,
-the oldest makes room for who comes. Those that wait for a command's outcome stay; where they are
-too many, a further command is refused and not begun, and an inquiry is answered all the same. In
-each turn of the loop one visitor is let in, so a flood of them leaves time for everything else.
+No client can hold the master up: nothing here waits for a client, and each has little room and
+little time. No client can keep others out: of the connections that have sent no request, only
+watch, or have their reply, the oldest is closed when there are too many. A connection that waits
+for a command's outcome stays; where these are too many, a further command is refused and not
+begun, and an inquiry is answered all the same. Each turn of the loop accepts one client, so a flood
+of them leaves time for everything else.
 
-Who may not signal the master may not talk to it: only its own user and root are heard, by the
-kernel's word for who they are. Called in the master.
+A user who may not signal the master may not use this socket: only the master's own user and root
+may, by the credentials that the kernel gives (SO_PEERCRED, unix(7)). Called in the master.
 """
 
 import contextlib
@@ -30,26 +31,26 @@ from cpanbridge.supervisor.system.event_loop import WRITE, Loop, Timer
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-MOST_IDLE = 16  # visitors that make room
-MOST_WAITING = 64  # for the outcome of a command
-WATCH = "watch"  # to be told the progress, until the master ends
-_LONGEST_QUESTION = 4096  # bytes
-_MOST_UNREAD = 1 << 20  # bytes of answers that a visitor has not taken
-_ASK_SECONDS = 2.0
-_TAKE_SECONDS = 10.0  # for an answer, once nothing more will follow
+MOST_IDLE = 16  # connections that wait for no outcome
+MOST_WAITING = 64  # connections that wait for the outcome of a command
+WATCH = "watch"  # a request for the progress, until the master ends
+_LONGEST_REQUEST = 4096  # bytes
+_MOST_UNREAD = 1 << 20  # bytes of replies that a client has not read
+_REQUEST_SECONDS = 2.0  # for a client to send its request
+_READ_SECONDS = 10.0  # for a client to read the last reply
 _PROGRESS_SECONDS = 0.2
 _EXHAUSTED_SECONDS = 1.0
 _UCRED = struct.Struct("3i")
 
 
-class Question(msgspec.Struct):
-    """What a visitor sends."""
+class Request(msgspec.Struct):
+    """What a client sends."""
 
     command: str
 
 
-class Answer(msgspec.Struct, omit_defaults=True):
-    """What it gets: `progress` any number of times, then one of the others."""
+class Reply(msgspec.Struct, omit_defaults=True):
+    """What it receives: `progress` any number of times, then one of the others."""
 
     progress: str | None = None
     result: Any = None
@@ -61,10 +62,11 @@ Command = Callable[["ControlConnection"], None]
 
 
 class ControlServer:
-    """Listens, and keeps the visitors.
+    """Listens, and owns the connections.
 
-    `inquiries` are answered at once, by what they return; `commands` are begun, and tell the
-    visitor when they have an outcome. `progress` says what the master is waiting for, if it is.
+    `inquiries` are answered at once, with what they return. `commands` are begun; they call the
+    connection's `finish` or `fail` when they have an outcome. `progress` returns what the master
+    waits for, None when it waits for nothing.
     """
 
     def __init__(
@@ -79,17 +81,17 @@ class ControlServer:
         self.commands = commands
         self.progress = progress
         self._listener: socket.socket | None = None
-        self._connections: dict[ControlConnection, None] = {}  # in the order in which they came
+        self._connections: dict[ControlConnection, None] = {}  # oldest first
         self._pause: Timer | None = None
 
     def listen(self, listener: Listener) -> None:
-        """Let visitors in here from now on, and nowhere else."""
+        """Accept clients on this listener from now on, and on no other."""
         self.stop_listening()
         self._listener = listener.socket
         self._watch()
 
     def stop_listening(self) -> None:
-        """Let nobody else in. To be called before the socket is closed."""
+        """Accept no more clients. To be called before the socket is closed."""
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
@@ -99,11 +101,11 @@ class ControlServer:
 
     @property
     def is_full(self) -> bool:
-        """Whether too many would wait for an outcome with the one that asks now."""
+        """Whether too many would wait for an outcome, counting the one whose request is handled."""
         return sum(connection.waits for connection in self._connections) > MOST_WAITING
 
-    def has_left(self, connection: "ControlConnection") -> None:
-        """Called by a visitor that is closed."""
+    def forget(self, connection: "ControlConnection") -> None:
+        """Called by a connection that is closed."""
         del self._connections[connection]
 
     def _watch(self) -> None:
@@ -117,7 +119,7 @@ class ControlServer:
             client, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:  # out of descriptors: who waits goes on waiting
+        except OSError as error:  # out of descriptors: clients wait in the listen queue
             LOGGER.error("The control socket cannot accept: %s", error.strerror)
             self.loop.forget(self._listener.fileno())
             self._pause = self.loop.after(_EXHAUSTED_SECONDS, self._watch)
@@ -125,7 +127,7 @@ class ControlServer:
         client.setblocking(False)
         connection = ControlConnection(self, client)
         self._connections[connection] = None
-        connection.receive()  # mostly it has asked by now, and nobody has to make room
+        connection.receive()  # mostly its request is there, and no other has to be closed
         self._make_room()
 
     def _make_room(self) -> None:
@@ -141,90 +143,84 @@ class ControlConnection:
         self._server = server
         self._loop = server.loop
         self._socket = client
-        self._asked = bytearray()
-        self._question: str | None = None
+        self._received = bytearray()
+        self._command: str | None = None
         self._unsent = bytearray()
-        self._told = ""
+        self._progress = ""
         self._last = False  # nothing follows what is unsent
-        self._timer = self._loop.after(_ASK_SECONDS, self.close)
+        self._timer = self._loop.after(_REQUEST_SECONDS, self.close)
         self._loop.watch(client.fileno(), self.receive)
 
     @property
     def waits(self) -> bool:
-        """Whether it is to be told the outcome of a command that was begun for it."""
-        return self._question not in (None, WATCH) and not self._last
-
-    def tell(self, progress: str) -> None:
-        """What is being waited for; told once as long as it is the same."""
-        if progress != self._told:
-            self._told = progress
-            self._send(Answer(progress=progress))
+        """Whether it waits for the outcome of a command that was begun for it."""
+        return self._command not in (None, WATCH) and not self._last
 
     def finish(self, result: Any) -> None:
-        """It is done."""
-        self._end(Answer(result=result))
+        """Send the result of its command."""
+        self._end(Reply(result=result))
 
     def fail(self, reason: str) -> None:
-        """It is not done; one line that says why."""
-        self._end(Answer(error=reason))
+        """Send the reason why its command failed: one line."""
+        self._end(Reply(error=reason))
 
     def close(self) -> None:
-        """Let go of the connection, whatever is unsent."""
+        """Close the connection, whatever is unsent."""
         if self._socket.fileno() >= 0:
             self._timer.cancel()
             self._loop.forget(self._socket.fileno())
             self._socket.close()
-            self._server.has_left(self)
+            self._server.forget(self)
 
     def receive(self) -> None:
-        """Hear what it has sent, if anything."""
+        """Read what it has sent, if anything."""
         try:
-            data = self._socket.recv(_LONGEST_QUESTION)
+            data = self._socket.recv(_LONGEST_REQUEST)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data or self._question is not None:
-            self.close()  # it has left, or sends more than its question
+        if not data or self._command is not None:
+            self.close()  # its end of the stream, or more than one request
             return
-        self._asked += data
-        line, end, _ = self._asked.partition(b"\n")
+        self._received += data
+        line, end, _ = self._received.partition(b"\n")
         if end:
-            self._ask(bytes(line))
-        elif len(self._asked) >= _LONGEST_QUESTION:
-            self.fail("the question is too long")
+            self._handle(bytes(line))
+        elif len(self._received) >= _LONGEST_REQUEST:
+            self.fail("the request is too long")
 
-    def _ask(self, line: bytes) -> None:
+    def _handle(self, line: bytes) -> None:
         self._timer.cancel()
         try:
-            self._question = msgspec.json.decode(line, type=Question).command
+            self._command = msgspec.json.decode(line, type=Request).command
         except msgspec.MsgspecError as error:
-            self._question = ""
-            self.fail(f"not a question: {error}")
+            self._command = ""
+            self.fail(f"not a request: {error}")
             return
-        if not self._may_ask():
+        if not self._is_allowed():
             return
         try:
-            self._answer(self._question)
+            self._execute(self._command)
         except Exception:
             self.fail("a fault of the daemon's own; its log has more")
             raise
         if not self._last:
-            self._tell_progress()
+            self._send_progress()
 
-    def _answer(self, question: str) -> None:
+    def _execute(self, command: str) -> None:
         inquiries, commands = self._server.inquiries, self._server.commands
-        if question in inquiries:
-            self.finish(inquiries[question]())
-        elif question in commands and self._server.is_full:
+        if command in inquiries:
+            self.finish(inquiries[command]())
+        elif command in commands and self._server.is_full:
             self.fail(f"{MOST_WAITING} commands wait for their outcome already")
-        elif question in commands:
-            commands[question](self)
-        elif question != WATCH:
+        elif command in commands:
+            commands[command](self)
+        elif command != WATCH:
             allowed = ", ".join(sorted({*inquiries, *commands, WATCH}))
-            self.fail(f"there is no command {question!r}; there are {allowed}")
+            self.fail(f"there is no command {command!r}; there are {allowed}")
 
-    def _may_ask(self) -> bool:
+    def _is_allowed(self) -> bool:
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(credentials)
         if uid not in (0, os.geteuid()):
@@ -232,23 +228,24 @@ class ControlConnection:
             return False
         return True
 
-    def _tell_progress(self) -> None:
+    def _send_progress(self) -> None:
         progress = self._server.progress()
-        if progress is not None:
-            self.tell(progress)
+        if progress is not None and progress != self._progress:
+            self._progress = progress
+            self._send(Reply(progress=progress))
         if self._socket.fileno() >= 0:
-            self._timer = self._loop.after(_PROGRESS_SECONDS, self._tell_progress)
+            self._timer = self._loop.after(_PROGRESS_SECONDS, self._send_progress)
 
-    def _end(self, answer: Answer) -> None:
+    def _end(self, reply: Reply) -> None:
         if self._socket.fileno() < 0 or self._last:
             return
         self._last = True
         self._timer.cancel()
-        self._timer = self._loop.after(_TAKE_SECONDS, self.close)
-        self._send(answer)
+        self._timer = self._loop.after(_READ_SECONDS, self.close)
+        self._send(reply)
 
-    def _send(self, answer: Answer) -> None:
-        self._unsent += msgspec.json.encode(answer) + b"\n"
+    def _send(self, reply: Reply) -> None:
+        self._unsent += msgspec.json.encode(reply) + b"\n"
         self._write()
 
     def _write(self) -> None:
@@ -265,7 +262,7 @@ class ControlConnection:
         if len(self._unsent) > _MOST_UNREAD:
             self.close()
         elif self._last and not self._unsent:
-            # Closed with bytes unread, it would get an error instead of the answer.
+            # Closed with bytes unread, the client would get ECONNRESET instead of the reply.
             with contextlib.suppress(OSError):
                 self._socket.recv(_MOST_UNREAD)
             self.close()

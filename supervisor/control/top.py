@@ -1,8 +1,8 @@
-"""`cpanbridged top`: looks at the daemon again and again, and shows it on the terminal.
+"""`cpanbridged top`: samples the daemon's numbers at an interval, and shows them on the terminal.
 
-It asks the master, as `status` does, so it shows a daemon whose gate is shut or whose calls all
-hang. When the daemon goes away it says so and waits for it. Whatever ends it, the terminal is left
-as it was found.
+It asks the master, as `status` does, so it shows a daemon whose gate is closed or whose calls all
+hang. When the daemon ends it says so, and waits for the next one. However it ends, the terminal is
+restored. Called in the command.
 """
 
 import contextlib
@@ -23,43 +23,43 @@ from rich.live import Live
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.control.client import ControlError
-from cpanbridge.supervisor.control.screen import BY_CALLS, BY_TIME, Look, absent, screen
+from cpanbridge.supervisor.control.screen import BY_CALLS, BY_TIME, Sample, absent, screen
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _QUIT = "q"
 _ORDERS = {"t": BY_TIME, "c": BY_CALLS}
 
 
-class Watcher:
-    """Looks at the daemon, and keeps the look before for the rates."""
+class Sampler:
+    """Fetches the daemon's numbers, and keeps the sample before for the rates."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._look: Look | None = None
+        self._sample: Sample | None = None
         self._reason = ""
 
-    def look(self) -> None:
-        """Ask the daemon for its numbers."""
+    def take(self) -> None:
+        """Ask the master for the numbers."""
         try:
             numbers = client.numbers(self._settings)
         except ControlError as error:
             numbers, self._reason = None, str(error)
         else:
             self._reason = f"not running at {self._settings.sockets[0]}"
-        earlier = self._look.now if self._look is not None else None
-        self._look = Look.of(numbers, earlier) if numbers is not None else None
+        earlier = self._sample.now if self._sample is not None else None
+        self._sample = Sample.of(numbers, earlier) if numbers is not None else None
 
-    def shown(self, height: int | None, command: str) -> RenderableType:
-        """What was seen last."""
-        if self._look is None:
+    def shown(self, height: int | None, order: str) -> RenderableType:
+        """The screen of the last sample."""
+        if self._sample is None:
             return absent(self._reason)
-        return screen(self._look, height, command)
+        return screen(self._sample, height, order)
 
 
 def print_once(settings: Settings, interval: float) -> bool:
-    """Print one screen, as long as it takes; its rates are of the next `interval` seconds.
+    """Print one screen, of any length; its rates are of the next `interval` seconds.
 
-    False when the daemon has gone meanwhile. Raises ControlError.
+    False when the daemon has ended meanwhile. Raises ControlError.
     """
     before = client.numbers(settings)
     time.sleep(interval)
@@ -67,43 +67,43 @@ def print_once(settings: Settings, interval: float) -> bool:
     if now is None:
         return False
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    Console().print(screen(Look.of(now, before), None, BY_TIME))
+    Console().print(screen(Sample.of(now, before), None, BY_TIME))
     return True
 
 
 def run(settings: Settings, interval: float) -> None:
-    """Show it until `q`, ^C or the terminal's end, with a look every `interval` seconds."""
-    # An error's text may have what this terminal's encoding has not.
+    """Show the screen until `q`, ^C or the terminal's end; a sample every `interval` seconds."""
+    # An error's text may have characters that this terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Only the terminal knows its size: what a shell has exported stays as it was at a resize.
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    console, watcher = Console(), Watcher(settings)
+    console, sampler = Console(), Sampler(settings)
     with (
         contextlib.suppress(KeyboardInterrupt),
         keyboard() as keys,
-        # On the alternate screen, drawn over what is there: nothing flickers, nothing is left.
+        # On the alternate screen, each drawn over the last: nothing flickers, nothing remains.
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
-        command = BY_TIME
-        next_look = time.monotonic()
+        order = BY_TIME
+        next_sample = time.monotonic()
         while True:
-            if time.monotonic() >= next_look:
-                watcher.look()
-                next_look = time.monotonic() + interval
-            live.update(watcher.shown(console.height, command), refresh=True)
-            key = keys.wait(next_look - time.monotonic())
+            if time.monotonic() >= next_sample:
+                sampler.take()
+                next_sample = time.monotonic() + interval
+            live.update(sampler.shown(console.height, order), refresh=True)
+            key = keys.wait(next_sample - time.monotonic())
             if key == _QUIT:
                 return
-            command = _ORDERS.get(key, command)
+            order = _ORDERS.get(key, order)
 
 
 class Keyboard:
-    """What is typed, that the terminal has another size, and that it is to end.
+    """Events of the terminal: a key, another size, a signal that ends the command.
 
-    `end` is a signal's handler: it raises at once, so that nothing is waited for, and again in
-    `wait`, for an exception that comes while the interpreter cleans up is lost. `signalled` is
-    readable when there was a signal.
+    `end` is a signal handler. It raises at once, so that nothing is waited for. `wait` raises
+    again: an exception that is raised while the interpreter runs a `__del__` is lost. `signalled`
+    is readable after a signal.
     """
 
     def __init__(self, stdin: int | None, signalled: int) -> None:
@@ -118,7 +118,7 @@ class Keyboard:
         sys.exit(128 + number)
 
     def wait(self, seconds: float) -> str:
-        """The next key; `q` at the end of the input; nothing on a resize, and after the time."""
+        """The next key; `q` at the end of the input; "" after a resize or when the time is over."""
         descriptors = [fd for fd in (self._stdin, self._signalled) if fd is not None]
         ready, _, _ = select.select(descriptors, [], [], max(0.0, seconds))
         if self._signalled in ready:
@@ -132,7 +132,7 @@ class Keyboard:
 
 @contextlib.contextmanager
 def keyboard() -> Iterator[Keyboard]:
-    """Keys are read one by one and not echoed; signals that end it leave by an exception."""
+    """Keys are read one by one and not echoed; a signal that ends the command raises."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     stdin = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None

@@ -1,4 +1,4 @@
-"""From one configuration, or one master, to the next: reload, and upgrade with its hand-over.
+"""From one configuration, or one master, to the next: reloading and upgrading.
 
 Everything here runs in the master process, in its event loop. Imports from `processes` and the
 rooms below it.

@@ -1,22 +1,24 @@
 """From one generation of workers to the next: all of a changed configuration, or nothing of it.
 
 The configuration is read and checked, new sockets are bound, and a new generation is forked, which
-imports its modules anew. While it boots, the old one serves on as if nothing were. When each of its
-workers is ready, the limits change for both at once, the new generation accepts, and the old one
-stops accepting and finishes what it runs. Whatever fails before that is undone: nothing has changed
-then but the log, which says why.
+imports its modules anew. While it boots, the old one serves as before. When each of its workers is
+ready, the limits change for both generations at once, the new one accepts, and the old one stops
+accepting and finishes what it runs. Whatever fails before that is undone: then nothing has changed,
+and the log says why.
 
-A reload that is asked for while another is under way takes its place, so that what holds at last is
-what was configured last, even when a module hangs while it is imported. Who asked for the first one
-is told how the last one went. Called in the master.
+A reload that is requested during another one replaces it, so that the configuration that was
+written last takes effect, even when a module hangs while it is imported. The requester of the
+first one receives the outcome of the last one. Called in the master.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from cpanbridge.supervisor.config import ConfigError, Load, Loaded, Settings
+from cpanbridge.supervisor.config import ConfigError, Loaded
+from cpanbridge.supervisor.lifecycle.configuration import Configuration, ReloadError
 from cpanbridge.supervisor.listening.instance import InstanceError
 from cpanbridge.supervisor.listening.listener import ListenError
 from cpanbridge.supervisor.listening.sockets import Change, Sockets
@@ -29,15 +31,13 @@ from cpanbridge.supervisor.system.logs import LogError, LogSettings
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
+# Seconds.
 _LOCK_PAUSE = 0.001
-_DOOR_PAUSE = 0.002
-_DOOR_SECONDS = 1.0
+_ACCEPT_PAUSE = 0.002
+_ACCEPT_SECONDS = 1.0
 
-Tell = Callable[[str | None], None]
-
-
-class ReloadError(Exception):
-    """A changed configuration cannot take effect without a restart; one line that says why."""
+# Receives the outcome: None, or the reason why nothing has changed.
+OnDone = Callable[[str | None], None]
 
 
 class Outcome(NamedTuple):
@@ -48,32 +48,30 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-class _Attempt:
+class _Attempt(NamedTuple):
     """A reload that is under way."""
 
-    def __init__(self, loaded: Loaded, change: Change, generation: Generation) -> None:
-        self.loaded = loaded
-        self.change = change
-        self.generation = generation
+    loaded: Loaded
+    change: Change
+    generation: Generation
 
 
 class Reloader:
     """Makes the generations, and changes over from one to the next.
 
-    `generation` is the one in service, or the first one while it boots; `loaded` its configuration.
+    `generation` is the one in service, or the first one while it boots; `number` is its number.
     """
 
     def __init__(
         self,
-        load: Load,
-        loaded: Loaded,
+        configuration: Configuration,
         loop: Loop,
         shared: Shared,
         sockets: Sockets,
         pool: WorkerPool,
         number: int,
     ) -> None:
-        self._load = load
+        self._configuration = configuration
         self._loop = loop
         self._shared = shared
         self._sockets = sockets
@@ -81,26 +79,30 @@ class Reloader:
         self._last_number = number
         self._attempt: _Attempt | None = None
         self._changing: Generation | None = None  # serves, but old workers may still accept
-        self._waiting: list[Tell] = []
+        self._waiting: list[OnDone] = []
         self.last: Outcome | None = None
-        self.changed: Callable[[], None] = lambda: None  # called when a generation has taken over
-        self.loaded = loaded
+        self.changed: Callable[[], None] = lambda: None  # called when another generation serves
         self.generation = Generation(
-            number, loaded.settings, sockets.listeners, LogSettings.of(loaded)
+            number, self.loaded.settings, sockets.listeners, LogSettings.of(self.loaded)
         )
 
     @property
+    def loaded(self) -> Loaded:
+        """The configuration of the generation in service."""
+        return self._configuration.loaded
+
+    @property
     def coming(self) -> Generation | None:
-        """The generation that a reload is about, until it is over."""
+        """The generation of the reload that is under way, until that is over."""
         return self._attempt.generation if self._attempt is not None else self._changing
 
-    def begin(self, tell: Tell) -> None:
+    def begin(self, on_done: OnDone) -> None:
         """Read the configuration and change over to it.
 
-        `tell` is called once, in this call or later: with None when the new generation serves, or
+        `on_done` is called once, in this call or later: with None when the new generation serves, or
         with the reason why nothing has changed.
         """
-        self._waiting.append(tell)
+        self._waiting.append(on_done)
         if self._attempt is not None:
             LOGGER.info("Another reload: generation %d is given up", self._last_number)
             self._undo()
@@ -128,69 +130,45 @@ class Reloader:
             self._finish(reason)
 
     def worker_gone(self) -> None:
-        """There may be room for workers that found none."""
+        """There may be a slot for a worker that found none."""
         if self._attempt is not None:
             self._pool.spawn(self._attempt.generation)
 
     def give_up(self, reason: str) -> None:
-        """End a reload that is under way, because something has come that matters more."""
+        """End a reload that is under way, because of something that matters more."""
         if self._attempt is not None:
             self._undo()
             self._finish(reason)
 
-    def refuse(self, tell: Tell, reason: str) -> None:
-        """Begin no reload; nobody may look for a trace of it in vain."""
+    def refuse(self, on_done: OnDone, reason: str) -> None:
+        """Begin no reload; the log and `last` say why."""
         LOGGER.error("Not reloaded, nothing has changed: %s", reason)
-        self._tell([tell], reason)
+        self._conclude([on_done], reason)
 
     def _prepare(self) -> _Attempt:
-        loaded = self._load()
+        loaded = self._configuration.read_again(self._shared)
         settings = loaded.settings
-        self._check(settings)
         log = LogSettings.of(loaded)
         logs.check(log)
         change = self._sockets.change(settings)
-        for event in loaded.events:
-            LOGGER.warning("%s", event)
+        for warning in loaded.warnings:
+            LOGGER.warning("%s", warning)
         rlimit.raise_limit(settings.limits, len(self._shared.slots))
+        listeners = change.listeners + change.removed
+        try:
+            generation = Generation(self._last_number + 1, settings, listeners, log)
+        except OSError:
+            change.undo()
+            raise
         self._last_number += 1
-        generation = Generation(self._last_number, settings, change.listeners + change.removed, log)
         return _Attempt(loaded, change, generation)
-
-    def _check(self, settings: Settings) -> None:
-        """See that nothing changes that only a restart can. Raises ReloadError."""
-        most = len(self._shared.slots) // 2
-        if settings.worker_count > most:
-            raise ReloadError(
-                f"workers = {settings.worker_count}: the running daemon has room for {most}; "
-                "restart it to have more"
-            )
-        for name in ("user", "group"):
-            now, then = getattr(settings, name), getattr(self.loaded.settings, name)
-            if now != then:
-                raise ReloadError(
-                    f"{name} = {now!r}: the running daemon has {then!r} and cannot become another; "
-                    "restart it"
-                )
-        sessions = self._shared.header.max_sessions
-        if settings.limits.max_sessions != sessions:
-            raise ReloadError(
-                f"limits.max_sessions = {settings.limits.max_sessions}: the running daemon has "
-                f"room for {sessions}; restart it to change that"
-            )
-        before = self.loaded.settings.log_file
-        if settings.log_file == "stderr" != before:
-            raise ReloadError(
-                f'log_file = "stderr": the running daemon logs to {before} and has no other '
-                "standard error; restart it"
-            )
 
     def _change_over(self, attempt: _Attempt) -> None:
         if self._attempt is not attempt:
             return  # given up while it waited for the lock
-        if not self._shared.lock.take():
+        if not self._shared.lock.acquire(block=False):
             # Held for microseconds, unless its holder was stopped: the loop must not wait for that.
-            self._loop.after(_LOCK_PAUSE, lambda: self._change_over(attempt))
+            self._loop.after(_LOCK_PAUSE, partial(self._change_over, attempt))
             return
         try:
             self._shared.apply_limits(attempt.loaded.settings.limits)
@@ -199,14 +177,14 @@ class Reloader:
             self._finish(f"no memory for the limits: {error.strerror}")
             return
         finally:
-            self._shared.lock.give_back()
+            self._shared.lock.release()
         old, new = self.generation, attempt.generation
         self._pool.put_in_service(new)
         attempt.change.complete()
         new.listeners = attempt.change.listeners
         self._pool.retire_generation(old)
         self._attempt = None
-        self.generation, self.loaded = new, attempt.loaded
+        self.generation, self._configuration.loaded = new, attempt.loaded
         self.changed()
         try:
             logs.configure(new.log)
@@ -214,15 +192,15 @@ class Reloader:
             LOGGER.error("The log stays where it is: %s", error)
         waiting, self._waiting = self._waiting, []
         self._changing = new
-        self._wait_for_doors(old, waiting, time.monotonic() + _DOOR_SECONDS)
+        self._wait_for_acceptors(old, waiting, time.monotonic() + _ACCEPT_SECONDS)
 
-    def _wait_for_doors(self, old: Generation, waiting: list[Tell], until: float) -> None:
-        """The reload is over when no old worker lets a client in any more.
+    def _wait_for_acceptors(self, old: Generation, waiting: list[OnDone], until: float) -> None:
+        """The reload is over when no old worker accepts clients any more.
 
         That takes some milliseconds, unless one was stopped: then it is not waited for.
         """
         if self._pool.accepts(old) and time.monotonic() < until:
-            self._loop.after(_DOOR_PAUSE, lambda: self._wait_for_doors(old, waiting, until))
+            self._loop.after(_ACCEPT_PAUSE, partial(self._wait_for_acceptors, old, waiting, until))
             return
         new, self._changing = self.generation, None
         LOGGER.info(
@@ -231,20 +209,20 @@ class Reloader:
             new.wanted,
             ", ".join(each.path for each in new.listeners),
         )
-        self._tell(waiting, None)
+        self._conclude(waiting, None)
 
     def _undo(self) -> None:
         attempt, self._attempt = self._attempt, None
         assert attempt is not None
-        self._pool.end_input(attempt.generation)
+        self._pool.abandon(attempt.generation)
         attempt.change.undo()
 
     def _finish(self, reason: str) -> None:
         LOGGER.error("Not reloaded, nothing has changed: %s", reason)
         waiting, self._waiting = self._waiting, []
-        self._tell(waiting, reason)
+        self._conclude(waiting, reason)
 
-    def _tell(self, waiting: list[Tell], reason: str | None) -> None:
+    def _conclude(self, waiting: list[OnDone], reason: str | None) -> None:
         self.last = Outcome(time.time(), self.generation.number, reason)
-        for tell in waiting:
-            tell(reason)
+        for on_done in waiting:
+            on_done(reason)

@@ -1,8 +1,7 @@
-"""How many clients wait in a listening socket's queue, from the kernel (sock_diag(7)).
+"""How many clients wait in the listen queue of a socket, from the kernel (sock_diag(7)).
 
-They have connected, as far as they know, and may have sent their request; nobody has accepted them
-yet. No system call on the socket tells their number, but the netlink interface that ss(8) uses
-does.
+Their connect(2) has returned, and they may have sent their request, but they are not accepted yet.
+No system call on the socket tells their number. The netlink interface that ss(8) uses does.
 """
 
 import os
@@ -24,14 +23,14 @@ _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 
 
 class Backlog:
-    """Asks for some sockets, again and again. Called in the master."""
+    """Asks the kernel for the listen queues of sockets. Called in the master."""
 
     def __init__(self) -> None:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self._kernel = socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG)
 
     def waiting(self, listeners: Sequence[socket.socket]) -> int:
-        """Clients in all their queues together. Raises OSError where the kernel does not tell."""
+        """Clients in all these queues together. Raises OSError where the kernel does not tell."""
         return sum(self._waiting(os.fstat(listener.fileno()).st_ino) for listener in listeners)
 
     def _waiting(self, inode: int) -> int:
@@ -41,7 +40,7 @@ class Backlog:
         )
         size = _HEADER.size + len(request)
         self._kernel.send(_HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + request)
-        reply = self._kernel.recv(8192)  # it is there: the kernel answers within send(2)
+        reply = self._kernel.recv(8192)  # the kernel has replied within send(2)
         length, kind, *_ = _HEADER.unpack_from(reply)
         if kind == _NLMSG_ERROR:
             (number,) = struct.unpack_from("=i", reply, _HEADER.size)

@@ -2,8 +2,12 @@
 
 Beside each socket stand two files: `PATH.lock`, locked by the running master, and `PATH.pid` with
 its process id. Only the lock tells whether a daemon runs: the kernel frees it when the master dies,
-however it dies. The pid file is believed only while the lock is held. When a master dies while it
-is upgraded, the new one holds the lock, and says a moment later that it is the master.
+however it dies. The pid file is believed only while the lock is held. When a master dies during an
+upgrade, the new master holds the lock already, and writes its pid a moment later.
+
+The lock is filelock's: a program with `filelock.FileLock("PATH.lock")` excludes the daemon, and the
+daemon excludes it. The descriptor is opened here and only locked by filelock, because in an upgrade
+the new master inherits it, and a lock object of filelock cannot be inherited by another program.
 """
 
 import contextlib
@@ -12,7 +16,9 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
-# Somebody who merely looks whether a daemon runs holds a shared lock for microseconds.
+import filelock
+
+# `running_pid` of any process holds a shared lock for microseconds.
 _PASSING_HOLDER_SECONDS = 0.5
 _PAUSE = 0.005
 
@@ -22,17 +28,19 @@ class InstanceError(Exception):
 
 
 class Instance:
-    """The paths that this process has locked. Locks do not outlive the process; `release` tidies.
+    """The paths that this process has locked. Locks do not outlive the process.
 
-    A lock belongs to an open file, so it lasts as long as any process has that: children that are
-    forked close it at once, or a worker would hold a dead master's lock. A program that is handed
-    the descriptors has the locks as well: an upgraded master takes them over without a gap.
+    A lock belongs to an open file description (flock(2)): it lasts until the last descriptor of
+    that is closed, and unlocking any of them frees it for all. So nothing here ever unlocks. A
+    forked child closes its copies at once, or it would keep a dead master's lock. A program that
+    inherits the descriptors has the locks as well: in an upgrade they pass to the new master, and
+    there is no instant at which they are free.
     """
 
     def __init__(self, inherited: Mapping[str, int] | None = None) -> None:
         self._locks = dict(inherited or {})
         self.unclean: set[str] = set()
-        os.register_at_fork(after_in_child=self._let_go)
+        os.register_at_fork(after_in_child=self._close_copies)
 
     @property
     def descriptors(self) -> dict[str, int]:
@@ -42,7 +50,8 @@ class Instance:
     def acquire(self, paths: Collection[str], patience: float = _PASSING_HOLDER_SECONDS) -> None:
         """Lock these paths as well and write their pid files: all or none. Raises InstanceError.
 
-        `unclean` has the paths whose last owner died without tidying up: a socket there is stale.
+        Waits up to `patience` seconds for a lock that another process holds. `unclean` has the
+        paths whose last owner died and left its pid file: a socket there is stale.
         """
         locked: list[str] = []
         try:
@@ -53,10 +62,21 @@ class Instance:
                 if left_over is not None:
                     os.close(left_over)
                     self.unclean.add(path)
-                write_pid(path)
+                _write_pid(path)
         except InstanceError:
             self.release(locked)
             raise
+
+    def take_over(self) -> None:
+        """Become the master of all paths: check the inherited locks and write the pid files.
+
+        Raises InstanceError for a descriptor that does not hold its path's lock.
+        """
+        for path, descriptor in self._locks.items():
+            # Locking again succeeds at once where it is the description that has the lock.
+            if not _try_to_lock(path, descriptor):
+                raise InstanceError(f"{path}.lock: the inherited descriptor does not hold the lock")
+            _write_pid(path)
 
     def release(self, paths: Collection[str] | None = None) -> None:
         """Remove the pid files and free the locks of these paths, or of all."""
@@ -66,7 +86,8 @@ class Instance:
             self.unclean.discard(path)
             os.close(self._locks.pop(path))
 
-    def _let_go(self) -> None:
+    def _close_copies(self) -> None:
+        """Called in a forked child. The lock stays the parent's, whose descriptor is open."""
         while self._locks:
             os.close(self._locks.popitem()[1])
 
@@ -81,18 +102,23 @@ def _lock(path: str, patience: float) -> int:
             "the socket's folder must exist and be writable"
         ) from None
     until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
+    try:
+        while not _try_to_lock(path, descriptor):
             if time.monotonic() > until:
-                os.close(descriptor)
-                raise InstanceError(_in_use(path)) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise InstanceError(f"{path}.lock: cannot be locked: {error.strerror}") from None
-        time.sleep(_PAUSE)
+                raise InstanceError(_in_use(path))
+            time.sleep(_PAUSE)
+    except InstanceError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _try_to_lock(path: str, descriptor: int) -> bool:
+    """Whether the descriptor holds the path's lock now. Raises InstanceError where none can."""
+    try:
+        return filelock.lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        raise InstanceError(f"{path}.lock: cannot be locked: {error.strerror}") from None
 
 
 def _in_use(path: str) -> str:
@@ -119,10 +145,8 @@ def _lives(pid: int) -> bool:
 def running_pid(socket_path: str, owner: int | None = None) -> int | None:
     """The master that serves a socket path, or None.
 
-    `owner` is the user that the daemon is to be, when that is not this process's.
-
-    Looks with a shared lock, so that who looks keeps nobody else from looking. Raises
-    InstanceError when it cannot be told, or the files are not to be trusted.
+    `owner` is the user that the daemon is to run as, where that is not this process's user. Raises
+    InstanceError when it cannot be found out, or another user owns the files.
     """
     until = time.monotonic() + _PASSING_HOLDER_SECONDS
     while True:
@@ -134,10 +158,15 @@ def running_pid(socket_path: str, owner: int | None = None) -> int | None:
         if time.monotonic() > until:
             why = f"{socket_path}.pid tells no pid" if pid is None else _another(pid)
             raise InstanceError(f"{socket_path}.lock is held, but {why}")
-        time.sleep(0.01)  # it has only just got the lock
+        time.sleep(0.01)  # its holder may have locked it a moment ago, and write its pid next
 
 
 def _is_locked(path: str, owner: int | None) -> bool:
+    """Whether a master holds the lock.
+
+    Tried with a shared lock, which does not exclude others that try the same. That is flock(2)
+    directly, because filelock has no shared lock; the two exclude each other.
+    """
     descriptor = _open_trusted(path, owner)
     if descriptor is None:
         return False
@@ -164,7 +193,7 @@ def _read_pid(path: str, owner: int | None = None) -> int | None:
 def _open_trusted(path: str, trusted: int | None = None) -> int | None:
     """Open one of our files to read; None if it is not there.
 
-    Raises InstanceError for one that another user has put there: he would choose whom we signal.
+    Raises InstanceError for a file of another user, who would choose which process gets signals.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -179,10 +208,11 @@ def _open_trusted(path: str, trusted: int | None = None) -> int | None:
     return descriptor
 
 
-def write_pid(socket_path: str) -> None:
-    """Say that this process is the master of a path. Raises InstanceError.
+def _write_pid(socket_path: str) -> None:
+    """Name this process as the master of a path. Raises InstanceError.
 
-    The file is whole or not there at all, and written through no link that somebody has put there.
+    The file is renamed into place, so a reader finds all of it or none. It is made with O_EXCL and
+    O_NOFOLLOW, so it is not written through a link that another user has put there.
     """
     temporary = f"{socket_path}.pid.new"
     try:

@@ -1,8 +1,8 @@
-"""The listening sockets: where they may stand, binding them, and taking them away.
+"""The listening sockets: in which folders they may be, binding them, and removing them.
 
-Whoever may open a socket may call what is exposed, so the file's permissions are the access
+A user who may open a socket may call what is exposed, so the file's permissions are the access
 control: they are set before the socket listens, and a folder in which another user could replace
-the socket is refused. Called in the master only.
+the socket is refused. Called in the master, and in the `cpanbridged` command before it forks.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 _MAX_LINKS = 40  # as many as the kernel follows
-CONTROL = ".ctl"  # after the first path: the control socket's
-# Bytes: sun_path holds 108 with the end mark (unix(7)), and the control socket's name is longer.
+CONTROL = ".ctl"  # the control socket is the first path with this suffix
+# Bytes: sun_path holds 108 with the final zero (unix(7)), and the control socket needs the suffix.
 _MAX_PATH = 107 - len(CONTROL)
 _SO_PASSRIGHTS = 83  # asm-generic/socket.h; the socket module does not have it yet
 _FIRST_LENT = 3  # sd_listen_fds(3)
@@ -24,21 +24,21 @@ _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
 
 class ListenError(Exception):
-    """A socket cannot be had; one line that names the path, says why, and what to do."""
+    """A socket cannot be opened; one line that names the path, says why, and what to do."""
 
 
 class Listener(NamedTuple):
-    """A bound and listening socket, and the file that it stands as."""
+    """A bound and listening socket, and its file."""
 
     path: str
     socket: socket.socket
-    inode: tuple[int, int]
-    # Whether the service manager has it as well: it is not ours to take away, to shut, or to give
-    # other rights, and who waits there when the daemon ends is served by the next one.
+    inode: tuple[int, int]  # of the file: device and number
+    # Whether the service manager has it as well. Then it is not the daemon's to remove, to shut, or
+    # to change the rights of, and clients that wait there at the end are served by the next daemon.
     lent: bool = False
 
     def set_access(self, mode: int, gid: int | None) -> tuple[int, int]:
-        """Let others connect, or not; returns mode and group as they were. Raises ListenError.
+        """Set who may connect; returns mode and group as they were. Raises ListenError.
 
         Without `gid` the group stays as it is.
         """
@@ -54,7 +54,7 @@ class Listener(NamedTuple):
         return stat.S_IMODE(before.st_mode), before.st_gid
 
     def unlink(self) -> None:
-        """Take the file away, so that no further client comes; unless it is another's by now."""
+        """Remove the file, so that no client connects any more; unless it is another's by now."""
         with contextlib.suppress(FileNotFoundError):
             if not self.lent and _inode(self.path) == self.inode:
                 os.unlink(self.path)
@@ -93,11 +93,10 @@ def _lent(descriptor: int) -> Listener:
 
 
 def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None:
-    """Check that nobody else can swap the socket. Raises ListenError.
+    """Check that no other user can replace the socket. Raises ListenError.
 
-    `owner` is the user that the daemon is to be, when that is not this process's.
-
-    With `create`, for the places that the daemon chose itself, make the folder if it is missing.
+    `owner` is the user that the daemon is to run as, where that is not this process's user. With
+    `create`, for default paths, make the folder if it is missing.
     """
     folder = os.path.dirname(os.path.abspath(path))
     if create:
@@ -119,10 +118,10 @@ def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None
 
 
 def _containers(path: str, folder: str, trusted: Collection[int]) -> Iterator[str]:
-    """Every folder in which something on the way to `folder` stands, and `folder` at the end.
+    """Every folder that contains a part of the path to `folder`, and `folder` at the end.
 
-    Links are followed one by one: whoever may replace a link decides where the way leads. Raises
-    OSError, and ListenError for a link that belongs to another user.
+    Links are followed one by one: a user who may replace a link decides where the path leads.
+    Raises OSError, and ListenError for a link that belongs to another user.
     """
     parts = folder.split("/")[::-1]
     current = "/"
@@ -135,15 +134,15 @@ def _containers(path: str, folder: str, trusted: Collection[int]) -> Iterator[st
             current = os.path.dirname(current)
             continue
         yield current
-        context = os.path.join(current, part)
-        if not stat.S_ISLNK(os.lstat(context).st_mode):
-            current = context
+        entry = os.path.join(current, part)
+        if not stat.S_ISLNK(os.lstat(entry).st_mode):
+            current = entry
             continue
         links += 1
         if links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        _check_owner(path, context, os.lstat(context).st_uid, trusted)
-        target = os.readlink(context)
+        _check_owner(path, entry, os.lstat(entry).st_uid, trusted)
+        target = os.readlink(entry)
         parts += target.split("/")[::-1]
         if target.startswith("/"):
             current = "/"
@@ -163,25 +162,25 @@ def _check_folder(path: str, folder: str, trusted: Collection[int]) -> None:
         )
 
 
-def _check_owner(path: str, context: str, owner: int, trusted: Collection[int]) -> None:
+def _check_owner(path: str, entry: str, owner: int, trusted: Collection[int]) -> None:
     if owner not in trusted:
         raise ListenError(
-            f"{path}: refused, because user {owner} owns {context} and could replace it"
+            f"{path}: refused, because user {owner} owns {entry} and could replace it"
         )
 
 
 def _take_no_descriptors(listening: socket.socket) -> None:
-    """Refuse what clients would pass along by SCM_RIGHTS, where the kernel can.
+    """Refuse descriptors that clients pass by SCM_RIGHTS, where the kernel can.
 
-    Nobody wants it, and a socket with SO_LINGER that is passed and closed by the sender would hold
-    up whoever reads the message.
+    They are of no use, and a passed socket with SO_LINGER, closed by its sender, would hold up the
+    thread that receives the message.
     """
     with contextlib.suppress(OSError):  # ENOPROTOOPT before Linux 6.16
         listening.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> Listener:
-    """Bind and listen. `stale` has the paths whose socket is known to be a dead daemon's.
+    """Bind and listen. A socket at a path in `stale` is known to be a dead daemon's.
 
     The caller holds the path's lock. Raises ListenError.
     """
@@ -189,7 +188,7 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
     _remove_stale(path, known=path in stale)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        umask = os.umask(0o177)  # nobody's but ours until mode and group are as they should be
+        umask = os.umask(0o177)  # for this user only, until mode and group are set
         try:
             listening.bind(path)
         finally:
@@ -224,7 +223,7 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def _remove_stale(path: str, *, known: bool) -> None:
-    """Make room for a socket: remove a dead daemon's, but nothing that is somebody else's."""
+    """Remove a dead daemon's socket, but nothing that belongs to another program."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -242,7 +241,7 @@ def _answers(path: str) -> bool:
         try:
             probe.connect(path)
         except BlockingIOError:
-            return True  # somebody's queue is full
+            return True  # a listen queue is full
         except OSError:
             return False
         return True

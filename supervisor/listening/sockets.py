@@ -1,8 +1,8 @@
 """The socket paths that the daemon serves: each is locked, listened on, and given back at the end.
 
 A reload may change them. What can fail is done before any worker is forked, and undone when the
-reload fails. A path that is given up loses its file when the new workers accept; clients that had
-connected to it before are still in its queue, so the new workers are handed its socket as well.
+reload fails. A path that is given up loses its file when the new workers accept. Clients that had
+connected to it before are still in its listen queue, so the new workers inherit that socket too.
 Called in the master.
 """
 
@@ -15,47 +15,48 @@ import msgspec
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.listening import listener
-from cpanbridge.supervisor.listening.instance import Instance, write_pid
+from cpanbridge.supervisor.listening.instance import Instance
 from cpanbridge.supervisor.listening.listener import Listener, ListenError
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-# The loop must not stand still: a path that another daemon holds is not waited for in a reload.
-_NO_PATIENCE = 0.02
+# A reload runs in the loop, which must not stand still: it hardly waits for another daemon's lock.
+_RELOAD_PATIENCE = 0.02
 
 
 class HeldListener(msgspec.Struct):
-    """A listener in another process, which has inherited its descriptor."""
+    """A listener of another process, whose descriptor this process inherits."""
 
     path: str
     descriptor: int
     inode: tuple[int, int]
     lent: bool
 
-    def take(self) -> Listener:
-        """It in this process."""
+    def open(self) -> Listener:
+        """The same listener in this process."""
         listening = socket.socket(fileno=self.descriptor)
         listening.setblocking(False)
         return Listener(self.path, listening, self.inode, self.lent)
 
 
 class HeldSockets(msgspec.Struct):
-    """All that `Sockets` holds, as numbers that another process can use."""
+    """All that `Sockets` holds, as descriptors that another process can inherit."""
 
     listeners: list[HeldListener]
     control: HeldListener | None
     locks: dict[str, int]
 
     def descriptors(self) -> list[int]:
-        """Those that the other process must inherit."""
+        """The descriptors that the other process must inherit."""
         control = [self.control] if self.control is not None else []
         return [each.descriptor for each in self.listeners + control] + list(self.locks.values())
 
 
 class Sockets:
-    """All that is held for the paths. Files and locks are gone after `close` and `release`.
+    """All that is held for the paths. Files and locks are gone after `give_back`.
 
-    Of those that are borrowed, because another master has them as well, only our copies go.
+    Some may be borrowed: another master has them too and is responsible for them. Of these only
+    this process's descriptors are closed.
     """
 
     def __init__(self, held: HeldSockets | None = None) -> None:
@@ -64,8 +65,8 @@ class Sockets:
         self.listeners: list[Listener] = []
         self.control: Listener | None = None
         if held is not None:
-            self.listeners = [each.take() for each in held.listeners]
-            self.control = held.control.take() if held.control is not None else None
+            self.listeners = [each.open() for each in held.listeners]
+            self.control = held.control.open() if held.control is not None else None
             self.give_away()
         # Called when a reload has moved the control socket, while the one before is still open.
         self.control_moved: Callable[[Listener], None] = lambda _: None
@@ -79,19 +80,18 @@ class Sockets:
         )
 
     def take_over(self) -> None:
-        """From now on they are ours: say so in the pid files. Raises InstanceError."""
+        """Become responsible for them, and write this process's pid files. Raises InstanceError."""
         self._borrowed.clear()
-        for path in self._instance.descriptors:
-            write_pid(path)
+        self._instance.take_over()
 
     def give_away(self) -> None:
-        """They are another master's now, as well or only."""
+        """Another master is responsible for them."""
         self._borrowed = set(self._instance.descriptors)
         if self.control is not None:
             self._borrowed.add(self.control.path)
 
     def open(self, settings: Settings, lent: Sequence[Listener] = ()) -> None:
-        """Have all paths, or none; those in `lent` are there. Raises ListenError, InstanceError."""
+        """Open all paths or none; `lent` are open. Raises ListenError, InstanceError, OSError."""
         for each in lent:
             if each.path not in settings.sockets:
                 raise ListenError(
@@ -100,60 +100,55 @@ class Sockets:
                 )
         there = {each.path for each in lent}
         _prepare_folders(settings.sockets, create=settings.listen is None)
-        self._instance.acquire(settings.sockets)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._instance.acquire(settings.sockets)
+            undo.callback(self.release)
             missing = [path for path in settings.sockets if path not in there]
             self.listeners = [*lent, *self._listen(settings, missing)]
+            undo.callback(self.close)
             self.control = self._listen_for_control(settings)
-        except ListenError:
-            self.close()
-            self.release()
-            raise
-
-    def close_control(self) -> None:
-        """Take the control socket away: the daemon has ended."""
-        if self.control is not None:
-            self.close([self.control])
+            undo.pop_all()
 
     def change(self, settings: Settings) -> "Change":
-        """Get what a changed configuration needs besides. Raises ListenError, InstanceError."""
+        """Open what a changed configuration needs besides.
+
+        Raises ListenError, InstanceError, OSError; all is as it was then.
+        """
         have = {each.path: each for each in self.listeners}
         missing = [path for path in settings.sockets if path not in have]
         kept = [have[path] for path in settings.sockets if path in have]
         removed = [each for each in self.listeners if each.path not in settings.sockets]
         _prepare_folders(missing, create=settings.listen is None)
-        self._instance.acquire(missing, _NO_PATIENCE)
-        added: list[Listener] = []
-        control = self.control
-        access: list[tuple[Listener, int, int]] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            self._instance.acquire(missing, _RELOAD_PATIENCE)
+            undo.callback(self.release, missing)
             added = self._listen(settings, missing)
+            undo.callback(self.close, added)
+            control = self.control
             if control is None or settings.sockets[0] + listener.CONTROL != control.path:
                 control = self._listen_for_control(settings)
+                undo.callback(self.close, [control])
             gid = listener.group_id(settings.socket_group)
             for each in (each for each in kept if not each.lent):
-                access.append((each, *each.set_access(int(settings.socket_mode, 8), gid)))
-        except ListenError:
-            Change(self, kept, added, removed, access, missing, control).undo()
-            raise
-        return Change(self, kept, added, removed, access, missing, control)
+                before = each.set_access(int(settings.socket_mode, 8), gid)
+                undo.callback(_restore_access, each, *before)
+            return Change(self, kept + added, removed, control, undo.pop_all())
 
     def _listen(self, settings: Settings, paths: Sequence[str]) -> list[Listener]:
         mode, group = int(settings.socket_mode, 8), settings.socket_group
         made: list[Listener] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close, made)
             for path in dict.fromkeys(paths):
                 made.append(listener.listen(path, mode, group, self._instance.unclean))
-        except ListenError:
-            self.close(made)
-            raise
+            undo.pop_all()
         return made
 
     def _listen_for_control(self, settings: Settings) -> Listener:
-        """The control socket beside the first path, whose lock is held: nobody else may use it.
+        """The control socket beside the first path, whose lock excludes other daemons from it.
 
-        Where the path's last owner died, so did this one's. Workers of it may still have copies,
-        and would seem to answer.
+        Where the path's last owner died, its control socket is stale too. Workers of that daemon
+        may still have copies of it, so that connecting to it would seem to succeed.
         """
         first = settings.sockets[0]
         path = first + listener.CONTROL
@@ -161,7 +156,7 @@ class Sockets:
         return listener.listen(path, 0o600, None, stale)
 
     def close(self, listeners: Sequence[Listener] | None = None) -> None:
-        """Take the files away and listen no more. Workers have their own copies of the sockets."""
+        """Remove the files and listen no more. Workers have their own copies of the sockets."""
         for each in self.listeners if listeners is None else listeners:
             try:
                 if each.path not in self._borrowed:
@@ -175,52 +170,56 @@ class Sockets:
         paths = self._instance.descriptors if paths is None else paths
         self._instance.release([path for path in paths if path not in self._borrowed])
 
+    def give_back(self) -> None:
+        """The daemon has ended: no file, no socket and no lock of it is left."""
+        self.close()
+        if self.control is not None:
+            self.close([self.control])
+        self.release()
+
 
 class Change:
-    """What a reload does to the sockets: made, and then completed or undone."""
+    """What a reload does to the sockets: made by `Sockets.change`, then completed or undone."""
 
     def __init__(
         self,
         sockets: Sockets,
-        kept: list[Listener],
-        added: list[Listener],
+        listeners: list[Listener],
         removed: list[Listener],
-        access: list[tuple[Listener, int, int]],
-        locked: list[str],
-        control: Listener | None,
+        control: Listener,
+        undo: contextlib.ExitStack,
     ) -> None:
         self._sockets = sockets
-        self.listeners = kept + added
-        self.removed = removed
-        self._added = added
-        self._access = access
-        self._locked = locked
         self._control = control
+        self._undo = undo
+        self.listeners = listeners  # those of the changed configuration
+        self.removed = removed  # those that it does not have any more
 
     def undo(self) -> None:
         """The reload has failed: all is as it was."""
-        for each, mode, gid in self._access:
-            with contextlib.suppress(ListenError):  # somebody has taken the file away
-                each.set_access(mode, gid)
-        self._sockets.close(self._added)
-        if self._control is not None and self._control is not self._sockets.control:
-            self._sockets.close([self._control])
-        self._sockets.release(self._locked)
+        self._undo.close()
 
     def complete(self) -> None:
         """The new workers accept: give up what is not served any more."""
-        self._sockets.close(self.removed)
-        self._sockets.release([each.path for each in self.removed])
-        self._sockets.listeners = self.listeners
-        if self._control is not None and self._control is not self._sockets.control:
-            self._sockets.control_moved(self._control)
-            self._sockets.close_control()
-            self._sockets.control = self._control
+        self._undo.pop_all()
+        sockets, before = self._sockets, self._sockets.control
+        sockets.close(self.removed)
+        sockets.release([each.path for each in self.removed])
+        sockets.listeners = self.listeners
+        if before is not None and before is not self._control:
+            sockets.control_moved(self._control)
+            sockets.close([before])
+        sockets.control = self._control
 
 
 def _prepare_folders(paths: Sequence[str], *, create: bool) -> None:
     for path in paths:
         listener.prepare_folder(path, create=create)
+
+
+def _restore_access(each: Listener, mode: int, gid: int) -> None:
+    with contextlib.suppress(ListenError):  # the file may have been removed meanwhile
+        each.set_access(mode, gid)
 
 
 def _held(each: Listener) -> HeldListener:

@@ -1,12 +1,12 @@
-"""Who answers for a client that is on its way from one worker to another: a row of tickets.
+"""Whose a client is that is on its way from one worker to another: a row of claims.
 
-Each worker has a row in the shared memory. The message that hands a client over names one of its
-sender's tickets, and the client is whose the ticket says: the sender's still, or the receiver's
-since it has taken it. A ticket is one word, a number that goes up with every use and a state, so
-that a message that comes late finds another number and is nobody's.
+Each worker has a row in the shared memory. The message that hands a client over names one claim of
+its sender's row, and that word says whose the client is: the sender's still, or the receiver's
+since it has taken it. A claim is a number that goes up with every use, and a state; so a message
+that arrives late finds another number, and its client is nobody's.
 
 `take`, `refuse` and `withdraw` are called under the gate's lock: what becomes of a client is
-decided once. A process that is killed between any two stores leaves a ticket as it was, or as it
+decided once. A process that is killed between any two stores leaves a claim as it was, or as it
 should be.
 """
 
@@ -21,9 +21,9 @@ _FREE, _OFFERED, _TAKEN, _REFUSED = range(_STATES)
 
 
 class Claim(NamedTuple):
-    """One use of a place in a worker's row."""
+    """One use of a position in a worker's row."""
 
-    context: int
+    position: int
     number: int
 
     @property
@@ -48,48 +48,48 @@ class Claims:
         return self._change(claim, _REFUSED)
 
     def withdraw(self, claim: Claim) -> bool:
-        """Make the client the sender's again; False when something has become of it before."""
+        """Make the client the sender's again; False when it was taken or refused before."""
         return self._change(claim, _FREE)
 
     def _change(self, claim: Claim, state: int) -> bool:
-        context, number = claim
-        if self._memory[context] != claim.offered:
+        position, number = claim
+        if self._memory[position] != claim.offered:
             return False
-        self._memory[context] = number * _STATES + state
+        self._memory[position] = number * _STATES + state
         return True
 
     def is_offered(self, claim: Claim) -> bool:
-        """Whether nothing has become of the client yet. Called without the lock, as the next."""
-        return bool(self._memory[claim.context] == claim.offered)
+        """Whether the client is neither taken nor refused yet. Called without the lock."""
+        return bool(self._memory[claim.position] == claim.offered)
 
     def is_taken(self, claim: Claim) -> bool:
-        """Whether the client is its receiver's."""
-        return bool(self._memory[claim.context] == claim.number * _STATES + _TAKEN)
+        """Whether the client is its receiver's. Called without the lock."""
+        return bool(self._memory[claim.position] == claim.number * _STATES + _TAKEN)
 
     def cancel_all(self) -> None:
         """Nobody takes a client of a worker that is dead. Called in the master."""
-        for context, word in enumerate(self._memory.tolist()):
+        for position, word in enumerate(self._memory.tolist()):
             if word % _STATES != _FREE:
-                self._memory[context] = word - word % _STATES
+                self._memory[position] = word - word % _STATES
 
 
 class ClaimIssuer:
-    """The sender's side of it: a worker gives out the tickets of its own row."""
+    """The sender's side: a worker gives out the claims of its own row."""
 
     def __init__(self, claims: Claims) -> None:
         self._memory = claims._memory
         self._free = deque(range(CLAIMS))
 
     def issue(self) -> Claim | None:
-        """Offer a client; None when all tickets are in use."""
+        """Offer a client; None when all claims are in use."""
         try:
-            context = self._free.popleft()
+            position = self._free.popleft()
         except IndexError:
             return None
-        claim = Claim(context, self._memory[context] // _STATES + 1)
-        self._memory[context] = claim.offered
+        claim = Claim(position, self._memory[position] // _STATES + 1)
+        self._memory[position] = claim.offered
         return claim
 
     def give_back(self, claim: Claim) -> None:
         """The client is one side's or the other's, once and for all."""
-        self._free.append(claim.context)
+        self._free.append(claim.position)

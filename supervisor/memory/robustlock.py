@@ -1,16 +1,19 @@
 """A lock in shared memory that the kernel frees when its holder dies, at whatever instruction.
 
 It is a robust mutex of the C library (pthread_mutexattr_setrobust(3)), one between processes and
-between threads alike. Taking and giving it back are a few instructions each, without a system call
+between threads alike. Taking and releasing it are a few instructions each, without a system call
 as long as nobody else holds it. When its holder dies, the kernel marks it, and whoever takes it
-next is told so: that is no error here, for what the lock guards is whole at every instruction.
+next is told: that is no error here, for what the lock guards is whole at every instruction.
 
-No call gives up the interpreter lock, and so none may block: a thread that did would have to wait
-for a busy module of its own process to hand it back, and everybody else with it. Who finds the lock
-taken tries again. (The interpreter itself may still change threads between two instructions, if
-the system has kept this process from running for longer than the switch interval in between. What
-is guarded is a few microseconds long, so that is rare; a worker that hangs with the lock is killed,
-see hangs.py.)
+It has the methods of a `multiprocessing` lock, so `multiprocessing.sharedctypes.synchronized` takes
+it for its own. Like theirs it is recursive: `with value.get_lock(): value.value += 1` is right.
+
+No call here gives up the interpreter lock, and so none may block: a thread that did would have to
+wait for a busy module of its own process to hand it back, and everybody else with it. A thread that
+finds the lock taken tries again. (The interpreter itself may still change threads between two
+instructions, if the system has not run this process for longer than the switch interval. What is
+guarded takes a few microseconds, so that is rare; a worker that hangs with the lock is killed, see
+processes/watchdog.py.)
 """
 
 import ctypes
@@ -21,14 +24,15 @@ from types import TracebackType
 
 SIZE = 64  # bytes; a pthread_mutex_t is at most 48 on the systems that there are
 
-# It is held for a few microseconds, and it takes longer to be put to sleep and woken. So who finds
-# it taken tries so many times at once, then as often with its turn given to others between, and
-# sleeps after that, for longer each time.
+# The lock is held for a few microseconds, and to be put to sleep and woken takes longer. So a
+# thread that finds it taken tries so many times at once, then as often after giving its turn to
+# others, and sleeps after that, longer each time.
 TRIES = 20
 FIRST_SLEEP = 0.0001
 LONGEST_SLEEP = 0.005
 
 _PROCESS_SHARED = _ROBUST = 1  # PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST
+_RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE
 
 _libc = ctypes.PyDLL(None)  # not CDLL: that one gives up the interpreter lock around each call
 _trylock = _libc.pthread_mutex_trylock
@@ -50,16 +54,23 @@ class SharedLock:
         _check(_libc.pthread_mutexattr_init(attributes))
         _check(_libc.pthread_mutexattr_setpshared(attributes, _PROCESS_SHARED))
         _check(_libc.pthread_mutexattr_setrobust(attributes, _ROBUST))
+        _check(_libc.pthread_mutexattr_settype(attributes, _RECURSIVE))
         _check(_libc.pthread_mutex_init(mutex, attributes))
         _check(_libc.pthread_mutexattr_destroy(attributes))
 
-    def take(self) -> bool:
-        """Whether it is ours now; False when somebody else holds it."""
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Take the lock; False when it is not to be had, at once or in `timeout` seconds."""
         error = _trylock(self._mutex)
-        return error == 0 or self._is_ours_all_the_same(error)
+        if error == 0 or self._is_a_dead_holders(error):
+            return True
+        return block and self._try_until(timeout)
 
-    def _is_ours_all_the_same(self, error: int) -> bool:
-        """Whether its last holder has died, of what `_trylock` has said."""
+    def release(self) -> None:
+        """Give the lock back. Called by the thread that has taken it."""
+        _check(_unlock(self._mutex))
+
+    def _is_a_dead_holders(self, error: int) -> bool:
+        """Whether the lock was taken from a holder that has died, as `error` of trylock says."""
         if error == errno.EBUSY:
             return False
         if error != errno.EOWNERDEAD:
@@ -67,29 +78,27 @@ class SharedLock:
         _check(_libc.pthread_mutex_consistent(self._mutex))
         return True
 
-    def give_back(self) -> None:
-        """Let the next one have it. Called by the thread that has taken it."""
-        error = _unlock(self._mutex)
-        if error != 0:
-            raise OSError(error, os.strerror(error))
+    def _try_until(self, timeout: float | None) -> bool:
+        for _ in range(TRIES):
+            if self.acquire(block=False):
+                return True
+        for _ in range(TRIES):
+            os.sched_yield()
+            if self.acquire(block=False):
+                return True
+        pause = FIRST_SLEEP
+        until = time.monotonic() + timeout if timeout is not None else None
+        while not self.acquire(block=False):
+            if until is not None and time.monotonic() >= until:
+                return False
+            time.sleep(pause)
+            pause = min(LONGEST_SLEEP, 2 * pause)
+        return True
 
     def __enter__(self) -> None:
         error = _trylock(self._mutex)
-        if error != 0 and not self._is_ours_all_the_same(error):
-            self._take_patiently()
-
-    def _take_patiently(self) -> None:
-        for _ in range(TRIES):
-            if self.take():
-                return
-        for _ in range(TRIES):
-            os.sched_yield()
-            if self.take():
-                return
-        pause = FIRST_SLEEP
-        while not self.take():
-            time.sleep(pause)
-            pause = min(LONGEST_SLEEP, 2 * pause)
+        if error != 0 and not self._is_a_dead_holders(error):
+            self._try_until(None)
 
     def __exit__(
         self,
@@ -98,7 +107,7 @@ class SharedLock:
         trace: TracebackType | None,
     ) -> None:
         if _unlock(self._mutex) != 0:
-            self.give_back()  # says why it cannot be
+            self.release()  # raises what is wrong
 
 
 def _check(error: int) -> None:

@@ -1,4 +1,4 @@
-"""The daemon's load: measured, compared with the limits, and told in the log.
+"""The daemon's load: measured, compared with the limits, logged, and answered.
 
 Everything here runs in the master process, in its event loop. Imports from `reports` and the rooms
 below it.

@@ -1,13 +1,13 @@
-"""What the master hands to a process that it forks, and what that tells back.
+"""What the master passes to a process that it forks, and the messages between the two.
 
-This is the whole contract between the two besides the shared memory: the master knows a worker only
-as "a function that is run with a Place", and a template likewise, so nothing in the master imports
-what they are made of.
+This is the whole contract between them, besides the shared memory: to the master a worker is "a
+function that is called with a WorkerContext", and a template likewise. So nothing in the master
+imports what they are made of.
 
-The talk with a template goes over a pair of sockets that keeps messages apart (SOCK_SEQPACKET). It
-says once how its imports went, and is then sent the number of a slot for each worker to fork, with
-the descriptor that is the worker's `report`. There the worker says its pid at first, and waits for
-a byte: only then the master knows it, and whatever becomes of it is told under its number.
+A template and the master talk over a pair of SOCK_SEQPACKET sockets, which keep messages apart. The
+template reports once how its imports went. Then it receives the number of a slot for each worker to
+fork, with the descriptor of that worker's `report`. The worker writes its pid there at first and
+waits for a byte: only then does the master know it, and handles whatever becomes of it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from cpanbridge.supervisor.system.log_text import escaped, printable
 
 
 class WorkerContext(NamedTuple):
-    """A worker's place in the daemon. Descriptors stay the master's; the child has its copies."""
+    """What a worker receives. Descriptors stay the master's; the child has copies of them."""
 
     slot: int
     generation: int
@@ -36,27 +36,27 @@ class WorkerContext(NamedTuple):
     lent: bool  # the listening sockets are the service manager's as well, and outlive the daemon
     lifeline: int  # reads end of file when the master is gone
     report: int  # where the worker writes its Report, once
-    opening: int  # an eventfd, readable from when the worker may accept; nobody reads it
-    retirement_request: int  # an eventfd: written when the worker has put a plea into its slot
+    opening: int  # an eventfd, readable from when the worker may accept; it is never read
+    retirement_request: int  # an eventfd: written when the worker's slot asks for its retirement
     reopen_logs: Callable[[], None]  # raises LogError
 
 
 class TemplateContext(NamedTuple):
-    """A template's place in the daemon."""
+    """What a template receives."""
 
-    worker: WorkerContext  # its workers' one, but for the slot and the report
-    commands: socket.socket  # the template's end of the talk
+    worker: WorkerContext  # that of its workers, but for the slot and the report
+    commands: socket.socket  # the template's end of the pair
     kept_out: Collection[str]  # modules that it must not import
 
 
 class Report(msgspec.Struct):
-    """What a worker says of its boot: `error` is None when it is ready to accept."""
+    """How a worker's boot went: `error` is None when it is ready to accept."""
 
     error: str | None = None
 
 
 class Imports(msgspec.Struct):
-    """What a template says of its imports. With an `error` or something `unfit` it is of no use."""
+    """How a template's imports went. With an `error` or with `unfit` modules it is of no use."""
 
     error: str | None = None  # a module cannot be imported, in one line
     unfit: dict[str, str] = {}  # modules that left something that processes must not share: what
@@ -70,7 +70,7 @@ class Mains(NamedTuple):
     template: Callable[[TemplateContext], None]
 
 
-UNASSIGNED = -1  # a place's slot and report, before it is anybody's
+UNASSIGNED = -1  # slot and report of a context that no worker has yet
 BEGIN = b"\0"
 
 _PIPE_BUF = 4096  # a write of up to so many bytes to a pipe is atomic on Linux
@@ -82,12 +82,12 @@ def send_report(descriptor: int, error: str | None) -> None:
     """Called in the worker, once: it is ready, or it cannot boot."""
     line = msgspec.json.encode(Report(_one_line(error) if error is not None else None))
     assert len(line) <= _PIPE_BUF
-    with contextlib.suppress(BrokenPipeError):  # the master is gone; the lifeline tells as well
+    with contextlib.suppress(BrokenPipeError):  # the master is gone, as the lifeline tells too
         os.write(descriptor, line)
 
 
 def read_report(data: bytes) -> Report:
-    """Called in the master, with what one read of the pipe gave."""
+    """Called in the master, with the data of one read of the pipe."""
     return msgspec.json.decode(data, type=Report)
 
 
@@ -99,14 +99,14 @@ def tell_imports(commands: socket.socket, imports: Imports) -> None:
         commands.send(msgspec.json.encode(Imports(error, unfit, imports.shared)))
 
 
-def hear_imports(commands: socket.socket) -> Imports | None:
-    """Called in the master; None when the template has said nothing, and its end is closed.
+def receive_imports(commands: socket.socket) -> Imports | None:
+    """Called in the master; None when the template's end is closed without a message.
 
     Raises BlockingIOError.
     """
     try:
         data = commands.recv(_LONGEST_MESSAGE)
-    except ConnectionResetError:  # it has left orders unread
+    except ConnectionResetError:  # it has left commands unread
         data = b""
     return msgspec.json.decode(data, type=Imports) if data else None
 
@@ -117,7 +117,7 @@ def send_command(commands: socket.socket, slot: int, report: int) -> None:
 
 
 def receive_command(commands: socket.socket) -> tuple[int, int] | None:
-    """Called in a template: wait for the next one, a slot and a report; None: there is none."""
+    """Called in a template: wait for the next command, a slot and a report; None at the end."""
     data, descriptors, *_ = socket.recv_fds(commands, _PIPE_BUF, 1)
     if not data:
         return None
@@ -126,7 +126,7 @@ def receive_command(commands: socket.socket) -> tuple[int, int] | None:
 
 
 def wait_to_begin(report: int) -> bool:
-    """Called in a worker that a template has forked; False when it is not wanted any more."""
+    """Called in a worker that a template has forked; False when it is not needed any more."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         os.write(report, str(os.getpid()).encode())
         return os.read(report, len(BEGIN)) == BEGIN

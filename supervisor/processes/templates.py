@@ -1,18 +1,18 @@
 """Templates: processes that have imported a generation's modules, and fork its workers.
 
-What a template has imported, its workers share with it until they write to it: a heavy module is
-in memory once. The master stays clean of modules, and a reload imports them anew, in a template of
-the new generation. A worker that is needed later is forked from the template as well, with the
-modules as they were.
+Workers share with their template what it has imported, until they write to it: a heavy module is in
+memory once. The master imports no module, and a reload imports them anew, in a template of the new
+generation. A worker that is needed later is forked from the template too, with the modules as they
+were.
 
-A worker is the master's child all the same. The template forks twice and the process between the
-two ends at once; then the kernel gives the worker to the nearest subreaper above, which the master
-is (PR_SET_CHILD_SUBREAPER).
+A worker is the master's child all the same. The template forks twice, and the process between the
+two ends at once; then the kernel makes the worker a child of the nearest subreaper among its
+ancestors, which is the master (PR_SET_CHILD_SUBREAPER).
 
-Not everything can be shared by a fork. Where a template finds that a module has started a thread,
-or opened a file, when it was imported, another template takes its place that does not import it:
-each worker does that for itself then. A template serves as long as its generation. When it ends
-before, workers of this generation import all by themselves. Called in the master.
+A fork cannot share everything. When a template finds that the import of a module has started a
+thread or opened a file, another template replaces it and does not import that module: each worker
+imports it by itself. A template stays as long as its generation. When it dies before, workers of
+this generation import everything by themselves. Called in the master.
 """
 
 import logging
@@ -26,16 +26,11 @@ from functools import partial
 from cpanbridge.supervisor.processes.context import (
     TemplateContext,
     WorkerContext,
-    hear_imports,
+    receive_imports,
     send_command,
 )
-from cpanbridge.supervisor.processes.generation import (
-    BOOT_SECONDS,
-    DUMP_SECONDS,
-    Generation,
-    Spawner,
-    Stage,
-)
+from cpanbridge.supervisor.processes.generation import Generation, Stage
+from cpanbridge.supervisor.processes.spawner import BOOT_SECONDS, DUMP_SECONDS, Spawner
 from cpanbridge.supervisor.system import process_tree
 from cpanbridge.supervisor.system.event_loop import Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
@@ -54,8 +49,8 @@ class _Stage(Enum):
 class Template:
     """One generation's template.
 
-    `on_ready` is called when workers can be forked, by it or, if it came to nothing, without it;
-    `on_failed` with the reason when a module cannot be imported.
+    `on_ready` is called when workers can be forked: by the template, or by the master where there
+    is no use for one. `on_failed` is called with the reason when a module cannot be imported.
     """
 
     def __init__(
@@ -71,21 +66,21 @@ class Template:
         self._commands: socket.socket | None = None
         self._stage = _Stage.IMPORTS
         self._attempts = 0
-        self._kept_out: dict[str, str] = {}
+        self._kept_out: set[str] = set()  # modules
         self._timer: Timer | None = None
         self._overdue = False
-        self._again = False  # another one is to take its place
+        self._again = False  # it is to be forked anew, without the modules that are kept out
         self.generation = generation
-        self.pid = 0  # 0: it has ended, or not begun
+        self.pid = 0  # 0: no process
 
     @property
     def imports(self) -> bool:
-        """Whether it imports the modules yet."""
+        """Whether it still imports the modules."""
         return self._stage is _Stage.IMPORTS
 
     @property
     def state(self) -> str:
-        """What it is at, in a word."""
+        """What it does, in a word."""
         return self._stage.value
 
     @property
@@ -108,23 +103,23 @@ class Template:
         send_command(self._commands, slot, report)
 
     def end(self) -> None:
-        """No worker will be forked from it any more. It has nothing to finish."""
+        """Fork no worker from it any more. It has nothing to finish."""
         self._stage = _Stage.OVER
         self._cancel_timer()
-        self._hang_up()
+        self._close_commands()
         self.signal(signal.SIGKILL)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, if it is there."""
+        """Send it a signal, if it has a process."""
         if self.pid:
-            os.kill(self.pid, number)  # it is there until this process waits for it
+            os.kill(self.pid, number)  # the pid stays its own until this process waits for it
 
     def ended(self, status: int) -> None:
         """It has ended and was waited for."""
         pid, self.pid = self.pid, 0
         if self._commands is not None:
-            self._hear()  # what it said last may not have been read yet
-        self._hang_up()
+            self._receive()  # its last message may not have been read yet
+        self._close_commands()
         self._cancel_timer()
         how = describe_exit(status)
         if self._overdue:
@@ -163,17 +158,17 @@ class Template:
             theirs.close()
         ours.setblocking(False)
         self._commands = ours
-        self._spawner.loop.watch(ours.fileno(), self._hear)
+        self._spawner.loop.watch(ours.fileno(), self._receive)
         self._timer = self._spawner.loop.after(BOOT_SECONDS, self._hangs)
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         assert self._commands is not None
         try:
-            imports = hear_imports(self._commands)
+            imports = receive_imports(self._commands)
         except BlockingIOError:
             return
         if imports is None or not self.imports:
-            self._hang_up()  # SIGCHLD says how it ended
+            self._close_commands()  # SIGCHLD tells how it ended
             return
         self._cancel_timer()
         if imports.error is not None:
@@ -185,7 +180,7 @@ class Template:
                 LOGGER.info("Module %s is imported by each worker for itself: %s", name, reason)
             self._kept_out.update(imports.unfit)
             self._again = True
-            self._hang_up()
+            self._close_commands()
             self.signal(signal.SIGKILL)
         elif not imports.shared:
             self._do_without(None)
@@ -208,7 +203,7 @@ class Template:
             self._do_without(f"it cannot be started: {error.strerror}")
 
     def _do_without(self, reason: str | None) -> None:
-        """The workers can import for themselves, as ever."""
+        """Have each worker import for itself."""
         if reason is not None:
             LOGGER.warning(
                 "Generation %d has no template, each worker imports for itself: %s",
@@ -216,15 +211,15 @@ class Template:
                 reason,
             )
         self.end()
-        # Whoever has started it must see first that it was started.
+        # Not from within `start`: its caller has not returned to the loop yet.
         self._spawner.loop.after(0.0, self._on_ready)
 
     def _hangs(self) -> None:
         self._overdue = True
-        self.signal(signal.SIGUSR2)  # it writes where it is to the log, see workers/boot.py
+        self.signal(signal.SIGUSR2)  # it writes to the log where it hangs, see workers/boot.py
         self._timer = self._spawner.loop.after(DUMP_SECONDS, partial(self.signal, signal.SIGKILL))
 
-    def _hang_up(self) -> None:
+    def _close_commands(self) -> None:
         if self._commands is not None:
             self._spawner.loop.forget(self._commands.fileno())
             self._commands.close()
@@ -252,11 +247,11 @@ class Templates:
 
     @property
     def alive(self) -> list[Template]:
-        """Those whose process is there."""
+        """Those that have a process."""
         return [template for template in self._all if template.pid]
 
     def of(self, generation: Generation) -> Template | None:
-        """A generation's template, whatever has become of it."""
+        """A generation's template, whatever its stage."""
         return next((each for each in self._all if each.generation is generation), None)
 
     def must_be_awaited(self, generation: Generation) -> bool:
@@ -286,12 +281,12 @@ class Templates:
             self._forget_gone()
 
     def end_all(self) -> None:
-        """Nobody needs any more workers."""
+        """No generation needs any more workers."""
         for template in self._all:
             template.end()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send all of them a signal."""
+        """Send all templates a signal."""
         for template in self._all:
             template.signal(number)
 

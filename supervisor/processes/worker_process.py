@@ -1,11 +1,12 @@
-"""A seat: a slot of the shared memory, and what the master knows of the worker in it.
+"""A worker process in a slot: what the master knows of it, and how it starts and ends.
 
-A seat is free, or belongs to a generation. Its worker boots, serves, and at some time leaves: it is
-told to by an order in its slot and a TERM, and killed when it does not go. Which workers there
-should be is not decided here but in `workforce.py`.
+A slot of the shared memory is free, or belongs to a generation. Its worker process boots, serves,
+and at some time exits: because of a command in its slot and a SIGTERM, and by SIGKILL where it does
+not exit in time. Which workers there should be is decided in `pool.py`.
 
-The master forks the worker itself, or has a template do it: then the worker says its pid at first,
-and begins when the master knows it. Called in the master, but where it says otherwise.
+The master forks the worker itself, or has a template do it. A worker that a template has forked
+sends its pid at first, and boots only when the master knows it. Called in the master, but where it
+says otherwise.
 """
 
 import contextlib
@@ -18,75 +19,73 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor.config import KILL_MARGIN
 from cpanbridge.supervisor.memory import handoff_sockets
-from cpanbridge.supervisor.memory.layout import COMMAND_NONE
+from cpanbridge.supervisor.memory.fields import COMMAND_NONE
 from cpanbridge.supervisor.processes.context import BEGIN, Report, WorkerContext, read_report
-from cpanbridge.supervisor.processes.generation import (
-    BOOT_SECONDS,
-    DUMP_SECONDS,
-    Generation,
-    Spawner,
-)
+from cpanbridge.supervisor.processes.generation import Generation
+from cpanbridge.supervisor.processes.spawner import BOOT_SECONDS, DUMP_SECONDS, Spawner
 from cpanbridge.supervisor.system.event_loop import Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-_BIRTH_SECONDS = 10.0  # a template forks a worker in some milliseconds
+_FORK_SECONDS = 10.0  # for a template to fork a worker, which takes it some milliseconds
 
 
 class WorkerProcess:
-    """One slot and its worker."""
+    """One slot and its worker process."""
 
     def __init__(self, spawner: Spawner, number: int) -> None:
         self._spawner = spawner
         self._slot = spawner.shared.slots[number]
         self.number = number
-        self.generation: Generation | None = None  # None: free
-        self.pid = 0  # 0: no worker
-        self.ready_at: float | None = None  # CLOCK_MONOTONIC; None: it boots
+        self.generation: Generation | None = None  # None: the slot is free
+        self.pid = 0  # 0: no process
+        self.ready_at: float | None = None  # CLOCK_MONOTONIC seconds; None: it boots
         self.failures = 0  # starts in a row that did not get it ready
-        self.refill: Timer | None = None  # its next start
-        self.exiting = ""  # why its worker was told to leave, or will be
-        self.hurry = True  # it has graceful_timeout for that, not drain_timeout
-        self.told = False
-        self.refill_after = False  # when it has left, the same seat gets its replacement
-        self.replaces: WorkerProcess | None = None  # told to leave once the worker here is ready
-        self._report = -1  # read end of the worker's report pipe; -1: it has reported
-        self._timer: Timer | None = None  # the end of what it may take to boot, or to leave
+        self.next_start: Timer | None = None
+        self.exiting = ""  # why it was told to exit, or will be
+        self.hurry = True  # it has graceful_timeout to exit, not drain_timeout
+        self.told = False  # to exit
+        self.replace_in_place = False  # when it has ended, the same slot gets its replacement
+        self.replaces: WorkerProcess | None = None  # told to exit once this one is ready
+        self._report = -1  # read end of its report pipe; -1: it has reported
+        self._timer: Timer | None = None  # the end of the time that it has to boot, or to exit
         self._overdue = False
-        self._handle = -1  # a pidfd, where the worker is not this process's child
+        self._handle = -1  # a pidfd, where it is not a child of this master
 
     @property
     def ready(self) -> bool:
-        """Whether its worker has booted."""
+        """Whether it has booted."""
         return self.ready_at is not None
 
     @property
     def retirement_request(self) -> int:
-        """Why the worker asks to be retired: PLEA_..."""
+        """Why it asks to be retired: RETIREMENT_..."""
         return int(self._slot.retirement_request)
-
-    def exits_within(self, seconds: float) -> bool:
-        """Whether the worker was given a time to leave that is over by then."""
-        exit_by = int(self._slot.exit_by)
-        return 0 < exit_by <= time.monotonic_ns() + int(seconds * 1e9)
 
     @property
     def accepts(self) -> bool:
-        """Whether its worker may still accept a client."""
+        """Whether it may still accept a client."""
         return self.ready and not self._slot.shut
 
     @property
-    def unborn(self) -> bool:
-        """Whether a template has been told to fork a worker, which has not said its pid yet."""
+    def fork_requested(self) -> bool:
+        """Whether a template was told to fork it, and its pid is not known yet."""
         return self.pid == 0 and self._report >= 0
+
+    def exits_within(self, seconds: float) -> bool:
+        """Whether it was given a time to exit that is over by then."""
+        exit_by = int(self._slot.exit_by)
+        return 0 < exit_by <= time.monotonic_ns() + int(seconds * 1e9)
+
+    # -- starting --
 
     def fork(
         self, generation: Generation, on_report: "Callable[[WorkerProcess, Report], None]"
     ) -> None:
-        """Put a worker here. Raises OSError when there cannot be one."""
+        """Start a worker here, as a child of the master. Raises OSError when that cannot be."""
         read_end, write_end = os.pipe()
-        # Before there is a worker that could take room in this slot, the others look at it.
+        # Before a worker can take anything that this slot counts, all others must count this slot.
         self._spawner.shared.use_slot(self.number)
 
         def main(context: WorkerContext) -> None:
@@ -102,18 +101,19 @@ class WorkerProcess:
             os.close(write_end)
         os.set_blocking(read_end, False)
         self._report = read_end
-        self._occupy(generation, pid, on_report)
+        self._started(generation, pid, on_report)
 
-    def have_forked(
+    def request_fork(
         self,
         generation: Generation,
         command: Callable[[int, int], None],
-        on_birth: "Callable[[WorkerProcess, int], None]",
+        on_forked: "Callable[[WorkerProcess, int], None]",
     ) -> None:
-        """Have a template put a worker here: `order` tells it the slot and the report's descriptor.
+        """Have a template fork a worker for this slot.
 
-        `on_birth` is called with the worker's pid, or with 0 when there will be none. Raises
-        OSError when the template cannot be told.
+        `command` sends the template the slot and the descriptor of the report. `on_forked` is
+        called with the worker's pid, or with 0 when there will be none. Raises OSError when the
+        template cannot be told.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._spawner.shared.use_slot(self.number)
@@ -126,23 +126,23 @@ class WorkerProcess:
             theirs.close()
         ours.setblocking(False)
         self.generation, self.ready_at, self._report = generation, None, ours.detach()
-        self._spawner.loop.watch(self._report, lambda: self._read_birth(on_birth))
-        self._set_timer(_BIRTH_SECONDS, lambda: on_birth(self, 0))
+        self._spawner.loop.watch(self._report, lambda: self._read_pid(on_forked))
+        self._set_timer(_FORK_SECONDS, lambda: on_forked(self, 0))
 
-    def _read_birth(self, on_birth: "Callable[[WorkerProcess, int], None]") -> None:
+    def _read_pid(self, on_forked: "Callable[[WorkerProcess, int], None]") -> None:
         try:
-            on_birth(self, int(os.read(self._report, 64) or b"0"))
+            on_forked(self, int(os.read(self._report, 64) or b"0"))
         except BlockingIOError:
             return
 
-    def let_begin(self, pid: int, on_report: "Callable[[WorkerProcess, Report], None]") -> None:
-        """The worker that a template has forked is this process: let it boot."""
+    def let_boot(self, pid: int, on_report: "Callable[[WorkerProcess, Report], None]") -> None:
+        """The process that a template has forked is this one: it may boot."""
         assert self.generation is not None
-        self._occupy(self.generation, pid, on_report)
-        with contextlib.suppress(OSError):  # it is gone already, as SIGCHLD tells
+        self._started(self.generation, pid, on_report)
+        with contextlib.suppress(OSError):  # it has ended already, as SIGCHLD tells
             os.write(self._report, BEGIN)
 
-    def _occupy(
+    def _started(
         self, generation: Generation, pid: int, on_report: "Callable[[WorkerProcess, Report], None]"
     ) -> None:
         self.generation, self.pid, self.ready_at = generation, pid, None
@@ -153,16 +153,16 @@ class WorkerProcess:
         self._set_timer(BOOT_SECONDS, self._boot_hangs)
 
     def inherit(self, on_end: "Callable[[WorkerProcess], None]") -> bool:
-        """Take over the worker that another master has put in this slot; False if there is none.
+        """Take over the worker that another master has started here; False if there is none.
 
-        It is not a child of this process: its end is seen by a pidfd. All its descriptors are
-        closed by then, as with one that was waited for.
+        It is not a child of this process: a pidfd tells when it has ended. As with waitpid(2), all
+        its descriptors are closed by then.
         """
         self.pid = self._slot.pid
         try:
             self._handle = os.pidfd_open(self.pid) if self.pid else -1
         except ProcessLookupError:
-            self.vacate()
+            self.clear()
         if self._handle < 0:
             return False
         self.ready_at = time.monotonic()
@@ -174,21 +174,13 @@ class WorkerProcess:
                 self._set_timer(left + KILL_MARGIN, self._does_not_end)
         return True
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send the worker a signal, if there is one."""
-        if self._handle >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._handle, number)
-        elif self.pid:
-            os.kill(self.pid, number)  # it is there until this process waits for it
-
     def _read_report(self, on_report: "Callable[[WorkerProcess, Report], None]") -> None:
         report = self.take_report()
         if report is not None:
             on_report(self, report)
 
     def take_report(self) -> Report | None:
-        """What the worker says of its boot, once; None when it died without a word."""
+        """What the worker reports of its boot, once; None when it died without a report."""
         if self._report < 0:
             return None
         try:
@@ -197,7 +189,7 @@ class WorkerProcess:
             data = b""  # the worker is gone; it may have left a child that holds the pipe
         self._close_report()
         if not data:
-            return None  # SIGCHLD says how it ended
+            return None  # SIGCHLD tells how it ended
         report = read_report(data)
         self._cancel_timer()
         if report.error is None:
@@ -211,19 +203,23 @@ class WorkerProcess:
 
     def _boot_hangs(self) -> None:
         self._overdue = True
-        self.signal(signal.SIGUSR2)  # it writes where it is to the log, see workers/boot.py
+        self.signal(signal.SIGUSR2)  # it writes to the log where it hangs, see workers/boot.py
         self._set_timer(DUMP_SECONDS, self.kill)
 
-    def describe_end(self, status: int) -> str:
-        """How the worker ended, in words."""
-        if self._overdue:
-            return f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
-        return describe_exit(status)
+    # -- ending --
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the worker a signal, if there is one."""
+        if self._handle >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, number)
+        elif self.pid:
+            os.kill(self.pid, number)  # the pid stays its own until this process waits for it
 
     def tell_to_exit(self, command: int, seconds: float | None) -> None:
-        """Have the worker finish what it runs and leave, in so many seconds, or None: in its time.
+        """Have the worker finish what it runs and exit, in so many seconds, or None: in its time.
 
-        `order` is one of `ORDER_RETIRE` and `ORDER_STOP`. One that cannot end by itself is killed.
+        `command` is COMMAND_RETIRE or COMMAND_STOP. A worker that cannot end by itself is killed.
         """
         self.told = True
         self._slot.command = command
@@ -237,14 +233,28 @@ class WorkerProcess:
         """End the worker at once, if there is one. What it ran is lost."""
         self.signal(signal.SIGKILL)
 
+    def abandon(self, reason: str) -> None:
+        """End a worker that has never accepted, or cancel its start."""
+        if self.pid:
+            self.exiting = reason
+            self.kill()
+        else:
+            self.free()
+
     def _does_not_end(self) -> None:
         LOGGER.warning("Worker %d (pid %d) does not end: killed", self.number, self.pid)
         self.kill()
 
-    def vacate(self) -> None:
+    def describe_end(self, status: int) -> str:
+        """How the worker ended, in words."""
+        if self._overdue:
+            return f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
+        return describe_exit(status)
+
+    def clear(self) -> None:
         """The worker has ended: give back what it held."""
         self._spawner.shared.clear(self._slot)
-        handoff_sockets.throw_away(self._spawner.wakeups[self.number].take)
+        handoff_sockets.discard_all(self._spawner.wakeups[self.number].take)
         self.pid, self.ready_at, self.told, self.exiting = 0, None, False, ""
         self._overdue = False
         self._cancel_timer()
@@ -254,19 +264,19 @@ class WorkerProcess:
             self._handle = -1
 
     def free(self) -> None:
-        """Nobody is to sit here any more, until a generation takes the seat."""
+        """Leave the slot to any generation that needs one."""
         self.cancel_start()
         self.generation, self.replaces = None, None
-        self.failures, self.refill_after = 0, False
+        self.failures, self.replace_in_place = 0, False
 
     def cancel_start(self) -> None:
-        """Start nobody here. A worker that has not begun ends when it hears nothing more."""
-        if self.unborn:
+        """Start no worker here. One that waits to boot ends at the end of file of its report."""
+        if self.fork_requested:
             self._close_report()
             self._cancel_timer()
-        if self.refill is not None:
-            self.refill.cancel()
-            self.refill = None
+        if self.next_start is not None:
+            self.next_start.cancel()
+            self.next_start = None
 
     def _set_timer(self, seconds: float, action: Callable[[], None]) -> None:
         self._cancel_timer()

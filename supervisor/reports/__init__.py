@@ -1,5 +1,6 @@
-"""What the daemon says of itself, in numbers and words, read from the shared memory.
+"""The reports: the daemon's state in numbers and words, read from the shared memory.
 
-Runs wherever somebody asks: in a worker's client threads, in the master for the control socket, and
-in the command (`prometheus`). Imports from `memory` and `system`.
+`reports` and `health` run in a worker's client threads, for `system.*` calls; `numbers`, `status`
+and `answers` in the master, for the control socket; `prometheus` in the command. Imports from
+`lifecycle` and the rooms below it.
 """

@@ -1,6 +1,7 @@
-"""How the daemon is: what a monitoring system asks, and what somebody reads who asks why.
+"""The daemon's health: a status for monitoring systems, and the reasons for it.
 
-Each check passes, warns or fails; a warning makes the daemon degraded, a failure unhealthy.
+Each check passes, warns or fails; a warning makes the daemon degraded, a failure unhealthy. Called
+in a worker's client thread.
 """
 
 import time
@@ -9,18 +10,18 @@ from typing import Any, NamedTuple
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.memory import function_stats
-from cpanbridge.supervisor.memory.layout import GATE_OPEN, Shared
+from cpanbridge.supervisor.memory.fields import GATE_OPEN
+from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading
 from cpanbridge.supervisor.reports import reports, totals
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 MOST_FUNCTIONS = 10
-# Of the last five minutes' requests; below it is the modules' daily bread.
 DEATHS_SECONDS = 300.0
-DEATHS_WARNING = 3  # one may be an accident
-ERROR_RATE_WARNING = 0.1
+DEATHS_WARNING = 3  # fewer may be accidents
+ERROR_RATE_WARNING = 0.1  # of the last five minutes' requests; some errors are normal
 FEWEST_FOR_A_RATE = 20
-SAMPLES_MISSED = 5  # so many in a row, and the master is held up by something
+SAMPLES_MISSED = 5  # so many in a row: something holds the master up
 
 _NAMES = {
     Kind.MEMORY: "memory",
@@ -43,7 +44,7 @@ _ADVICE = {
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: str  # PASS, WARN or FAIL
@@ -71,7 +72,7 @@ def health(shared: Shared, settings: Settings) -> dict[str, Any]:
 
 
 def performance(shared: Shared, settings: Settings) -> dict[str, Any]:
-    """`system.performance`: what takes the time, and what goes wrong."""
+    """`system.performance`: which functions take the time, and what goes wrong."""
     checks = list(_checks(shared, settings))
     concerns = [check for check in checks if check.status != PASS]
     function_stats_of_all = [
@@ -128,27 +129,27 @@ def _of_reading(reading: Reading) -> Check:
 def _of_gate(shared: Shared) -> Check:
     closings: int = shared.header.closings
     details = {"closings": closings, "waiting_clients": shared.header.backlog}
-    if shared.header.overload_state == GATE_OPEN:
+    if shared.counters.overload_state.get_obj().value == GATE_OPEN:
         return Check("gate", PASS, "gate: open", details)
     return Check("gate", FAIL, "The gate is closed, clients wait", details)
 
 
 def _of_workers(shared: Shared, settings: Settings) -> Check:
-    there = sum(slot.pid != 0 for slot in shared.used_slots)
+    running = sum(slot.pid != 0 for slot in shared.used_slots)
     wanted = settings.worker_count
     recent = shared.deaths_within(DEATHS_SECONDS)
     details = {
-        "workers": there,
+        "workers": running,
         "wanted": wanted,
         "deaths": shared.header.deaths,
         "deaths_last_5_minutes": recent,
     }
-    if there < wanted:
-        return Check("workers", WARN, f"Only {there} of {wanted} workers are there", details)
+    if running < wanted:
+        return Check("workers", WARN, f"Only {running} of {wanted} workers are running", details)
     if recent >= DEATHS_WARNING:
         text = f"{recent} workers died in the last five minutes; the log says of what"
         return Check("workers", WARN, text, details)
-    return Check("workers", PASS, "workers: all there", details)
+    return Check("workers", PASS, "workers: all running", details)
 
 
 def _of_errors(shared: Shared) -> Check:
@@ -167,6 +168,6 @@ def _of_monitor(shared: Shared, settings: Settings) -> Check:
     late = (now - (shared.header.sample_due or shared.header.started_monotonic)) / 1e9
     details = {"seconds_since_sample": age, "seconds_late": max(0.0, late)}
     if late > SAMPLES_MISSED * max(1.0, settings.limits.sample_interval):
-        text = f"Memory and CPU were last looked at {age:.0f} s ago"
+        text = f"Memory and CPU were last measured {age:.0f} s ago"
         return Check("monitor", FAIL, text, details)
-    return Check("monitor", PASS, "monitor: looks regularly", details)
+    return Check("monitor", PASS, "monitor: samples regularly", details)

@@ -1,8 +1,8 @@
-"""What the master says of its daemon in numbers: for `cpanbridged metrics` and `cpanbridged top`.
+"""The daemon's numbers, as the master sends them for `cpanbridged metrics` and `cpanbridged top`.
 
-Out of the shared memory, and quickly, since the master's loop waits meanwhile: a millisecond with a
-few workers, 27 with 64 slots used and a thousand functions called in each; a step may take 50.
-What is made of it for the eye or for Prometheus is made by the command. Called in the master.
+They are read from the shared memory, and quickly, because the master's loop waits meanwhile: in a
+millisecond with a few workers, in 27 with 64 slots used and a thousand functions called in each; a
+step may take 50. The command formats them, for a terminal or for Prometheus. Called in the master.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from cpanbridge.supervisor.reports import reports, totals
 
 
 def numbers(status: dict[str, Any], settings: Settings, shared: Shared) -> dict[str, Any]:
-    """The daemon as one object; `status` is what `status.py` says of it."""
+    """All numbers as one object; `status` is the object of `status.status`."""
     counts = totals.count(shared)
     function_stats_of_all = [
         statistics.function_stats for statistics in shared.statistics[: shared.header.slots_used]
@@ -25,10 +25,10 @@ def numbers(status: dict[str, Any], settings: Settings, shared: Shared) -> dict[
         "start_time": shared.header.started_at / 1e9,
         "limits": {each.kind.name.lower(): each.limit for each in totals.readings(shared)},
         "busy_seconds": counts.busy_ns / 1e9,
-        # Not subtracted: a difference of two counters may go back when one is read a moment later.
-        "opened": sum(slot.opened for slot in shared.used_slots),
+        # Not subtracted: the difference of two counters that are read one after the other may fall.
+        "opened": sum(slot.accepted + slot.taken_over for slot in shared.used_slots),
         "taken_over": sum(slot.taken_over for slot in shared.used_slots),
-        "turned_away": counts.rejected,
+        "rejected": counts.rejected,
         "security_events": counts.security_events,
         "functions": [
             {

@@ -1,9 +1,9 @@
-"""The daemon's numbers as Prometheus reads them: what `cpanbridged metrics` prints.
+"""The daemon's numbers in Prometheus' text format: the output of `cpanbridged metrics`.
 
-In base units (seconds, bytes, cores), totals as counters since the daemon's start. They stay when
+In base units (seconds, bytes, cores); totals are counters since the daemon's start. They stay when
 workers are replaced, on a reload and on an upgrade. How long requests take is a summary: its sum
 and count are since the start, its quantiles of the last five minutes, as the shared histogram has
-them. Made in the command's process, of what the master answers; the daemon never loads this.
+them. Called in the command, with the master's numbers; the daemon never imports this.
 """
 
 import math
@@ -21,7 +21,7 @@ _PER_CENT = 0.01  # of a core
 
 
 def text(numbers: dict[str, Any]) -> str:
-    """What `numbers.py` tells, in Prometheus' text format."""
+    """The object of `numbers.numbers` in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Numbers(numbers))
     return generate_latest(registry).decode()
@@ -57,7 +57,7 @@ def _counters(name: str, help_text: str, label: str, values: Mapping[str, float]
 
 
 def _limit(value: float) -> float:
-    """Without a limit it is infinite, so that a share of it is 0."""
+    """No limit is +Inf, so that a share of it is 0."""
     return value or math.inf
 
 
@@ -69,11 +69,9 @@ def _daemon(numbers: dict[str, Any]) -> Iterator[Metric]:
     yield _gauge("start_time_seconds", "When it started, Unix time.", numbers["start_time"])
     yield _gauge("generation", "Reloads since the start, and one.", status["generation"])
     there = sum(each["pid"] != 0 for each in numbers["metrics"]["workers"])
-    yield _gauge("workers", "Workers that there are, those included that leave.", there)
-    yield _gauge("workers_wanted", "Workers of the present generation.", status["workers_wanted"])
-    yield _counter(
-        "worker_deaths", "Workers that ended without being told to.", gate["worker_deaths"]
-    )
+    yield _gauge("workers", "Workers, including those that exit.", there)
+    yield _gauge("workers_wanted", "Workers of the current generation.", status["workers_wanted"])
+    yield _counter("worker_deaths", "Workers that ended by themselves.", gate["worker_deaths"])
     yield _counter(
         "workers_retired_for_memory",
         "Workers replaced to give memory back.",
@@ -85,17 +83,15 @@ def _gate(numbers: dict[str, Any]) -> Iterator[Metric]:
     gate, connections = numbers["metrics"]["gate"], numbers["metrics"]["connection_summary"]
     yield _gauge(
         "gate_open",
-        "1; 0 while nobody is let in, because of memory or CPU.",
+        "1; 0 while no request begins, because of memory or CPU.",
         gate["verdict"] == "open",
     )
-    yield _counter("gate_closings", "Times that it has closed.", gate["verdict_closings"])
-    yield _gauge("waiting_clients", "In the listen queue, not let in.", gate["waiting_clients"])
-    yield _gauge("waiting_requests", "Let in, and wait for room.", gate["waiting_requests"])
+    yield _counter("gate_closings", "Times that the gate has closed.", gate["verdict_closings"])
+    yield _gauge("waiting_clients", "In the listen queue.", gate["waiting_clients"])
+    yield _gauge("waiting_requests", "Received, and waiting for room.", gate["waiting_requests"])
     yield _gauge("connections_open", "Client connections.", gate["connections"])
     yield _gauge("connections_limit", "limits.max_connections.", gate["max_connections"])
-    yield _gauge(
-        "connections_peak", "The most there were at a time.", connections["peak_connections"]
-    )
+    yield _gauge("connections_peak", "The highest value.", connections["peak_connections"])
     yield _counter(
         "connections_opened",
         "Client connections; one that is handed over to another worker counts there again.",
@@ -103,10 +99,12 @@ def _gate(numbers: dict[str, Any]) -> Iterator[Metric]:
     )
     yield _counter("connections_handed_over", "Those that count again.", numbers["taken_over"])
     yield _counter(
-        "connections_turned_away", "Told Overloaded at the door.", numbers["turned_away"]
+        "connections_turned_away",
+        "Rejected with Overloaded.",
+        numbers["rejected"],
     )
     yield _counters(
-        "overloaded", "Requests told Overloaded, by what was full.", "reason", gate["overloaded"]
+        "overloaded", "Rejections with Overloaded, by what was full.", "reason", gate["overloaded"]
     )
 
 
@@ -116,10 +114,10 @@ def _load(numbers: dict[str, Any]) -> Iterator[Metric]:
         "memory_bytes", "Of all processes; shared pages count once.", load["memory_mb"] * _MEGABYTE
     )
     yield _gauge("memory_limit_bytes", "limits.max_memory_mb.", limits["memory"] * _MEGABYTE)
-    yield _gauge("memory_peak_bytes", "The most it was.", load["peak_memory"] * _MEGABYTE)
+    yield _gauge("memory_peak_bytes", "The highest value.", load["peak_memory"] * _MEGABYTE)
     yield _gauge("cpu_cores", "Cores in use, by all processes.", load["cpu_percent"] * _PER_CENT)
     yield _gauge("cpu_limit_cores", "limits.max_cpu_percent.", limits["cpu"] * _PER_CENT)
-    yield _gauge("cpu_peak_cores", "The most it was.", load["peak_cpu"] * _PER_CENT)
+    yield _gauge("cpu_peak_cores", "The highest value.", load["peak_cpu"] * _PER_CENT)
     yield _counters("alerts", "Violations that have begun, by limit.", "limit", load["alerts"])
 
 
@@ -142,7 +140,7 @@ def _requests(numbers: dict[str, Any]) -> Iterator[Metric]:
         gate["max_concurrent_requests"],
     )
     yield _gauge(
-        "requests_last_minute", "Let in within the last 60 s.", gate["admitted_last_minute"]
+        "requests_last_minute", "Admitted within the last 60 s.", gate["admitted_last_minute"]
     )
     yield _gauge(
         "requests_last_minute_limit",
@@ -151,7 +149,10 @@ def _requests(numbers: dict[str, Any]) -> Iterator[Metric]:
     )
     yield _durations(counts, numbers["busy_seconds"])
     yield _counters(
-        "security_events", "What was not allowed, by kind.", "event", numbers["security_events"]
+        "security_events",
+        "Refused requests, by kind.",
+        "event",
+        numbers["security_events"],
     )
 
 
@@ -171,14 +172,14 @@ def _durations(counts: dict[str, Any], busy_seconds: float) -> Metric:
 
 
 def _workers(workers: list[dict[str, Any]]) -> Iterator[Metric]:
-    """Of each slot. Those without a worker keep their totals, so that no counter disappears."""
+    """Of each slot. One without a worker keeps its totals, so that no counter disappears."""
     gauges = {
         "memory_mb": ("memory_bytes", "With all that the worker has started.", _MEGABYTE),
         "running": ("requests_running", "Requests that run in it.", 1),
         "connections": ("connections_open", "Client connections that it has.", 1),
         "sessions": ("sessions", "Client processes that have state in it.", 1),
-        "generation": ("generation", "Its generation.", 1),
-        "uptime_seconds": ("uptime_seconds", "How old it is.", 1),
+        "generation": ("generation", "The generation of the worker.", 1),
+        "uptime_seconds": ("uptime_seconds", "Its age.", 1),
     }
     for field, (name, help_text, unit) in gauges.items():
         family = GaugeMetricFamily(f"{_PREFIX}worker_{name}", help_text, labels=["worker"])
@@ -201,7 +202,7 @@ def _functions(functions: list[dict[str, Any]]) -> Iterator[Metric]:
     counters = {
         "calls": ("calls", "Calls that have ended."),
         "failed": ("failures", "Of these, those that failed."),
-        "busy_seconds": ("busy_seconds", "How long they took, all together."),
+        "busy_seconds": ("busy_seconds", "How long they took in total."),
     }
     for field, (name, help_text) in counters.items():
         family = CounterMetricFamily(

@@ -1,9 +1,9 @@
-"""What the daemon says of itself, out of the shared memory: the same from whichever worker answers.
+"""The reports of `system.*`, from the shared memory: the same in whichever worker a call runs.
 
 Each report is a plain dictionary with the field names that clients rely on. Times are Unix seconds
-and durations seconds, unless a field's name says otherwise. Durations and ages are reckoned with
-CLOCK_MONOTONIC, so setting the machine's clock changes none of them. Health and performance stand
-in `health.py`.
+and durations seconds, unless a field's name says otherwise. Durations and ages are measured with
+CLOCK_MONOTONIC, so setting the machine's clock changes none of them. Health and performance are in
+`health.py`. Called in a worker's client thread, some also in the master.
 """
 
 import os
@@ -17,13 +17,8 @@ import psutil
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.memory.connection_table import STATUS_NAMES
-from cpanbridge.supervisor.memory.layout import (
-    GATE_OPEN,
-    WAITS_FOR_NOTHING,
-    Shared,
-    Slot,
-    Statistics,
-)
+from cpanbridge.supervisor.memory.fields import GATE_OPEN, OVERLOAD, WAITS_FOR_NOTHING, Slot
+from cpanbridge.supervisor.memory.layout import Shared, Statistics
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Level, at_level
 from cpanbridge.supervisor.reports import totals
 from cpanbridge.supervisor.reports.totals import Listed, Totals
@@ -34,7 +29,7 @@ RECENT = 20  # errors or events, of all workers together
 
 
 def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
-    """`system.metrics`: what is known of the whole daemon."""
+    """`system.metrics`: all numbers of the whole daemon."""
     return {
         **numbers(shared, settings),
         "module_status": {
@@ -45,7 +40,7 @@ def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[
 
 
 def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
-    """What the shared memory has of it: all but the modules, which only a worker knows."""
+    """The part from the shared memory: all but the modules, which only a worker knows."""
     counts = totals.count(shared)
     uptime = shared.uptime
     per_minute = shared.admitted_in_window()
@@ -106,17 +101,17 @@ def performance_metrics(shared: Shared, counts: Totals) -> dict[str, Any]:
 
 
 def connection_summary(shared: Shared, settings: Settings, counts: Totals) -> dict[str, Any]:
-    """How many there were and are."""
+    """How many connections there were and are."""
     return {
-        "total_connections": counts.opened,
+        "total_connections": counts.accepted,
         "active_connections": counts.connections,
         "stale_connections": len(stale_connections(shared, settings)),
-        "peak_connections": shared.peak_connections(),
+        "peak_connections": shared.header.peak_connections,
     }
 
 
 def stale_connections(shared: Shared, settings: Settings) -> list[Listed]:
-    """Those whose clients have been silent for `stale_timeout`."""
+    """The connections whose clients have been silent for `stale_timeout`."""
     now, limit = time.monotonic_ns(), settings.limits.stale_timeout
     return [each for each in totals.connections(shared) if each.connection.is_stale(now, limit)]
 
@@ -158,10 +153,12 @@ def _worker(shared: Shared, number: int, slot: Slot) -> dict[str, Any]:
 
 
 def gate(shared: Shared, settings: Settings, counts: Totals, per_minute: int) -> dict[str, Any]:
-    """Who is let in, who waits, and for what."""
+    """What is accepted and admitted, what waits, and for what."""
     header = shared.header
     return {
-        "verdict": "open" if header.overload_state == GATE_OPEN else "closed",
+        "verdict": "open"
+        if shared.counters.overload_state.get_obj().value == GATE_OPEN
+        else "closed",
         "verdict_seconds": _age(header.changed_at or header.started_monotonic),
         "verdict_closings": header.closings,
         "overload": settings.overload,
@@ -174,7 +171,10 @@ def gate(shared: Shared, settings: Settings, counts: Totals, per_minute: int) ->
         "waiting_clients": header.backlog,
         "waiting_doors": sum(s.accept_waits_for != WAITS_FOR_NOTHING for s in shared.used_slots),
         "waiting_requests": counts.queued,
-        "overloaded": counts.overloaded,
+        "overloaded": {  # the public name of the reason "overload" is older than that
+            "verdict" if reason == OVERLOAD else reason: count
+            for reason, count in counts.overloaded.items()
+        },
         "worker_deaths": header.deaths,
         "workers_retired_for_memory": header.retired,
     }
@@ -207,11 +207,11 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
 
 
 def connections(shared: Shared, settings: Settings) -> dict[str, Any]:
-    """`system.connections`: who is connected, and what each connection is doing."""
+    """`system.connections`: the open connections, and what each is doing."""
     counts = totals.count(shared)
     limits = settings.limits
     return {
-        "total_connections": counts.opened,
+        "total_connections": counts.accepted,
         "active_connections": counts.connections,
         "stale_connections": len(stale_connections(shared, settings)),
         "connections": [describe_connection(each, settings) for each in totals.connections(shared)],
@@ -258,7 +258,7 @@ def stats(shared: Shared, settings: Settings) -> dict[str, Any]:
         "performance_summary": performance_metrics(shared, counts),
         "resource_status": resource_status(shared, counts, shared.admitted_in_window()),
         "validation_config": {
-            "strict_mode": True,  # what is not allowed is refused, never altered
+            "strict_mode": True,  # an invalid request is refused, never altered
             "max_string_length": limits.max_string_length,
             "max_array_length": limits.max_array_length,
             "max_object_depth": limits.max_object_depth,
@@ -268,7 +268,7 @@ def stats(shared: Shared, settings: Settings) -> dict[str, Any]:
 
 
 def counted(shared: Shared) -> dict[str, Any]:
-    """The daemon's totals, as `test.ping` tells them."""
+    """The daemon's totals in `test.ping`."""
     return _counted(shared, totals.count(shared))
 
 
@@ -277,8 +277,8 @@ def _counted(shared: Shared, counts: Totals) -> dict[str, Any]:
         "requests_processed": counts.finished,
         "requests_failed": counts.failed,
         "requests_rejected": counts.refused,
-        "connections_total": counts.opened,
-        "peak_connections": shared.peak_connections(),
+        "connections_total": counts.accepted,
+        "peak_connections": shared.header.peak_connections,
         "start_time": shared.header.started_at / 1e9,
     }
 
@@ -306,7 +306,7 @@ def recent_errors(shared: Shared) -> list[dict[str, Any]]:
     """The last requests that failed, the newest first."""
     events = [event for statistics in _statistics(shared) for event in statistics.errors.read()]
     events.sort(reverse=True)
-    names = shared.names.all()  # after the notes: each was written when its function had a name
+    names = shared.names.all()  # after the events: each was written when its function had a name
     return [
         {
             "timestamp": event.at / 1e9,
@@ -328,5 +328,5 @@ def _age(since: int) -> float:
 
 
 def _wall_time(at: int) -> float:
-    """A CLOCK_MONOTONIC time in nanoseconds as Unix seconds, by the clock as it stands now."""
+    """A CLOCK_MONOTONIC time in nanoseconds as Unix seconds, by the wall clock as it is now."""
     return time.time() - _age(at)

@@ -1,6 +1,7 @@
-"""What the master says of its daemon's state: for `cpanbridged status`, and while one waits.
+"""The daemon's state for `cpanbridged status`, and the progress of what a command waits for.
 
-All of it is read from what the master knows and from the shared memory. Called in the master.
+It is read from the master's objects and from the shared memory. Called in the master; `load_lines`
+and `when` in the command.
 """
 
 import os
@@ -42,7 +43,7 @@ def status(state: str, reloader: Reloader, pool: WorkerPool, shared: Shared) -> 
 
 
 def load_lines(gate: dict[str, Any], load: dict[str, Any]) -> list[str]:
-    """The load as an operator wants to see it first, from the parts of `status`."""
+    """The load in a few lines, from the parts `gate` and `resource_status` of the status."""
     minute = gate["max_requests_per_minute"]
     lines = [
         f"gate {gate['verdict']} for {gate['verdict_seconds']:.0f} s: "
@@ -90,13 +91,13 @@ def _state(worker: WorkerProcess) -> str:
 
 
 def boot_progress(generation: Generation, pool: WorkerPool) -> str:
-    """Which workers of a generation are waited for, or its template."""
+    """What the boot of a generation waits for: its template, or some of its workers."""
     template, workers = pool.templates.of(generation), pool.workers
     if template is not None and template.imports:
         return f"the template (pid {template.pid}) imports the modules"
-    staff = [worker for worker in workers if worker.generation is generation and not worker.exiting]
-    missing = [worker for worker in staff if not worker.ready]
-    text = f"{len(staff) - len(missing)} of {generation.wanted} workers ready"
+    own = [worker for worker in workers if worker.generation is generation and not worker.exiting]
+    missing = [worker for worker in own if not worker.ready]
+    text = f"{len(own) - len(missing)} of {generation.wanted} workers ready"
     if missing:
         names = ", ".join(f"{worker.number} (pid {worker.pid})" for worker in missing)
         text += f", waiting for worker {names}"
@@ -104,7 +105,7 @@ def boot_progress(generation: Generation, pool: WorkerPool) -> str:
 
 
 def stop_progress(workers: Sequence[WorkerProcess], shared: Shared) -> str:
-    """Which workers have not left yet, and what keeps them."""
+    """Which workers have not exited yet, and how many requests they run."""
     left = [
         f"worker {worker.number} (pid {worker.pid}, {shared.slots[worker.number].running} running)"
         for worker in workers
@@ -114,5 +115,5 @@ def stop_progress(workers: Sequence[WorkerProcess], shared: Shared) -> str:
 
 
 def when(unix_seconds: float) -> str:
-    """A time as the log writes it."""
+    """A time in the log's format."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))

@@ -1,20 +1,21 @@
-"""The daemon's counts, added up over all its workers at one moment.
+"""The daemon's counts, added up over all its slots at one moment.
 
-A report is made from one look, so that its numbers fit together: what has succeeded and what has
-failed is what has finished, in every field that says so.
+A report is made from one reading, so that its numbers agree: succeeded and failed requests add up
+to the finished ones, in every field.
 """
 
 from typing import NamedTuple
 
 from cpanbridge.supervisor.memory import histogram
 from cpanbridge.supervisor.memory.connection_table import Connection
+from cpanbridge.supervisor.memory.fields import EVENT_KINDS, REASONS
 from cpanbridge.supervisor.memory.histogram import Latencies
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import SCALE, Kind, Reading
 
 
 class Totals(NamedTuple):
-    """What all workers that there are and were have counted."""
+    """What all workers have counted, those included that have ended."""
 
     succeeded: int
     failed: int
@@ -23,11 +24,11 @@ class Totals(NamedTuple):
     busy_ns: int
     running: int
     queued: int
-    opened: int
+    accepted: int
     connections: int
     invalid_requests: int
-    security_events: dict[str, int]  # by their kind
-    overloaded: dict[str, int]  # by the reason
+    security_events: dict[str, int]  # by kind
+    overloaded: dict[str, int]  # by reason
 
     @property
     def finished(self) -> int:
@@ -41,32 +42,32 @@ class Totals(NamedTuple):
 
     @property
     def average_seconds(self) -> float:
-        """How long one took."""
+        """How long a request took."""
         return self.busy_ns / self.finished / 1e9 if self.finished else 0.0
 
 
 def count(shared: Shared) -> Totals:
-    """Look once at everything."""
+    """Read all counts once."""
     succeeded = failed = refused = rejected = busy_ns = 0
-    admitted = queued = opened = taken_over = closed = 0
-    events = dict.fromkeys(_EVENTS, 0)
-    overloaded = dict.fromkeys(_REASONS, 0)
+    admitted = queued = accepted = opened = closed = 0
+    events = dict.fromkeys(EVENT_KINDS, 0)
+    overloaded = dict.fromkeys(REASONS, 0)
     for slot in shared.used_slots:
         # What is given back is read before what is taken, so that nothing is ever below zero.
         closed += slot.closed
         succeeded += slot.succeeded
         failed += slot.failed
         opened += slot.opened
-        taken_over += slot.taken_over
+        accepted += slot.accepted
         admitted += slot.admitted
         refused += slot.refused
         rejected += slot.rejected
         busy_ns += slot.busy_ns
         queued += slot.queued
-        for name in _EVENTS:
-            events[name] += getattr(slot, name)
-        for name in _REASONS:
-            overloaded[name] += getattr(slot, f"overloaded_{name}")
+        for number, name in enumerate(EVENT_KINDS):
+            events[name] += slot.security_events[number]
+        for number, name in enumerate(REASONS):
+            overloaded[name] += slot.overloaded[number]
     return Totals(
         succeeded=succeeded,
         failed=failed,
@@ -75,7 +76,7 @@ def count(shared: Shared) -> Totals:
         busy_ns=busy_ns,
         running=admitted - succeeded - failed,
         queued=queued,
-        opened=opened - taken_over,
+        accepted=accepted,
         connections=opened - closed,
         invalid_requests=events["invalid_request"],
         security_events=events,
@@ -83,24 +84,20 @@ def count(shared: Shared) -> Totals:
     )
 
 
-_EVENTS = ("invalid_request", "module_not_allowed", "function_not_allowed", "permission_denied")
-_REASONS = ("verdict", "connections", "concurrency", "rate")
-
-
 class Listed(NamedTuple):
-    """A connection, and whose it is."""
+    """A connection, and the slot of its worker."""
 
     slot: int
     connection: Connection
 
     @property
     def id(self) -> str:
-        """It names the connection for as long as the daemon runs."""
+        """Unique for as long as the daemon runs."""
         return f"{self.slot}-{self.connection.number}"
 
 
 def connections(shared: Shared) -> list[Listed]:
-    """The connections that are open, as far as they are listed."""
+    """The open connections, of each worker as many as its table holds."""
     return [
         Listed(number, connection)
         for number, statistics in enumerate(shared.statistics[: shared.header.slots_used])
@@ -116,7 +113,7 @@ def latencies(shared: Shared) -> Latencies:
 
 
 def readings(shared: Shared) -> list[Reading]:
-    """What the monitor has measured last, beside the limits."""
+    """The last values of the monitor, with the limits."""
     header = shared.header
     limits = {
         Kind.MEMORY: header.max_memory_mb,

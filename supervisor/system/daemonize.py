@@ -1,9 +1,9 @@
-"""Putting the master in the background, and hearing from it how its start went.
+"""Starting the master in the background, and receiving the outcome of its start.
 
-The command forks twice, so that the master belongs to no terminal and to no shell's job control,
-and waits on a pipe for one message: the master writes it when all workers are ready, or why there
-will be no daemon, and has ended by the time that is reported. A master that dies without a word
-closes the pipe, and that is heard as well.
+The command forks twice, so that the master belongs to no terminal and to no shell's job control. It
+waits on a pipe for one message. The master writes it when all workers are ready, or with the reason
+why there will be no daemon; then it has ended when the command reports that. A master that dies
+without a message closes the pipe. Called in the command, and in the process that it forks.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from cpanbridge.supervisor.system.log_text import describe_exit, printable
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-_MOST = 4000  # bytes of an error: a pipe takes them without a reader
+_MOST_BYTES = 4000  # of an error: a pipe takes them without a reader
 
 
 class StartOutcome(msgspec.Struct):
-    """What the master says of its start: its pid, or the error."""
+    """The message: the master's pid, or the error."""
 
     pid: int = 0
     error: str | None = None
@@ -30,12 +30,11 @@ class StartOutcome(msgspec.Struct):
 def start(
     serve: Callable[[Callable[[str | None], None]], int], wait: Callable[[int], object]
 ) -> StartOutcome:
-    """Run `serve` as a daemon and wait until it calls what it is handed: None, or an error.
+    """Run `serve` as a daemon; returns when it has called its argument with None or an error.
 
-    `wait` is called meanwhile, and returns when the descriptor that it is handed is readable.
-
-    The process that calls this goes on; `serve` runs in another one and its result is that one's
-    exit status. Standard input is /dev/null there; output is for `serve` to redirect.
+    `serve` runs in another process, and its result is the exit status of that. Standard input is
+    /dev/null there; output is for `serve` to redirect. `wait` is called in this process; it returns
+    when the descriptor that is its argument is readable.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -44,23 +43,23 @@ def start(
             os.close(read_end)
             os.setsid()
             if os.fork() == 0:
-                _be_the_daemon(write_end, serve)
+                _run_daemon(write_end, serve)
         finally:
             os._exit(0)
     os.close(write_end)
     os.waitpid(child, 0)
     wait(read_end)
     with os.fdopen(read_end, "rb") as pipe:
-        line = pipe.read()  # to the end: a master that has failed keeps it open until it is gone
+        line = pipe.read()  # to the end: a master that has failed keeps it open until it has ended
     if not line:
         return StartOutcome(error="the master died while starting; its log may say why")
     return msgspec.json.decode(line, type=StartOutcome)
 
 
 def try_in_child(work: Callable[[], object]) -> str | None:
-    """Run `work` in a process of its own; None, or what it raised, or how the process ended.
+    """Run `work` in a child process; None, or what it raised, or how the process ended.
 
-    For what would change this process or the daemon's fate: importing modules.
+    For what would change this process, such as importing modules.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -73,44 +72,45 @@ def try_in_child(work: Callable[[], object]) -> str | None:
         except BaseException as raised:
             error = printable(str(raised)) or type(raised).__name__
         finally:
-            os.write(write_end, b"\0" + error.encode()[:_MOST])
+            os.write(write_end, b"\0" + error.encode()[:_MOST_BYTES])
             os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
-        told = pipe.read()
+        message = pipe.read()
     _, status = os.waitpid(child, 0)
-    if not told:
+    if not message:
         return f"a module ended the process: {describe_exit(status)}"
-    return told[1:].decode("utf-8", "replace") or None
+    return message[1:].decode("utf-8", "replace") or None
 
 
-def _be_the_daemon(write_end: int, serve: Callable[[Callable[[str | None], None]], int]) -> None:
+def _run_daemon(write_end: int, serve: Callable[[Callable[[str | None], None]], int]) -> None:
     pipe = [write_end]
-    told: list[str | None] = []
+    reported = False
 
     def close_pipe() -> None:
         for descriptor in pipe:
             os.close(descriptor)
         pipe.clear()
 
-    def tell(error: str | None) -> None:
-        if not told:
-            told.append(error)
-            with contextlib.suppress(BrokenPipeError):  # whoever asked has not waited
+    def report(error: str | None) -> None:
+        nonlocal reported
+        if not reported:
+            reported = True
+            with contextlib.suppress(BrokenPipeError):  # the command has been killed
                 os.write(write_end, msgspec.json.encode(StartOutcome(os.getpid(), error)))
         if error is None:
             close_pipe()
 
     status = 1
     try:
-        # The pipe must end with the master, whatever workers it leaves.
+        # The pipe must be closed when the master ends, whatever workers it leaves.
         os.register_at_fork(after_in_child=close_pipe)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
-        status = serve(tell)
+        status = serve(report)
     except BaseException as error:
         LOGGER.critical("The master ends by a fault of the daemon's own", exc_info=True)
-        tell(printable(f"{type(error).__name__}: {error}"))
+        report(printable(f"{type(error).__name__}: {error}"))
     finally:
         os._exit(status)

@@ -1,8 +1,7 @@
-"""The master's event loop: what is done when a descriptor becomes readable, or when a time comes.
+"""The master's event loop: it calls handlers when descriptors become ready and timers expire.
 
-Any number of descriptors and timers can be registered, by whoever owns them; the loop knows nothing
-of what they are for. Between two events the process sleeps in one system call: nothing is polled.
-A handler must return quickly, for nothing else happens meanwhile.
+Any number of descriptors and timers can be registered. Between two events the process sleeps in one
+system call: nothing is polled. A handler must return quickly, because nothing else runs meanwhile.
 
 Times are CLOCK_MONOTONIC seconds: setting the machine's clock changes nothing.
 """
@@ -17,14 +16,14 @@ from collections.abc import Callable
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-MOST_FAULTS = 10  # in a second: more, and going on is a busy loop
+MOST_FAULTS = 10  # in a second; after more, going on would be a busy loop
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
 
 class Timer:
-    """Something to be done once at a time to come, unless it is cancelled before."""
+    """An action that is to run once, unless it is cancelled before."""
 
     __slots__ = ("_action",)
 
@@ -33,39 +32,39 @@ class Timer:
 
     @property
     def pending(self) -> bool:
-        """Whether it is still to come."""
+        """Whether it has neither run nor been cancelled."""
         return self._action is not None
 
     def cancel(self) -> None:
-        """It will not happen; without effect when it has."""
+        """Prevent the action; without effect when it has run."""
         self._action = None
 
     def run(self) -> None:
-        """Called by the loop when the time has come."""
+        """Called by the loop when the timer expires."""
         action, self._action = self._action, None
         if action is not None:
             action()
 
 
 class Loop:
-    """Descriptors that are watched and timers that are to come. Called in the master only."""
+    """Watched descriptors and pending timers. Called in the master only."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        # The number keeps those for the same instant in the order in which they were set.
+        # The number keeps timers for the same instant in the order in which they were set.
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
         self._faults: list[float] = []
 
     def watch(self, descriptor: int, handler: Callable[[], None], events: int = READ) -> None:
-        """Call `handler` whenever the descriptor is ready; watched already: from now on so."""
+        """Call `handler` whenever the descriptor is ready; replaces an earlier handler."""
         if descriptor in self._selector.get_map():
             self._selector.modify(descriptor, events, handler)
         else:
             self._selector.register(descriptor, events, handler)
 
     def forget(self, descriptor: int) -> None:
-        """Watch it no longer. To be called before it is closed."""
+        """Stop watching a descriptor. To be called before it is closed."""
         self._selector.unregister(descriptor)
 
     def after(self, seconds: float, action: Callable[[], None]) -> Timer:
@@ -75,10 +74,10 @@ class Loop:
         return timer
 
     def turn(self) -> None:
-        """Sleep until something is to be done, and do it."""
+        """Sleep until a descriptor is ready or a timer expires, and call the handlers."""
         watched = self._selector.get_map()
         for key, _ in self._selector.select(self._until_next_timer()):
-            # A handler before this one may have closed it, and another may have its number now.
+            # An earlier handler may have closed it, and another file may have its number now.
             if watched.get(key.fd) is key:
                 self._do(key.data)
         now = time.monotonic()
@@ -86,7 +85,7 @@ class Loop:
             self._do(heapq.heappop(self._timers)[2].run)
 
     def _do(self, step: Callable[[], None]) -> None:
-        """One step. A fault of our own in one of them is no reason to end all that is served."""
+        """One step. A fault in one of them does not end the daemon; many in a row do."""
         try:
             step()
         except Exception:
@@ -97,7 +96,7 @@ class Loop:
                 raise
 
     def let_go(self) -> None:
-        """Called in a forked child: close all that the master watches, which is its alone."""
+        """Called in a forked child: close all descriptors that the master watches."""
         watched = [key.fd for key in self._selector.get_map().values()]
         self._selector.close()
         for descriptor in watched:

@@ -1,4 +1,4 @@
-"""What may be written on a line of the log, whatever a client or an exception brought in."""
+"""Text for one line of the log, whatever a client or an exception has put into it."""
 
 import json
 import os
@@ -9,7 +9,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def escaped(text: str) -> str:
-    """Control characters as escapes: nothing from outside begins a line of its own."""
+    """The text with control characters as escapes, so that it cannot begin another line."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def json_line(value: object) -> str:
-    """JSON in ASCII without a control character: one line for whatever reads it."""
+    """JSON in ASCII without a control character: one line for every reader."""
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 

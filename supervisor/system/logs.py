@@ -1,12 +1,12 @@
-"""The log: one line a record, written with one write(2), from every process to one descriptor.
+"""The log: one line per record, written with one write(2), by every process to one descriptor.
 
 The kernel appends each write to a file whole (O_APPEND), so lines of several processes never mix.
-The log is standard error; with `log_file` set, that file is put in the place of standard output and
-standard error before anything is forked. So what modules print, and what the interpreter says when
-it crashes, are found in the log as well.
+The log is standard error. With `log_file` set, that file replaces standard output and standard
+error before anything is forked. So the output of modules, and of an interpreter that crashes, is in
+the log as well.
 
 A log that cannot be written (a full disk, a closed pipe, a reader that has stopped reading) loses
-lines, and nothing else: there is nowhere left to say so, and clients are served on.
+lines and nothing else: there is no place left to report that, and the daemon goes on serving.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class LogError(Exception):
 
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    """The traceback of a record's exception, or one that it was given as `extra`: `trace`."""
+    """The traceback of a record's exception, or the one in its extra attribute `trace`."""
     if record.exc_info:
         return formatter.formatException(record.exc_info)
     return getattr(record, "trace", "")
@@ -38,7 +38,7 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
 class LineFormatter(logging.Formatter):
     """`2025-10-08 14:32:15 [WARNING] message`, with control characters shown escaped.
 
-    A traceback follows on lines of its own, indented, so that none passes for a line of the log.
+    A traceback follows, indented, so that none of its lines passes for a line of the log.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -50,7 +50,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: timestamp, level, pid, message, and traceback if there is one."""
+    """One JSON object per line: timestamp, level, pid, message, and traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -64,8 +64,8 @@ class JsonFormatter(logging.Formatter):
         return json_line(line)
 
 
-class PlainFormatter(logging.Formatter):
-    """The message alone: what is logged is a line of JSON already."""
+class MessageFormatter(logging.Formatter):
+    """The message alone, which is a line of JSON already."""
 
     def format(self, record: logging.LogRecord) -> str:
         return record.getMessage()
@@ -76,12 +76,12 @@ class DescriptorHandler(logging.Handler):
 
     def __init__(self, descriptor: int, formatter: logging.Formatter) -> None:
         super().__init__()
-        self._descriptor, self._socket = _never_waiting(descriptor)
+        self._descriptor, self._socket = _nonblocking(descriptor)
         self._own = self._descriptor != descriptor
         self.setFormatter(formatter)
 
     def close(self) -> None:
-        """Give up what was opened to write without waiting."""
+        """Close what was opened to write without blocking."""
         super().close()
         if self._socket is not None:
             self._socket.close()
@@ -95,14 +95,14 @@ class DescriptorHandler(logging.Handler):
             if self._socket is not None:
                 self._socket.send(line, socket.MSG_DONTWAIT)
             elif os.write(self._descriptor, line) < len(line):
-                os.write(self._descriptor, b"\n")  # cut by a full pipe: the next begins anew
+                os.write(self._descriptor, b"\n")  # a full pipe has cut it
 
 
-def _never_waiting(descriptor: int) -> tuple[int, socket.socket | None]:
-    """A way to write to what a descriptor is, such that a reader who has stopped holds up nobody.
+def _nonblocking(descriptor: int) -> tuple[int, socket.socket | None]:
+    """A descriptor or a socket to write to without blocking when its reader has stopped.
 
-    O_NONBLOCK belongs to the open file, which others share: so a pipe or a terminal is opened
-    again.
+    O_NONBLOCK belongs to the open file description, which other processes share (fcntl(2)): so a
+    pipe or a terminal is opened again.
     """
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(kind):
@@ -113,14 +113,14 @@ def _never_waiting(descriptor: int) -> tuple[int, socket.socket | None]:
     try:
         return os.open(f"/proc/self/fd/{descriptor}", flags), None
     except OSError:
-        return descriptor, None  # not ours to open, such as another user's terminal
+        return descriptor, None  # it may not be opened, such as another user's terminal
 
 
 class LogSettings(NamedTuple):
-    """The settings that a log follows.
+    """The settings of the log.
 
-    Without `follow_link` a `log_file` that is a symbolic link is refused: for a place that nobody
-    chose, where somebody else may have put one.
+    Without `follow_link` a `log_file` that is a symbolic link is refused: for a default path, where
+    another user may have created one.
     """
 
     log_file: str
@@ -131,7 +131,7 @@ class LogSettings(NamedTuple):
 
     @classmethod
     def of(cls, loaded: Loaded) -> "LogSettings":
-        """Those of a whole configuration."""
+        """The log settings of a whole configuration."""
         settings = loaded.settings
         return cls(
             settings.log_file,
@@ -143,16 +143,16 @@ class LogSettings(NamedTuple):
 
 
 class _Current:
-    """What this process's log was set up with."""
+    """The current state of this process's log."""
 
     settings: LogSettings | None = None
     security: int = -1  # the security log's descriptor
 
 
 def configure(settings: LogSettings) -> None:
-    """Set up this process's log, and that of all it forks. Raises LogError, and changes nothing.
+    """Set up the log of this process and its future children.
 
-    Without effect when it was set up so already.
+    Without effect when the settings are the current ones. Raises LogError, and changes nothing.
     """
     if settings == _Current.settings:
         return
@@ -170,7 +170,7 @@ def configure(settings: LogSettings) -> None:
     root.propagate = False
     logger = logging.getLogger("cpanbridge.security")
     _replace_handler(
-        logger, DescriptorHandler(security, PlainFormatter()) if security >= 0 else None
+        logger, DescriptorHandler(security, MessageFormatter()) if security >= 0 else None
     )
     logger.propagate = security < 0
     if _Current.security >= 0:
@@ -179,23 +179,23 @@ def configure(settings: LogSettings) -> None:
 
 
 def descriptors() -> list[int]:
-    """Those of the log files that were opened, which others are to write to."""
+    """The descriptors of the open log files, whose owner a new user must become."""
     settings = _Current.settings
     found = [STANDARD_ERROR] if settings is not None and settings.log_file != "stderr" else []
     return found + ([_Current.security] if _Current.security >= 0 else [])
 
 
 def check(settings: LogSettings) -> None:
-    """See that the files can be opened. Raises LogError."""
+    """Check that the files can be opened. Raises LogError."""
     for path in (settings.log_file, settings.security_log):
         if path not in ("stderr", "-"):
             os.close(_open(path))
 
 
 def reopen() -> None:
-    """Go on in new files of the same names, once the old ones were renamed. Raises LogError.
+    """Open the files anew, after the old ones were renamed. Raises LogError.
 
-    The descriptors keep their numbers, and dup2(2) changes over in one step: a line that another
+    The descriptors keep their numbers, and dup2(2) replaces them atomically: a line that another
     thread writes meanwhile is whole in the old file or in the new one.
     """
     settings = _Current.settings

@@ -1,8 +1,8 @@
-"""Started as root, the daemon becomes the user that is set before it runs anything.
+"""Dropping root: a daemon started as root becomes the configured user before it runs anything.
 
-What needs root is done first: the folder of its own that the socket stands in, and the log files,
-become that user's. From then on nothing of the daemon is root's, the master included, so a reload
-and an upgrade can do no more than the user may. Called in the master.
+What needs root is done first: the socket's default folder and the log files become that user's.
+From then on no process of the daemon is root's, the master included, so a reload and an upgrade can
+do no more than the user may. `drop` is called in the master, `identity` in the command too.
 """
 
 import grp
@@ -16,11 +16,11 @@ from cpanbridge.supervisor.system import logs
 
 
 class PrivilegeError(Exception):
-    """The daemon cannot be the user that is set; one line that says why."""
+    """The daemon cannot become the configured user; one line that says why."""
 
 
 class Identity(NamedTuple):
-    """Whom the daemon is to be."""
+    """The user that the daemon is to become."""
 
     name: str
     uid: int
@@ -29,7 +29,7 @@ class Identity(NamedTuple):
 
 
 def identity(settings: Settings) -> Identity | None:
-    """Whom the settings name; None when nobody. Raises PrivilegeError if there is no such user."""
+    """The user that the settings name, or None. Raises PrivilegeError if there is no such user."""
     if settings.user is None:
         return None
     try:
@@ -45,18 +45,18 @@ def identity(settings: Settings) -> Identity | None:
     return Identity(entry.pw_name, entry.pw_uid, gid, entry.pw_dir)
 
 
-def drop(settings: Settings, whom: Identity) -> None:
-    """Become that user. The logs are open by then. Raises PrivilegeError, ListenError."""
+def drop(settings: Settings, user: Identity) -> None:
+    """Become that user. The logs must be open. Raises PrivilegeError, ListenError."""
     if os.geteuid() != 0:
-        if os.geteuid() != whom.uid:
-            raise PrivilegeError(f"user = {whom.name!r}: only root can become another user")
+        if os.geteuid() != user.uid:
+            raise PrivilegeError(f"user = {user.name!r}: only root can become another user")
         return
     if settings.listen is None:
-        listener.prepare_folder(settings.sockets[0], create=True, owner=whom.uid)
-        os.chown(os.path.dirname(settings.sockets[0]), whom.uid, whom.gid)
+        listener.prepare_folder(settings.sockets[0], create=True, owner=user.uid)
+        os.chown(os.path.dirname(settings.sockets[0]), user.uid, user.gid)
     for descriptor in logs.descriptors():
-        os.fchown(descriptor, whom.uid, whom.gid)
-    os.initgroups(whom.name, whom.gid)
-    os.setgid(whom.gid)
-    os.setuid(whom.uid)
-    os.environ.update(HOME=whom.home, USER=whom.name, LOGNAME=whom.name)
+        os.fchown(descriptor, user.uid, user.gid)
+    os.initgroups(user.name, user.gid)
+    os.setgid(user.gid)
+    os.setuid(user.uid)
+    os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)

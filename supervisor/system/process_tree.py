@@ -2,22 +2,22 @@
 
 Memory is PSS, which counts a page that n processes share as 1/n in each, so that the sum is what
 the tree takes from the machine. Reading it costs the kernel a walk through the process's pages,
-2 ms for 200 MB. So it is read of new processes and of the parents with whom they share, and of
-those whose RSS, which is there for the asking, has changed, or that were last read long ago: those
-first that were read longest ago, for no more than `PSS_SHARE` of the time. To the rest is added
-what their RSS has grown since. Where PSS cannot be read (another user's process, or one that is not
+2 ms for 200 MB. So it is read of new processes and of the parents with which they share pages.
+Of the others it is read when their RSS has changed, which costs nothing to read, or when it was
+last read long ago: the oldest first, for no more than `PSS_SHARE` of the time. Until then the
+growth of its RSS is added. Where PSS cannot be read (another user's process, or one that is not
 dumpable) a process counts with its RSS.
 
-CPU is the time that all processes have used between two samples, those that have ended meanwhile
-included: their parent is told their time when it waits for them.
+CPU is the time that all processes have used between two samples. A process that has ended meanwhile
+is included: the kernel adds its time to its parent's when the parent waits for it.
 
 The tree is found through the kernel's lists of children. The master is a subreaper
-(PR_SET_CHILD_SUBREAPER), so a process stays in the tree when its parent ends; and one that was once
-found is looked up until it has ended, because the lists may miss one while its neighbours end.
+(PR_SET_CHILD_SUBREAPER), so a process stays in the tree when its parent ends. A process that was
+once found is looked up until it has ended, because the lists may miss one while its siblings end.
 
-A process that ends while it is looked at counts as ended. One that may not be looked at at all
-(/proc mounted with hidepid) is not there. A large tree is looked at in many short steps, so that
-the master can do other things between them. Called in the master.
+A process that ends during a sample counts as ended. One that the kernel hides (/proc mounted with
+hidepid) is not counted. A large tree is sampled in many short steps, so that the master can do
+other things between them. Called in the master.
 """
 
 import contextlib
@@ -32,35 +32,35 @@ from typing import NamedTuple
 import psutil
 
 PSS_SHARE = 0.01  # of the time between two samples
-PSS_SECONDS = 10.0  # what others share with a process may change without a trace in its RSS
+PSS_SECONDS = 10.0  # sharing with others may change while the RSS stays as it is
 NEVER = 0.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Usage(NamedTuple):
-    """What a sample has found."""
+    """The result of a sample."""
 
     seconds: float  # since the one before
     cpu_seconds: float  # used meanwhile by all
     memory: int  # bytes
-    by_root: dict[int, int]  # for each of the pids asked for: bytes, with all below it
-    orphans: dict[int, int]  # processes that were below one of them, which has gone: bytes
+    by_root: dict[int, int]  # bytes of each root, with all below it
+    orphans: dict[int, int]  # bytes of each process that was below a root which has ended
     processes: int
     by_rss: int  # of these, those whose PSS cannot be read
 
 
 @dataclass
 class _Process:
-    """What is known of a process of the tree."""
+    """A process of the tree."""
 
     handle: psutil.Process  # equal to another one when pid and start time are
     parent: int = 0
     own: float = 0.0  # CPU seconds
-    waited: float = 0.0  # CPU seconds of the children that it has waited for, and theirs
+    waited: float = 0.0  # CPU seconds of the descendants that were waited for
     rss: int = 0
     pss: int | None = None  # None: not read yet, or not to be read
-    rss_then: int = 0  # when PSS was read
-    ended: bool = False  # its parent has yet to be told
+    rss_then: int = 0  # RSS when PSS was read
+    ended: bool = False  # but its parent has not waited for it yet
     had_root: bool = False  # it was below one of the roots
     read_at: float = NEVER  # CLOCK_MONOTONIC seconds
     readable: bool = True
@@ -78,11 +78,11 @@ class _Process:
         except psutil.AccessDenied:
             self.readable, self.pss = False, None
         except psutil.NoSuchProcess:
-            pass  # the next sample will not find it
+            pass  # it has ended: the next sample will not find it
 
 
 def inherit_orphans() -> None:
-    """Become the parent of all descendants whose own parent ends. Raises OSError."""
+    """Become a subreaper: the parent of descendants whose own parent ends. Raises OSError."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -94,26 +94,20 @@ class Tree:
     def __init__(self, root: int) -> None:
         self._root = root
         self._known: dict[int, _Process] = {}
-        self._untold = 0.0  # CPU seconds that parents were found not to have been told of yet
+        self._owed = 0.0  # CPU seconds of ended processes that no parent had yet (see _cpu_used)
         self._sampled_at = time.monotonic()
-        self.usage: Usage  # what the last sample has found
-
-    def sample(self, roots: Collection[int]) -> Usage:
-        """Look at every process, in one go. See `steps`."""
-        for _ in self.steps(roots):
-            pass
-        return self.usage
+        self.usage: Usage  # the result of the last sample
 
     def steps(self, roots: Collection[int]) -> Iterator[None]:
-        """Look at one process after another; what is found is `usage` then.
+        """Take a sample, one process a step; at the end `usage` is its result.
 
-        `roots` are the pids whose memory is wanted by itself. They belong to the tree even when
-        they are nobody's children in it: after an upgrade the workers of the old master are not
-        the new one's. Raises OSError when the system has no descriptor or no memory for it.
+        `roots` are the pids whose memory is wanted separately. They belong to the tree even when
+        they are no children in it: after an upgrade the workers of the old master are not the new
+        one's. Raises OSError when the system has no descriptor or no memory for it.
         """
         now = time.monotonic()
         before, found = self._known, dict[int, _Process]()
-        for process in self._look(before, roots):
+        for process in self._find(before, roots):
             found[process.handle.pid] = process
             yield
         self._known = found
@@ -152,8 +146,8 @@ class Tree:
             by_rss=sum(not process.readable for process in self._known.values()),
         )
 
-    def _look(self, before: dict[int, _Process], roots: Collection[int]) -> Iterator[_Process]:
-        """All processes of the tree, each with its present numbers; parents first."""
+    def _find(self, before: dict[int, _Process], roots: Collection[int]) -> Iterator[_Process]:
+        """All processes of the tree, each with its current numbers; parents first."""
         pending, seen = [self._root, *roots, *before], set[int]()
         while pending:
             pid = pending.pop(0)
@@ -168,26 +162,27 @@ class Tree:
     def _cpu_used(self, before: dict[int, _Process]) -> float:
         """CPU seconds since the last sample.
 
-        What the living have used themselves, and what the ended had left when their parents were
-        told: all they ever used, less what was counted of it before. A process that ended after
-        its parent was looked at is missing already, and its parent is told by the next sample.
+        That is what the living have used themselves, plus what the parents got of ended children
+        (all that a child ever used), less what was counted of these before. A process that ended
+        after its parent was measured is missing already, while its parent has its time only in the
+        next sample: until then the difference is owed.
         """
-        used = told = 0.0
+        used = inherited = 0.0
         for pid, process in self._known.items():
             old = before.get(pid)
             if old is not None:
                 used += process.own - old.own
-                told += process.waited - old.waited
+                inherited += process.waited - old.waited
             elif before:
                 used += process.own  # new
-                told += process.waited
+                inherited += process.waited
         gone = (old for pid, old in before.items() if pid not in self._known)
-        told -= sum(old.own + old.waited for old in gone)
-        late, self._untold = self._untold, max(0.0, -told)
-        return max(0.0, used) + max(0.0, told - late)
+        inherited -= sum(old.own + old.waited for old in gone)
+        owed, self._owed = self._owed, max(0.0, -inherited)
+        return max(0.0, used) + max(0.0, inherited - owed)
 
     def _read_pss(self, seconds: float) -> Iterator[None]:
-        """Read all that must be read, and of the others as many as the time allows."""
+        """Read PSS of the new processes and their parents, and of others as time allows."""
         for process in self._known.values():
             if process.read_at == NEVER and process.parent in self._known:
                 self._known[process.parent].read_at = NEVER
@@ -203,7 +198,7 @@ class Tree:
                 yield
 
     def _root_of(self, process: _Process, roots: Collection[int]) -> int | None:
-        """The nearest of `roots` above a process, or itself."""
+        """The nearest of `roots` above a process, or the process itself."""
         pid = process.handle.pid
         for _ in self._known:  # no further up than there are processes
             if pid in roots:
@@ -215,11 +210,11 @@ class Tree:
 
 
 def _measured(pid: int, old: _Process | None) -> _Process | None:
-    """A process with its present numbers; None when it has ended, or is another one by now."""
+    """A process with its current numbers; None when it has ended or its pid is another's."""
     try:
         handle = psutil.Process(pid)
         if old is not None and handle != old.handle:
-            return None  # the pid was given to a process that is not ours
+            return None  # the pid was reused by a process outside the tree
         with handle.oneshot():
             times = handle.cpu_times()
             rss = handle.memory_info().rss
@@ -238,7 +233,7 @@ def _measured(pid: int, old: _Process | None) -> _Process | None:
 
 def _children(pid: int) -> Iterator[int]:
     """The children of all threads of a process."""
-    # It has ended, or may not be looked at.
+    # It has ended, or its files may not be read.
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as stream:

@@ -1,4 +1,4 @@
-"""How many file descriptors a process may have open, in proportion to what the daemon is set to."""
+"""The limit of open file descriptors (RLIMIT_NOFILE), raised to what the settings need."""
 
 import contextlib
 import logging
@@ -9,17 +9,18 @@ from cpanbridge.supervisor.gate import MOST_REJECTED, Wakeups
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-_BELLS = len(Wakeups._fields)  # of each slot
+_PER_SLOT = len(Wakeups._fields)
 _SPARE = 128
 
 
 def raise_limit(limits: Limits, slots: int) -> None:
-    """Allow as many as a worker may need, as far as the system lets us. Workers inherit it.
+    """Raise the soft limit to what a worker may need, or to the hard limit. Workers inherit it.
 
-    A worker has one for each connection, and one for each client process that has state in it.
+    A worker has a descriptor for each connection and for each client process that has state in it.
+    Called in the master.
     """
     clients = limits.max_connections + MOST_REJECTED + limits.max_sessions
-    needed = clients + _BELLS * slots + _SPARE
+    needed = clients + _PER_SLOT * slots + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
         return

@@ -1,12 +1,12 @@
-"""Telling the service manager how the daemon is: systemd's sd_notify, in a few lines.
+"""Notifying the service manager of the daemon's state: the protocol of systemd's sd_notify(3).
 
-`NOTIFY_SOCKET` names a datagram socket, and a message is some lines of NAME=VALUE (sd_notify(3)).
-Without it nothing is told. Nothing here waits: a manager that does not read its socket misses a
+`NOTIFY_SOCKET` names a datagram socket, and a message is some lines of NAME=VALUE. Without the
+variable nothing is sent. Nothing here waits: a manager that does not read its socket misses a
 message, and that is logged once.
 
-A service has one main process, and the manager hears no other (NotifyAccess=main). So in an upgrade
-one master speaks at a time: the old one until it has named the new one, and the new one from when
-the old one has left. Called in the master.
+A service has one main process, and the manager accepts messages of no other (NotifyAccess=main). So
+in an upgrade one master sends at a time: the old one until it has named the new one, and the new
+one after the old one has ended. Called in the master.
 """
 
 import logging
@@ -19,12 +19,12 @@ from cpanbridge.supervisor.system.event_loop import Loop
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-# What a worker, and what its modules start, must not have: it would speak for the daemon.
+# A worker, and what its modules start, must not have these: it would notify as the daemon.
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class ServiceManager:
-    """Speaks for one master; with `silent`, not before `speak` is called."""
+    """Sends the messages of one master; with `silent`, none before `speak` is called."""
 
     def __init__(
         self, loop: Loop, environ: Mapping[str, str] = os.environ, *, silent: bool = False
@@ -37,26 +37,26 @@ class ServiceManager:
             self._socket.setblocking(False)
         self._loop = loop
         self._silent = silent
-        self._state: Sequence[str] = ()  # what would have been told last
+        self._state: Sequence[str] = ()  # the last state, sent or not
         self._complained = False
         self._pause = 0.0
         if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             self._pause = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2
 
     def watch_dog(self) -> None:
-        """Say that the loop turns, twice in each interval that the manager allows. Called once."""
+        """Send a keep-alive now, and twice in each watchdog interval. Called once."""
         if self._pause:
             self._send("WATCHDOG=1")
             self._loop.after(self._pause, self.watch_dog)
 
     def speak(self) -> None:
-        """This master is the main process from now on. It begins with how the daemon is."""
+        """This master is the main process from now on: send its state, and all that follows."""
         self._silent = False
         if self._state:
             self._send(*self._state)
 
     def ready(self, status: str) -> None:
-        """It serves: after the start, and when a reload or upgrade is over, however that went."""
+        """The daemon serves: after the start, and after each reload or upgrade, failed or not."""
         self._say("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
@@ -68,7 +68,7 @@ class ServiceManager:
         )
 
     def stopping(self, seconds: float) -> None:
-        """It stops, which may take so long."""
+        """The daemon stops, which may take so many seconds."""
         self._say(
             "STOPPING=1",
             f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}",
@@ -76,11 +76,11 @@ class ServiceManager:
         )
 
     def status(self, status: str) -> None:
-        """Something to know, while it is as it was."""
+        """A status text; the state stays as it is."""
         self._send(f"STATUS={status}")
 
     def handed_over(self, pid: int) -> None:
-        """Another process is the main one from now on, and this one says nothing more."""
+        """Another process is the main one from now on; this one sends nothing more."""
         self._send(f"MAINPID={pid}", "STATUS=Upgraded")
         self._silent = True
 
@@ -97,5 +97,5 @@ class ServiceManager:
             if not self._complained:
                 self._complained = True
                 LOGGER.warning(
-                    "The service manager cannot be told (NOTIFY_SOCKET): %s", error.strerror
+                    "The service manager cannot be notified (NOTIFY_SOCKET): %s", error.strerror
                 )

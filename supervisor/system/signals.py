@@ -1,7 +1,7 @@
-"""Signals as events of the loop: nothing is done in a handler, so none interrupts anything.
+"""Signals as events of the loop: no signal handler does anything, so none interrupts a step.
 
-The interpreter writes each signal's number to a wake-up descriptor (signal.set_wakeup_fd), and the
-loop reads it when it comes round. Called in the master.
+The interpreter writes each signal's number to a socket (signal.set_wakeup_fd), which the loop
+watches. Called in the master.
 """
 
 import signal
@@ -19,25 +19,25 @@ class Signals:
     def __init__(self, loop: Loop, handle: Callable[[int], None]) -> None:
         self._loop = loop
         self._handle = handle
-        self._heard, self._wakeup = socket.socketpair()
+        self._received, self._wakeup = socket.socketpair()
 
     def catch(self) -> None:
-        """From now on they end nothing by themselves."""
-        for end in (self._heard, self._wakeup):
+        """Begin: from now on these signals have no default action."""
+        for end in (self._received, self._wakeup):
             end.setblocking(False)
-        self._loop.watch(self._heard.fileno(), self._receive)
+        self._loop.watch(self._received.fileno(), self._receive)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for name in _CAUGHT:
             signal.signal(signal.Signals[f"SIG{name}"], lambda *_: None)
 
     def ignore(self) -> None:
-        """The master ends: Python would put the defaults back while it does."""
+        """Ignore them while the master ends: Python would restore the default actions."""
         for name in _CAUGHT:
             if name != "CHLD":
                 signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
 
     def _receive(self) -> None:
-        numbers = dict.fromkeys(self._heard.recv(4096))
-        numbers[signal.SIGCHLD] = None  # of many at once, some may not have been written
+        numbers = dict.fromkeys(self._received.recv(4096))
+        numbers[signal.SIGCHLD] = None  # with a full buffer its number may not have been written
         for number in numbers:
             self._handle(number)

@@ -1,4 +1,4 @@
-"""Two minutes of more calls than allowed: the limit is exact in every minute, wherever it starts.
+"""Two minutes of more calls than the rate limit: it is exact in every minute, wherever it starts.
 
 Run by `make soak`, not by `make test`.
 """
@@ -20,10 +20,10 @@ MINUTE_NS = 60 * 10**9
 def test_no_minute_has_more_than_the_limit_for_two_minutes(
     new_daemon: NewDaemon, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three workers, thirty clients of both forms that call as fast as they are let.
+    """Three workers, thirty clients of both forms that call as fast as they can.
 
-    A call is admitted between its sending and the stamp that its function writes, so the k-th
-    admission is never before the k-th sending, nor after the k-th stamp (both sorted).
+    A call is admitted between its sending and the time stamp that its function writes, so the k-th
+    admission is never before the k-th sending, nor after the k-th time stamp (both sorted).
     """
     daemon = new_daemon(f"workers = 3\nlimits.max_requests_per_minute = {LIMIT}").run()
     file = daemon.folder / "stamps"
@@ -58,7 +58,7 @@ def test_no_minute_has_more_than_the_limit_for_two_minutes(
     sent.sort()
     for earlier, later in zip(sent, stamps[LIMIT:], strict=False):
         assert later - earlier > MINUTE_NS
-    # And it was used to the full: each place again as soon as it came free.
+    # And the limit was used fully: each permit again as soon as it was free.
     late = [b - a - MINUTE_NS for a, b in zip(stamps, stamps[LIMIT:], strict=False)]
     with capsys.disabled():
         told = {

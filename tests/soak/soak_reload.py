@@ -1,6 +1,6 @@
-"""What a reload costs: the time from SIGHUP to the new generation, and what clients see meanwhile.
+"""The cost of a reload: the time from SIGHUP to the new generation, and clients' latency meanwhile.
 
-Run by `make soak`, not by `make test`; it wants a machine that does nothing else.
+Run by `make soak`, not by `make test`; it needs an otherwise idle machine.
 """
 
 import os
@@ -19,7 +19,7 @@ MARGIN_SECONDS = 0.5
 
 
 def reload_seconds(daemon: Daemon) -> float:
-    """How long it takes until the new generation serves, and no old worker accepts."""
+    """The seconds until the new generation serves and no old worker accepts."""
     before = daemon.log().count("Reloaded: ")
     began = time.monotonic()
     os.kill(daemon.pid, signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Settings: every key, from every source, and every mistake in words."""
+"""Settings: every key, from every source, and the message for every mistake."""
 
 import os
 import re
@@ -84,14 +84,14 @@ def as_toml(value: Any) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value as the environment and flags have it."""
+    """A value as text, for the environment and flags."""
     if isinstance(value, bool):
         return "1" if value else "0"
     return ",".join(value) if isinstance(value, list) else str(value)
 
 
 class File:
-    """Loads settings from a text, or tells the error."""
+    """Loads settings from a text, or returns the error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,7 +121,7 @@ def test_the_default_of_every_key(file: File, key: str, default: Any, _: Any) ->
     assert get(file.load("").settings, key) == default
 
 
-def test_there_is_no_key_besides() -> None:
+def test_there_is_no_other_key() -> None:
     fields = {f.name for f in msgspec.structs.fields(Settings)} - {"limits"}
     assert fields == {key for key in OTHER if "." not in key} | {"modules", "module_dirs"}
     assert {f.name for f in msgspec.structs.fields(Limits)} == {name for name, _, _ in LIMITS}
@@ -151,7 +151,7 @@ def test_threads_are_enough_for_all_connections(file: File) -> None:
         (7, {"XDG_RUNTIME_DIR": ""}, "/tmp/cpanbridged-7/cpanbridged.sock"),
     ],
 )
-def test_where_the_socket_is_when_none_is_set(
+def test_the_default_socket_path(
     monkeypatch: pytest.MonkeyPatch, uid: int, environ: dict[str, str], path: str
 ) -> None:
     monkeypatch.setattr(os, "getuid", lambda: uid)
@@ -183,7 +183,7 @@ def test_every_key_in_the_environment(file: File, name: str, key: str) -> None:
     assert get(settings, key) == OTHER[key]
 
 
-def test_the_environment_has_no_names_besides() -> None:
+def test_the_environment_has_no_other_names() -> None:
     assert config.ENVIRONMENT == IN_ENVIRONMENT
 
 
@@ -215,14 +215,14 @@ def test_the_environment_beats_the_file_and_flags_beat_both(
     assert get(file.load("", flag, **environ).settings, key) == values[2]
 
 
-def test_sources_do_not_hide_each_others_other_keys(file: File) -> None:
+def test_a_source_keeps_the_keys_of_the_others(file: File) -> None:
     limits = file.load(
         "[limits]\nmax_connections = 5", "limits.read_timeout=2", CPAN_BRIDGE_MAX_OBJECT_DEPTH="9"
     ).settings.limits
     assert limits == Limits(max_connections=5, read_timeout=2, max_object_depth=9)
 
 
-def test_an_empty_variable_is_as_good_as_none(file: File) -> None:
+def test_an_empty_variable_counts_as_unset(file: File) -> None:
     assert file.load("workers = 3", CPAN_BRIDGE_WORKERS="").settings.workers == 3
 
 
@@ -319,7 +319,7 @@ def test_modules_and_folders(file: File) -> None:
         ("module_dirs = [{path = ''}]", "module_dirs[0].path = '': expected a string of length"),
     ],
 )
-def test_a_wrong_value_in_the_file_is_told(file: File, text: str, words: str) -> None:
+def test_a_wrong_value_in_the_file_is_reported(file: File, text: str, words: str) -> None:
     message = file.error(text)
     assert message.startswith(f"{file.path}: ")
     assert words in message
@@ -337,7 +337,7 @@ def test_a_wrong_value_in_the_file_is_told(file: File, text: str, words: str) ->
         ("[modules.m.sub]\nx = 1", "modules.m.sub", "import, functions"),
     ],
 )
-def test_an_unknown_key_is_told_with_those_that_are_allowed(
+def test_an_unknown_key_is_reported_with_those_that_are_allowed(
     file: File, text: str, where: str, allowed: str
 ) -> None:
     message = file.error(text)
@@ -360,7 +360,7 @@ def test_an_unknown_key_is_told_with_those_that_are_allowed(
         ("CPAN_BRIDGE_READ_TIMEOUT", "nan", "expected a number"),
     ],
 )
-def test_a_wrong_variable_is_told(file: File, name: str, text: str, words: str) -> None:
+def test_a_wrong_variable_is_reported(file: File, name: str, text: str, words: str) -> None:
     message = file.error("", **{name: text})
     assert message.startswith(f"environment: {name}")
     assert words in message
@@ -381,11 +381,11 @@ def test_a_wrong_variable_is_told(file: File, name: str, text: str, words: str) 
         ("=5", "--set: '' is not an option"),
     ],
 )
-def test_a_wrong_flag_is_told(file: File, flag: str, words: str) -> None:
+def test_a_wrong_flag_is_reported(file: File, flag: str, words: str) -> None:
     assert file.error("", flag).startswith(words)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
         load(str(tmp_path / "none.toml"), environ={})
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -393,19 +393,19 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["workers =", "[limits", "workers = 1\nworkers = 2", "\x00"])
-def test_what_is_not_toml_is_told_with_its_line(file: File, text: str) -> None:
+def test_invalid_toml_is_reported_with_its_line(file: File, text: str) -> None:
     message = file.error(text)
     assert message.startswith(f"{file.path}: not valid TOML: ")
     assert re.search(r"line \d|end of document", message)
 
 
-def test_a_file_that_is_not_utf_8_is_told(file: File) -> None:
+def test_a_file_that_is_not_utf_8_is_reported(file: File) -> None:
     file.path.write_bytes(b"log_file = '\xff'")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load(str(file.path), environ={})
 
 
-# -- this version --
+# -- affinity, limits, preload --
 
 
 @pytest.mark.parametrize("affinity", ["none", "client", "module"])
@@ -439,14 +439,16 @@ def test_another_affinity_is_refused(file: File, text: str, where: str) -> None:
     assert message == f'{file.path}: {where}: must be "none", "client" or "module"'
 
 
-def test_limits_that_the_machine_can_never_reach_are_noted(file: File) -> None:
-    (event,) = file.load("limits.max_memory_mb = 999999").events
-    assert event.startswith("limits.max_memory_mb = 999999 is more memory than this machine has (")
-    assert event.endswith("MB): it will never be reached")
-    (event,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").events
-    assert event.startswith("limits.max_cpu_percent = 99999 is more than this machine's ")
-    assert event.endswith("it will never be reached")
-    assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").events == []
+def test_limits_that_the_machine_can_never_reach_get_a_warning(file: File) -> None:
+    (warning,) = file.load("limits.max_memory_mb = 999999").warnings
+    assert warning.startswith(
+        "limits.max_memory_mb = 999999 is more memory than this machine has ("
+    )
+    assert warning.endswith("MB): it will never be reached")
+    (warning,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").warnings
+    assert warning.startswith("limits.max_cpu_percent = 99999 is more than this machine's ")
+    assert warning.endswith("it will never be reached")
+    assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").warnings == []
 
 
 @pytest.mark.parametrize("key", ["max_memory_mb", "max_cpu_percent", "max_connections"])
@@ -454,10 +456,10 @@ def test_a_limit_of_zero_is_refused_where_nothing_could_ever_run(file: File, key
     assert f"limits.{key} = 0: expected" in file.error(f"limits.{key} = 0")
 
 
-def test_a_variable_that_is_no_option_is_noted(file: File) -> None:
+def test_an_unknown_variable_gets_a_warning(file: File) -> None:
     loaded = file.load("", CPAN_BRIDGE_MAX_CONECTIONS="5", CPAN_BRIDGE_JSON="PP", PATH="/bin")
-    (event,) = loaded.events
-    assert event == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"
+    (warning,) = loaded.warnings
+    assert warning == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"
 
 
 @pytest.mark.parametrize("preload", [True, False])

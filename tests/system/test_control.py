@@ -21,7 +21,7 @@ from cpanbridge.supervisor.control.server import MOST_IDLE, MOST_WAITING
 
 
 def ask_bytes(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
-    """What the master answers to these bytes, to the end of the connection."""
+    """The master's replies to these bytes, to the end of the connection."""
     with connect(f"{daemon.path}.ctl") as connection:
         connection.sendall(data)
         answer = b""
@@ -31,29 +31,29 @@ def ask_bytes(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
 
 
 def ask(daemon: Daemon, command: str) -> dict[str, Any]:
-    """The last answer to a command."""
+    """The last reply to a command."""
     return ask_bytes(daemon, json.dumps({"command": command}).encode() + b"\n")[-1]
 
 
-def test_it_is_the_users_own_and_gone_with_the_daemon(daemon: Daemon) -> None:
+def test_the_socket_is_the_users_own_and_removed_with_the_daemon(daemon: Daemon) -> None:
     assert stat.S_IMODE(os.stat(f"{daemon.path}.ctl").st_mode) == 0o600
     assert ask(daemon, "status")["result"]["pid"] == daemon.pid
     assert daemon.stop() == 0
     assert not os.path.exists(f"{daemon.path}.ctl")
 
 
-def test_it_tells_what_the_shared_memory_has(daemon: Daemon) -> None:
+def test_it_reports_what_the_shared_memory_has(daemon: Daemon) -> None:
     for number in range(5):
         daemon.call("test", "echo", [number])
     with Framed(daemon.path) as kept:
         assert kept.call("test", "ping") is not None
-        told = ask(daemon, "status")["result"]
-        assert told["state"] == "running"
-        assert told["gate"]["connections"] == 1
-        assert told["gate"]["admitted_last_minute"] == 6
-    assert [each["state"] for each in told["workers"]] == ["serves", "serves"]
-    assert sum(each["requests"] for each in told["workers"]) == 6
-    assert sorted(each["pid"] for each in told["workers"]) == sorted(daemon.workers())
+        status = ask(daemon, "status")["result"]
+        assert status["state"] == "running"
+        assert status["gate"]["connections"] == 1
+        assert status["gate"]["admitted_last_minute"] == 6
+    assert [each["state"] for each in status["workers"]] == ["serves", "serves"]
+    assert sum(each["requests"] for each in status["workers"]) == 6
+    assert sorted(each["pid"] for each in status["workers"]) == sorted(daemon.workers())
 
 
 def test_it_answers_while_no_worker_can(daemon: Daemon) -> None:
@@ -94,22 +94,24 @@ def test_it_answers_while_workers_die_at_their_start(new_daemon: NewDaemon) -> N
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "words"),
     [
-        (b"{}\n", "not a question"),
-        (b"status\n", "not a question"),
+        (b"{}\n", "not a request"),
+        (b"status\n", "not a request"),
         (b'{"command": "fly"}\n', "there is no command 'fly'; there are metrics, reload, "),
-        (b"x" * 5000, "the question is too long"),
-        (b"\xff\x00\n", "not a question"),
+        (b"x" * 5000, "the request is too long"),
+        (b"\xff\x00\n", "not a request"),
     ],
 )
-def test_what_it_does_not_understand_it_says(shared_daemon: Daemon, data: bytes, said: str) -> None:
+def test_an_invalid_request_is_answered_with_an_error(
+    shared_daemon: Daemon, data: bytes, words: str
+) -> None:
     answers = ask_bytes(shared_daemon, data)
     assert len(answers) == 1
-    assert said in answers[0]["error"]
+    assert words in answers[0]["error"]
 
 
-def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -> None:
+def test_connections_that_are_silent_slow_or_flooding_hold_nothing_up(daemon: Daemon) -> None:
     connections = [connect(f"{daemon.path}.ctl") for _ in range(40)]
     for number, connection in enumerate(connections):
         connection.setblocking(False)
@@ -120,7 +122,7 @@ def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -
                 for _ in range(200):
                     connection.sendall(b'{"command": "status"}\n' * 100)
         except OSError:
-            continue  # it has had enough of this one
+            continue  # the server has closed this one
     began = time.monotonic()
     daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
     until(lambda: "Reloaded: generation 2" in daemon.log())
@@ -133,19 +135,19 @@ def test_visitors_that_are_silent_slow_or_flood_hold_nobody_up(daemon: Daemon) -
 
 
 def hanging_module(daemon: Daemon, config: str) -> tuple[Path, Path]:
-    """Have the next workers boot until the second file is there; they make the first when they do.
+    """Configure a module that creates the first file when imported, and waits for the second.
 
-    With the same configuration as before, but for `config`.
+    The rest of the configuration is `config`.
     """
     helpers = daemon.folder / "helpers"
     helpers.mkdir()
-    event, go = daemon.folder / "hangs", daemon.folder / "go"
+    started, go = daemon.folder / "hangs", daemon.folder / "go"
     (helpers / "slow.py").write_text(
-        f"import os, time\nopen({str(event)!r}, 'w').close()\n"
+        f"import os, time\nopen({str(started)!r}, 'w').close()\n"
         f"while not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
     )
     daemon.write_config(f'{config}\n[[module_dirs]]\npath = "{helpers}"')
-    return event, go
+    return started, go
 
 
 def say(connection: socket.socket, command: str) -> None:
@@ -153,12 +155,12 @@ def say(connection: socket.socket, command: str) -> None:
 
 
 def outcome(connection: socket.socket) -> dict[str, Any]:
-    """The last that a visitor is told."""
+    """The last reply that a connection receives."""
     last: dict[str, Any] = json.loads(read_to_end(connection).splitlines()[-1])
     return last
 
 
-def test_visitors_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
+def test_connections_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
     with contextlib.ExitStack() as stack:
         watchers = []
         for _ in range(3 * MOST_IDLE):
@@ -166,19 +168,19 @@ def test_visitors_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
             say(watchers[-1], "watch")
         for _ in range(3):
             assert ask(daemon, "status")["result"]["state"] == "running"
-        assert read_to_end(watchers[0]) == b""  # the oldest has made room
+        assert read_to_end(watchers[0]) == b""  # the oldest was closed
         watchers[-1].setblocking(False)
         with pytest.raises(BlockingIOError):  # the last one still watches
             watchers[-1].recv(1)
         assert daemon.command("reload").returncode == 0
 
 
-def test_who_waits_for_an_outcome_is_not_thrown_out(daemon: Daemon) -> None:
-    event, go = hanging_module(daemon, "workers = 2")
+def test_a_connection_that_waits_for_an_outcome_is_not_closed(daemon: Daemon) -> None:
+    started, go = hanging_module(daemon, "workers = 2")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(connect(f"{daemon.path}.ctl"))
         say(first, "reload")
-        until(event.exists)
+        until(started.exists)
         for number in range(3 * MOST_IDLE):
             connection = stack.enter_context(connect(f"{daemon.path}.ctl"))
             if number % 2:
@@ -188,26 +190,26 @@ def test_who_waits_for_an_outcome_is_not_thrown_out(daemon: Daemon) -> None:
         assert outcome(first) == {"result": {"generation": 2, "workers": 2}}
 
 
-def test_when_too_many_wait_a_command_is_refused_and_a_question_answered(
+def test_when_too_many_wait_a_command_is_refused_and_an_inquiry_answered(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 1").run()
-    event, go = hanging_module(daemon, "workers = 1")
+    started, go = hanging_module(daemon, "workers = 1")
     with contextlib.ExitStack() as stack:
         waiting = []
         for _ in range(MOST_WAITING):
             waiting.append(stack.enter_context(connect(f"{daemon.path}.ctl")))
             say(waiting[-1], "reload")
         assert ask(daemon, "status")["result"]["state"] == "reloading"
-        until(event.exists)
+        until(started.exists)
         assert ask(daemon, "reload") == {"error": "64 commands wait for their outcome already"}
         go.touch()
-        told = [outcome(connection) for connection in waiting]
-    assert told == [{"result": {"generation": MOST_WAITING + 1, "workers": 1}}] * MOST_WAITING
+        outcomes = [outcome(connection) for connection in waiting]
+    assert outcomes == [{"result": {"generation": MOST_WAITING + 1, "workers": 1}}] * MOST_WAITING
     assert ask(daemon, "reload")["result"]["generation"] == MOST_WAITING + 2
 
 
-def test_a_flood_of_visitors_keeps_neither_a_command_nor_the_daemon_back(daemon: Daemon) -> None:
+def test_a_flood_of_connections_delays_neither_commands_nor_the_daemon(daemon: Daemon) -> None:
     over = threading.Event()
     flooded = []
 
@@ -241,7 +243,7 @@ def test_a_flood_of_visitors_keeps_neither_a_command_nor_the_daemon_back(daemon:
     assert len(flooded) > 1000
 
 
-def test_a_visitor_that_leaves_while_it_waits_is_forgotten(daemon: Daemon) -> None:
+def test_a_connection_that_is_closed_while_it_waits_is_released(daemon: Daemon) -> None:
     descriptors = Path(f"/proc/{daemon.pid}/fd")
     before = len(list(descriptors.iterdir()))
     for _ in range(3):
@@ -250,7 +252,7 @@ def test_a_visitor_that_leaves_while_it_waits_is_forgotten(daemon: Daemon) -> No
     until(lambda: len(list(descriptors.iterdir())) == before)
 
 
-def test_another_user_is_not_heard(daemon: Daemon) -> None:
+def test_another_user_is_refused(daemon: Daemon) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can be another user for a while")
     os.chmod(f"{daemon.path}.ctl", 0o666)
@@ -274,7 +276,7 @@ def test_another_user_is_not_heard(daemon: Daemon) -> None:
 # -- the commands that use it --
 
 
-def test_reload_says_how_it_went(daemon: Daemon) -> None:
+def test_reload_prints_its_outcome(daemon: Daemon) -> None:
     daemon.write_config("workers = 3")
     done = daemon.command("reload")
     assert (done.returncode, done.stderr) == (0, "")
@@ -292,7 +294,7 @@ def test_reload_says_how_it_went(daemon: Daemon) -> None:
     assert status["last_reload"]["error"].startswith("workers = 200")
 
 
-def test_a_mistake_in_the_file_is_told_whether_or_not_the_command_can_read_it(
+def test_a_mistake_in_the_file_is_reported_with_and_without_socket(
     daemon: Daemon,
 ) -> None:
     daemon.write_config("colour = 1")
@@ -305,26 +307,26 @@ def test_a_mistake_in_the_file_is_told_whether_or_not_the_command_can_read_it(
     assert daemon.command("stop", "--socket", daemon.path).returncode == 0
 
 
-def test_reload_of_what_does_not_run_is_exit_status_3(new_daemon: NewDaemon) -> None:
+def test_reload_without_a_daemon_is_exit_status_3(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2")
     done = daemon.command("reload")
     assert (done.returncode, done.stdout) == (3, "")
     assert "not running" in done.stderr
 
 
-def test_a_waiting_reload_is_told_when_the_daemon_stops_or_dies(daemon: Daemon) -> None:
-    event, _ = hanging_module(daemon, "workers = 2")
+def test_a_waiting_reload_gets_an_error_when_the_daemon_stops(daemon: Daemon) -> None:
+    started, _ = hanging_module(daemon, "workers = 2")
     with connect(f"{daemon.path}.ctl") as connection:
         connection.sendall(b'{"command": "reload"}\n')
-        until(event.exists)
-        heard = b""
-        while b"imports the modules" not in heard:
-            heard += connection.recv(65536)
+        until(started.exists)
+        received = b""
+        while b"imports the modules" not in received:
+            received += connection.recv(65536)
         assert ask(daemon, "status")["result"]["state"] == "reloading"
         assert daemon.stop() == 0
         while piece := connection.recv(65536):
-            heard += piece
-    assert json.loads(heard.splitlines()[-1]) == {"error": "the daemon is stopping"}
+            received += piece
+    assert json.loads(received.splitlines()[-1]) == {"error": "the daemon is stopping"}
 
 
 def test_status_and_stop_work_when_the_master_does_not_answer(daemon: Daemon) -> None:

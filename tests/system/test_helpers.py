@@ -1,20 +1,22 @@
-"""Folders of helper files work as they are, and so do the clients that are deployed with them."""
+"""Folders of helper files work unchanged, and so do the clients that are deployed with them."""
 
 import json
 import shutil
 import subprocess
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import Daemon, NewDaemon
+from exposing import write_modules
 from plain_client import one_shot, send_one_shot
 from stateful import ClientProcess
 
 OLD_CLIENT = Path(__file__).parents[1] / "old_client.pl"
 
 FILES = {
-    "documents.py": """
+    "documents": """
         _open = {}
         print("documents is imported")
 
@@ -26,7 +28,7 @@ FILES = {
         def count():
             return len(_open)
     """,
-    "queries.py": """
+    "queries": """
         import documents
         from . import documents as the_same
         from .documents import _open
@@ -39,29 +41,29 @@ FILES = {
         def level():
             return depth()
     """,
-    "deeper.py": """
+    "deeper": """
         from .queries_base import BASE
 
         def depth():
             return BASE + 1
     """,
-    "queries_base.py": """
+    "queries_base": """
         from . import deeper  # each imports the other
 
         BASE = 1
     """,
-    "sheets.py": """
+    "sheets": """
         import no_such_library_here
 
         def write():
             return no_such_library_here
     """,
-    "reports.py": """
+    "reports": """
         def total():
             from sheets import write
             return write()
     """,
-    "http.py": """
+    "http": """
         from http import HTTPStatus  # Python's own
 
         def code():
@@ -72,21 +74,17 @@ FILES = {
 
 @pytest.fixture
 def daemon(new_daemon: NewDaemon) -> Daemon:
-    """A daemon over a folder of helpers, that has no affinity set."""
-    import textwrap
-
+    """A daemon with a folder of helpers, whose affinity is the default."""
     daemon = new_daemon()
-    folder = daemon.folder / "helpers"
-    folder.mkdir()
-    for name, text in FILES.items():
-        (folder / name).write_text(textwrap.dedent(text))
+    files = {name: textwrap.dedent(text) for name, text in FILES.items()}
+    folder = write_modules(daemon.folder / "helpers", **files)
     daemon.write_config(
         f'workers = 4\nlimits.max_requests_per_minute = 0\n[[module_dirs]]\npath = "{folder}"'
     )
     return daemon
 
 
-def test_helpers_share_their_state_whatever_they_import_each_other_by(daemon: Daemon) -> None:
+def test_helpers_share_their_state_however_they_import_each_other(daemon: Daemon) -> None:
     daemon.run()
     with ClientProcess(daemon.path) as first, ClientProcess(daemon.path) as second:
         loaded = first.call("documents", "load", ["one"])
@@ -99,9 +97,7 @@ def test_helpers_share_their_state_whatever_they_import_each_other_by(daemon: Da
     assert "a document is loaded" in daemon.log()
 
 
-def test_a_module_sees_its_siblings_state_where_both_run_in_one_worker(
-    daemon: Daemon, new_daemon: NewDaemon
-) -> None:
+def test_a_module_reads_another_ones_state_where_both_run_in_one_worker(daemon: Daemon) -> None:
     daemon.config.write_text(daemon.config.read_text().replace("workers = 4", "workers = 1"))
     daemon.run()
     assert daemon.call("documents", "load", ["text"])["result"] == 0
@@ -118,7 +114,7 @@ def test_a_helper_that_lacks_a_library_is_left_out_and_the_others_load(daemon: D
     assert f"module sheets is left out: {daemon.folder}/helpers/sheets.py failed: {why}" in (
         daemon.log()
     )
-    # What imports it when it is called fails then, as it would anywhere.
+    # A function that imports it when it is called fails then, as it would in any process.
     assert one_shot(daemon.path, "reports", "total")["error_type"] == "ModuleNotFoundError"
 
 
@@ -163,7 +159,9 @@ def test_the_deployed_clients_text_comes_out_right_both_ways(daemon: Daemon) -> 
     assert json.loads(done.stdout) == [{"text": text, "length": len(text)} for text in TEXTS]
 
 
-def test_functions_get_the_deployed_clients_characters_and_not_their_bytes(daemon: Daemon) -> None:
+def test_functions_receive_the_deployed_clients_characters_and_not_their_bytes(
+    daemon: Daemon,
+) -> None:
     daemon.run()
     for text in TEXTS:
         body = json.dumps(
@@ -173,15 +171,15 @@ def test_functions_get_the_deployed_clients_characters_and_not_their_bytes(daemo
         twice = body.encode().decode("latin-1").encode()
         reply = json.loads(send_one_shot(daemon.path, twice))
         assert reply["result"] == [ord(each) for each in text]
-        # Escaped, or encoded once: it is as it is.
+        # Escaped, or encoded once: it is not decoded a second time.
         for sent in (json.dumps(json.loads(body)).encode(), body.encode()):
             reply = json.loads(send_one_shot(daemon.path, sent))
             assert reply["result"] == [ord(each) for each in text]
 
 
-def test_other_clients_text_is_never_decoded_once_more(daemon: Daemon) -> None:
+def test_other_clients_text_is_never_decoded_twice(daemon: Daemon) -> None:
     daemon.run()
-    text = "Z\u00fcrich".encode().decode("latin-1")  # looks as if it were encoded twice
+    text = "Z\u00fcrich".encode().decode("latin-1")  # could be text that was encoded twice
     for version in ("2.01", "0.1.0", None):
         body = {"module": "probe", "function": "points", "params": [text]}
         sent = json.dumps({**body, "client_version": version}, ensure_ascii=False).encode()

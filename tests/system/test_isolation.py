@@ -1,4 +1,4 @@
-"""What a module does in one worker does not reach the clients of another."""
+"""What a module does to its process does not reach other workers, clients or children."""
 
 import contextlib
 import json
@@ -13,18 +13,18 @@ from plain_client import Framed, connect, one_shot, request, until
 def test_a_module_that_keeps_the_interpreter_lock_holds_up_no_other_worker(
     daemon: Daemon,
 ) -> None:
-    event = daemon.folder / "note"
+    begun = daemon.folder / "begun"
     holder = threading.Thread(
-        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [6, str(event)])
+        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [6, str(begun)])
     )
     holder.start()
-    busy = int(until(lambda: event.exists() and event.read_text(), what="the call's begin"))
+    busy = int(until(lambda: begun.exists() and begun.read_text(), what="the call's begin"))
     waits = []
     for _ in range(20):
         asked = time.monotonic()
         assert daemon.call("probe", "worker_pid") != busy
         waits.append(time.monotonic() - asked)
-    assert holder.is_alive(), "it did not hold for long enough to show anything"
+    assert holder.is_alive(), "it did not hold the lock for long enough to show anything"
     holder.join()
     assert max(waits) < 1.0
 
@@ -42,7 +42,7 @@ def test_a_default_timeout_set_by_a_module_changes_no_client(new_daemon: NewDaem
     assert daemon.call("probe", "nap", [0.5])
 
 
-def test_a_fork_after_that_changes_none_either(new_daemon: NewDaemon) -> None:
+def test_a_fork_after_a_default_timeout_was_set_changes_no_client(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 1\nlimits.max_requests_per_minute = 0").run()
     daemon.call("probe", "set_default_timeout", [5])
     with Framed(daemon.path) as client:
@@ -60,7 +60,7 @@ def test_a_fork_after_that_changes_none_either(new_daemon: NewDaemon) -> None:
             assert reply is not None
             assert reply["success"]
 
-        client.call("test", "ping")  # from now on it is told whether a request of it has begun
+        client.call("test", "ping")  # from now on its status says whether a request has begun
         call_in_two_pieces()
         daemon.call("probe", "fork_and_return")
         call_in_two_pieces()

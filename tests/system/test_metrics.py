@@ -1,4 +1,4 @@
-"""`cpanbridged metrics`: the numbers as Prometheus reads them, whatever state the daemon is in."""
+"""`cpanbridged metrics`: the numbers in Prometheus' format, in every state of the daemon."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ Labels = frozenset[tuple[str, str]]
 
 
 class Samples(dict[tuple[str, Labels], float]):
-    """What a scrape has: `samples("name", label=value)`, without the prefix that all have."""
+    """The samples of a scrape: `samples("name", label=value)`, without the common prefix."""
 
     def __call__(self, name: str, **labels: str) -> float:
         return self[f"cpanbridged_{name}", frozenset(labels.items())]
 
 
 def scrape(daemon: Daemon) -> Samples:
-    """What the command prints, as Prometheus' own parser reads it."""
+    """The command's output, read by Prometheus' own parser."""
     done = daemon.command("metrics")
     assert (done.returncode, done.stderr) == (0, "")
     samples = Samples()
@@ -44,17 +44,17 @@ def hang(daemon: Daemon, stack: contextlib.ExitStack, calls: int) -> None:
     """Have so many calls run until the test is over."""
     go = daemon.folder / "go"
     for number in range(calls):
-        event = daemon.folder / f"runs-{number}"
+        started = daemon.folder / f"runs-{number}"
         thread = threading.Thread(
-            target=one_shot, args=(daemon.path, "probe", "run_until", [str(go), str(event)])
+            target=one_shot, args=(daemon.path, "probe", "run_until", [str(go), str(started)])
         )
         thread.start()
         stack.callback(thread.join, 30)
-        until(event.exists)
+        until(started.exists)
     stack.callback(go.touch)
 
 
-def test_counters_are_what_was_called(daemon: Daemon) -> None:
+def test_counters_count_the_calls(daemon: Daemon) -> None:
     fresh = scrape(daemon)
     assert fresh("requests_total", outcome="succeeded") == 0
     assert math.isnan(fresh("request_duration_seconds", quantile="0.5"))
@@ -84,7 +84,7 @@ def test_counters_are_what_was_called(daemon: Daemon) -> None:
     assert found("requests_last_minute") == 8
 
 
-def test_it_tells_the_load_beside_the_limits(new_daemon: NewDaemon) -> None:
+def test_it_reports_the_load_and_the_limits(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(
         "workers = 3\n[limits]\nmax_memory_mb = 500\nmax_cpu_percent = 150\nmax_connections = 7\n"
         "max_concurrent_requests = 5\nmax_requests_per_minute = 0"
@@ -119,7 +119,7 @@ def test_totals_stay_when_a_worker_dies_and_at_a_reload(daemon: Daemon) -> None:
     assert found("function_calls_total", module="test", function="ping") == 4
 
 
-def test_it_answers_while_the_gate_is_shut(new_daemon: NewDaemon) -> None:
+def test_it_answers_while_the_gate_is_closed(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2\nlimits = {max_memory_mb = 100, memory_grace = 600}").run()
     daemon.call("probe", "hoard", [150])
     until(lambda: scrape(daemon)("gate_open") == 0)
@@ -160,12 +160,12 @@ def test_as_json_it_is_the_object_of_system_metrics(daemon: Daemon) -> None:
     del asked["module_status"]  # the master has no modules
     done = daemon.command("metrics", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert names(told) == names(asked)
-    assert told["performance_metrics"]["total_requests"] == 2
+    printed = json.loads(done.stdout)
+    assert names(printed) == names(asked)
+    assert printed["performance_metrics"]["total_requests"] == 2
 
 
-def test_what_does_not_run_is_exit_status_3(new_daemon: NewDaemon) -> None:
+def test_without_a_daemon_it_is_exit_status_3(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     for flags in ((), ("--json",)):
         done = daemon.command("metrics", *flags)
@@ -184,7 +184,7 @@ def test_a_master_that_does_not_answer_is_exit_status_1(daemon: Daemon) -> None:
 
 
 def test_the_line_for_the_textfile_collector_replaces_the_file_as_a_whole(daemon: Daemon) -> None:
-    """As docs/operations.md has it: what node_exporter reads is never half a file, nor empty."""
+    """The line in docs/operations.md: node_exporter never reads half a file, nor an empty one."""
     page = Path(__file__).parents[2] / "docs" / "operations.md"
     (line,) = [each for each in page.read_text().splitlines() if "cpanbridged metrics >" in each]
     command = line.strip().removeprefix("* * * * * ")
@@ -209,7 +209,7 @@ def test_the_line_for_the_textfile_collector_replaces_the_file_as_a_whole(daemon
     assert collected.read_text() == first
 
 
-def test_the_daemon_does_not_load_what_only_the_command_needs(new_daemon: NewDaemon) -> None:
+def test_the_daemon_does_not_import_what_only_the_command_needs(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     helpers = daemon.folder / "helpers"
     helpers.mkdir()

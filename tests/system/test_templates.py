@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Daemon, NewDaemon
+from exposing import write_modules
 from plain_client import until
 
 HEAVY = """
@@ -20,11 +21,9 @@ SAYS_PID = "import os\nprint('imported in', os.getpid())\ndef pid():\n    return
 
 
 def expose(daemon: Daemon, top: str = "workers = 2", **files: str) -> Daemon:
-    """Have a daemon expose a folder with these files, and nothing else but what the tests have."""
-    folder = daemon.folder / "helpers"
-    folder.mkdir(exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    """Have a daemon expose a folder with these modules, besides those of all tests."""
+    dedented = {name: textwrap.dedent(text) for name, text in files.items()}
+    folder = write_modules(daemon.folder / "helpers", **dedented)
     daemon.write_config(
         f"{top}\nlimits.max_requests_per_minute = 0\n"
         f'[[module_dirs]]\npath = "{folder}"\naffinity = "none"'
@@ -85,7 +84,9 @@ def test_a_heavy_module_is_in_memory_once(new_daemon: NewDaemon) -> None:
     assert memory(with_it) < memory(without) / 2
 
 
-def test_workers_are_the_masters_children_and_the_template_is_seen(new_daemon: NewDaemon) -> None:
+def test_workers_are_the_masters_children_and_status_shows_the_template(
+    new_daemon: NewDaemon,
+) -> None:
     daemon = expose(new_daemon(), says=SAYS_PID).run()
     (template,) = daemon.templates()
     assert imported_in(daemon) == [template]
@@ -96,7 +97,7 @@ def test_workers_are_the_masters_children_and_the_template_is_seen(new_daemon: N
     status = daemon.command("status").stdout
     assert f"pid {template}: template gen 1 forks" in status
     assert status.count(str(template)) == 1
-    # Master, template, workers: the memory limit is for all of them.
+    # Master, template and workers: the memory limit is for all of them.
     until(lambda: daemon.metrics()["system_stats"]["processes"] == 4)
 
 
@@ -157,9 +158,9 @@ def test_workers_that_boot_in_a_template_s_child_end_with_a_killed_master(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = expose(new_daemon(), says=SAYS_PID).run()
-    event = daemon.folder / "hangs"
+    begun = daemon.folder / "hangs"
     (daemon.folder / "slow.py").write_text(
-        f"import time\nopen({str(event)!r}, 'w').close()\ntime.sleep(600)\n"
+        f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(600)\n"
     )
     text = daemon.config.read_text()
     daemon.replace_config(
@@ -167,7 +168,7 @@ def test_workers_that_boot_in_a_template_s_child_end_with_a_killed_master(
         '[modules.slow]\nimport = "slow"\nfunctions = ["f"]\npreload = false\n'
     )
     os.kill(daemon.pid, signal.SIGHUP)
-    until(event.exists)
+    until(begun.exists)
     pids = until(lambda: len(found := [*daemon.workers(), *daemon.templates()]) == 6 and found)
     os.kill(daemon.pid, signal.SIGKILL)
     until(lambda: not any(map(runs, pids)), 30, "the end of all processes")
@@ -228,7 +229,7 @@ def test_a_module_that_cannot_be_shared_is_imported_by_each_worker(
 
 
 def test_threads_that_end_before_a_fork_are_no_obstacle(new_daemon: NewDaemon) -> None:
-    """As those of libraries that know of forks, and start their threads again when needed."""
+    """Libraries that are made for forks have such threads, and start them again after a fork."""
     text = """
         import os, threading
         over = threading.Event()
@@ -246,7 +247,7 @@ def test_threads_that_end_before_a_fork_are_no_obstacle(new_daemon: NewDaemon) -
     assert daemon.call("threads", "pid") in settled_workers(daemon, 2)
 
 
-def test_what_an_unfit_module_has_started_in_a_template_ends_with_that(
+def test_what_an_unfit_module_has_started_in_a_template_ends_with_it(
     new_daemon: NewDaemon,
 ) -> None:
     text = "import subprocess\nprint('started', subprocess.Popen(['sleep', '77']).pid)\n"
@@ -259,7 +260,7 @@ def test_what_an_unfit_module_has_started_in_a_template_ends_with_that(
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_module_that_is_not_to_be_shared_is_not(new_daemon: NewDaemon) -> None:
+def test_a_module_with_preload_off_is_imported_by_each_worker(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     (daemon.folder / "lone.py").write_text(SAYS_PID)
     daemon.write_config(
@@ -267,7 +268,7 @@ def test_a_module_that_is_not_to_be_shared_is_not(new_daemon: NewDaemon) -> None
         '[modules.lone]\nimport = "lone"\nfunctions = ["pid"]\npreload = false'
     )
     daemon.run()
-    assert len(daemon.templates()) == 1  # for the tests' modules
+    assert len(daemon.templates()) == 1  # for the modules of all tests
     assert sorted(imported_in(daemon)) == sorted(daemon.workers())
 
 
@@ -300,7 +301,7 @@ def test_each_worker_has_random_numbers_of_its_own(new_daemon: NewDaemon) -> Non
     assert len(set(first.values())) == len(first)
 
 
-def test_a_later_worker_writes_to_the_log_that_is_in_use(new_daemon: NewDaemon) -> None:
+def test_a_later_worker_writes_to_the_log_that_is_open_now(new_daemon: NewDaemon) -> None:
     daemon = expose(new_daemon(), says=SAYS_PID).run()
     old = daemon.folder / "d.log.1"
     daemon.log_file.rename(old)
@@ -326,7 +327,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("preload", ["true", "false"])
-def test_a_start_says_what_is_wrong_with_a_module_wherever_it_is_imported(
+def test_a_failed_start_says_what_is_wrong_with_a_module_wherever_it_is_imported(
     new_daemon: NewDaemon, fault: str, preload: str
 ) -> None:
     text, said = FAULTS[fault]

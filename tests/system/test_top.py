@@ -43,7 +43,7 @@ class Terminal:
         os.set_blocking(self.master, False)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Have another size, as when a window is drawn larger."""
+        """Set the size, as a terminal emulator does when its window is resized."""
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     def type(self, keys: bytes) -> None:
@@ -68,10 +68,10 @@ class Terminal:
         return found
 
     def ends(self) -> int:
-        """Its exit status, once it has ended, and has left the terminal as it was."""
+        """Wait for its end and check that the terminal is restored; returns its exit status."""
 
         def ended() -> bool:
-            self.written()  # or it waits for room to write
+            self.written()  # a full terminal would block it
             return self.process.poll() is not None
 
         until(ended)
@@ -92,7 +92,7 @@ Top = Callable[..., Terminal]
 
 @pytest.fixture
 def top() -> Iterator[Top]:
-    """`top(daemon, *flags, size=...)`: one that looks ten times a second."""
+    """`top(daemon, *flags, size=...)`: one that samples ten times a second."""
     terminals: list[Terminal] = []
 
     def start(daemon: Daemon, *flags: str, **size: Any) -> Terminal:
@@ -142,9 +142,7 @@ def test_no_screen_is_larger_than_the_terminal(
         terminal.shows(r"^\d\d:\d\d:\d\d +probe\.fail +29 long")
 
 
-def test_what_a_client_has_sent_does_not_reach_the_terminal_as_it_is(
-    daemon: Daemon, top: Top
-) -> None:
+def test_control_characters_of_clients_reach_the_terminal_escaped(daemon: Daemon, top: Top) -> None:
     one_shot(daemon.path, "probe", "fail", ["\x1b]0;mine\x07 \x9b31m [red]\nnext"])
     terminal = top(daemon)
     terminal.shows(re.escape(r"\x1b]0;mine\x07 \x9b31m [red]\nnext"))
@@ -152,7 +150,7 @@ def test_what_a_client_has_sent_does_not_reach_the_terminal_as_it_is(
     assert "\x9b" not in terminal.written()
 
 
-def test_it_is_drawn_anew_when_the_terminal_has_another_size(daemon: Daemon, top: Top) -> None:
+def test_it_is_redrawn_when_the_terminal_is_resized(daemon: Daemon, top: Top) -> None:
     for number in range(30):
         one_shot(daemon.path, "probe", "fail", [str(number)])
     terminal = top(daemon, "--interval", "3600")
@@ -173,7 +171,7 @@ def test_the_keys_t_and_c_order_the_functions(daemon: Daemon, top: Top) -> None:
     terminal.shows(r"^probe\.nap [^^]*\ntest\.ping")
 
 
-def test_throughput_is_that_since_the_last_look(daemon: Daemon, top: Top) -> None:
+def test_throughput_is_that_since_the_last_sample(daemon: Daemon, top: Top) -> None:
     terminal = top(daemon)
     terminal.shows(r"^0\.0 calls/s")
 
@@ -206,7 +204,7 @@ def test_it_ends_and_leaves_the_terminal_as_it_was(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_comes_while_the_interpreter_cleans_up_is_not_lost(
+def test_a_signal_that_arrives_during_finalization_is_not_lost(
     number: signal.Signals,
 ) -> None:
     with keyboard() as keys:
@@ -217,7 +215,7 @@ def test_a_signal_that_comes_while_the_interpreter_cleans_up_is_not_lost(
                 keys.wait(20)
 
 
-def test_it_says_that_the_daemon_has_gone_and_goes_on_when_it_is_back(
+def test_it_says_that_the_daemon_has_ended_and_goes_on_with_the_next(
     new_daemon: NewDaemon, top: Top
 ) -> None:
     daemon = new_daemon("workers = 2")
@@ -246,7 +244,7 @@ def test_it_says_that_the_master_does_not_answer(daemon: Daemon, top: Top) -> No
     terminal.shows("^gate open")
 
 
-def test_it_shows_why_the_gate_is_shut_while_it_is(new_daemon: NewDaemon, top: Top) -> None:
+def test_it_shows_why_the_gate_is_closed(new_daemon: NewDaemon, top: Top) -> None:
     daemon = new_daemon("workers = 2\nlimits = {max_memory_mb = 100, memory_grace = 600}").run()
     terminal = top(daemon)
     terminal.shows("^gate open")
@@ -257,7 +255,7 @@ def test_it_shows_why_the_gate_is_shut_while_it_is(new_daemon: NewDaemon, top: T
     daemon.stop(signal.SIGQUIT)
 
 
-def test_it_shows_a_daemon_whose_workers_do_nothing_any_more(daemon: Daemon, top: Top) -> None:
+def test_it_shows_a_daemon_whose_workers_are_all_stopped(daemon: Daemon, top: Top) -> None:
     with daemon.held():
         terminal = top(daemon)
         for pid in daemon.workers():
@@ -283,7 +281,7 @@ def test_without_a_terminal_it_is_exit_status_2(daemon: Daemon) -> None:
     assert done.stderr == "cpanbridged: top needs a terminal; --once prints one screen\n"
 
 
-def test_of_what_does_not_run_it_is_exit_status_3(new_daemon: NewDaemon) -> None:
+def test_without_a_daemon_it_is_exit_status_3(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     done = daemon.command("top", "--once")
     assert (done.returncode, done.stdout) == (3, "")

@@ -1,24 +1,22 @@
-"""A worker's threads. There are as many as the calls need, and one of them waits at the door.
+"""A worker's threads: one leads, the others serve or wait (the Leader/Followers pattern).
 
-Each connection is served by a thread of its own, in plain blocking code. What threads cost is not
-waiting but changing over: each system call gives up the interpreter lock, and with two threads at
-work it goes to the other one and has to be waited for. So the thread that has taken a connection
+Each connection is served by one thread, in plain blocking code. What threads cost is not waiting
+but changing over: each system call gives up the interpreter lock, and with two threads at work it
+goes to the other one and has to be waited for. So the thread that leads, and has found a client,
 does one of two things, by what `is_quick` says of it:
 
-- It is likely to be quick: the thread keeps the door while it serves, and is back before anybody
-  else could have got there. Fast calls run in one thread, with nobody woken.
-- It is not: another thread is sent to the door first, a parked one or a new one. Slow calls and
+- The call is likely to be quick: the leader serves it in place, and leads again before another
+  thread could have been woken. Fast calls run in one thread.
+- It is not: the leader promotes a follower first, an idle thread or a new one. Slow calls and
   long connections run in as many threads as there are of them.
 
-A quick call that turns out slow does not shut the door. Where it finds that it has to wait, its
-thread leaves the door (`step_aside`); for any other the worker's main thread looks after the door
-(`look_after_door`) and sends another thread there after `TAKEOVER_SECONDS`.
-
-A thread that comes back while somebody else is at the door parks, and ends when nobody has called
-it for `PARKED_SECONDS`.
+A call that was served in place and turns out slow does not keep the worker from accepting. A thread
+that finds that it has to wait promotes a follower by itself (`step_aside`); for any other the main
+thread does it after `TAKEOVER_SECONDS` (`watch_leader`).
 """
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -31,8 +29,6 @@ from cpanbridge.workers.accept.own_threads import OwnThread
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 TAKEOVER_SECONDS = 0.01
-LOOK_SECONDS = 1.0
-PARKED_SECONDS = 60.0
 COMPLAIN_SECONDS = 60.0
 
 A = TypeVar("A")
@@ -41,8 +37,8 @@ A = TypeVar("A")
 class ThreadPool(Generic[A]):
     """Threads that each repeat: `fetch` an arrival, `serve` it; `fetch` returns None at the end.
 
-    `limit` is how many may serve at the same time. `left` is called when they do, so that nobody is
-    left to be at the door.
+    `limit` is how many may serve at the same time. `no_thread_left` is called when they do, and no
+    thread is left to lead.
     """
 
     def __init__(
@@ -51,178 +47,178 @@ class ThreadPool(Generic[A]):
         fetch: Callable[[], A | None],
         is_quick: Callable[[A], bool],
         serve: Callable[[A], None],
-        left: Callable[[], None] = lambda: None,
+        no_thread_left: Callable[[], None] = lambda: None,
     ) -> None:
         self._limit = limit
         self._fetch = fetch
         self._is_quick = is_quick
         self._serve = serve
-        self._left = left
+        self._no_thread_left = no_thread_left
         self._lock = threading.Lock()  # over all that follows
-        self._idle = threading.Condition(self._lock)
-        self._started = False
-        self._at_door = 0  # there, on the way there, or keeping it: 0 or 1
-        self._kept_since = 0.0  # when the thread that keeps the door began to serve; 0: it is there
-        self._keeper = 0  # which thread that is
-        self._keeps = 0
-        self._keeps_seen = 0
-        self._looked_after = False
-        self._serving = 0  # away from the door
-        self._parked = 0
-        self._over = False
+        self._changed = threading.Condition(self._lock)
+        self._started = self._over = False
+        self._has_leader = False  # that fetches, is about to, or serves in place
+        self._in_place_since = 0.0  # CLOCK_MONOTONIC; 0: the leader does not serve
+        self._in_place_thread = 0
+        self._in_place_lately = False  # since the main thread's last check
+        self._watched = False  # by the main thread, every TAKEOVER_SECONDS
+        self._serving = 0  # threads, besides a leader that serves in place
+        self._idle = 0  # threads that wait to be promoted
+        self._promotions: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._complained = -COMPLAIN_SECONDS
-        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.broken = False  # the worker must leave
-        # Readable when the main thread should look after the door sooner than it meant to.
+        self.broken = False  # the worker must exit
+        # Readable when the main thread should call `watch_leader` sooner than it meant to.
         self.attention = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     @property
     def serving(self) -> int:
         """How many connections are being served."""
-        return self._serving + (1 if self._kept_since else 0)
+        return self._serving + (1 if self._in_place_since else 0)
 
     @property
-    def door_is_left(self) -> bool:
-        """Whether nobody is at the door, who could let a client in."""
+    def has_leader(self) -> bool:
+        """Whether a thread accepts, or will when it has served in place."""
         with self._lock:
-            return self._at_door == 0
+            return self._has_leader
 
     @property
-    def idle(self) -> bool:
-        """After `close_door`: whether nothing is served any more and nobody is at the door."""
+    def is_finished(self) -> bool:
+        """After `close`: whether no thread serves or leads any more."""
         with self._lock:
-            return self._is_idle()
+            return self._is_finished()
 
     def start(self) -> None:
-        """Send the first thread to the door."""
+        """Start the first leader."""
         with self._lock:
-            self._started = True
-            self._at_door = 1
+            self._started = self._has_leader = True
             self._start_thread()
 
-    def look_after_door(self) -> float:
-        """See that the door is not left alone; returns in how many seconds to call it again.
+    def watch_leader(self) -> float:
+        """Promote a follower if the leader serves for too long, or if there is no leader.
 
-        Called in the worker's main thread, then, and when `attention` is readable.
+        Returns in how many seconds to call it again. Called in the worker's main thread, then, and
+        when `attention` is readable.
         """
-        left = False
         with self._lock:
-            if self._kept_since and time.monotonic() - self._kept_since >= TAKEOVER_SECONDS:
-                self._kept_since = 0.0
-                left = self._leave_door()
-            open_ = self._started and not self._over
-            if open_ and not self._at_door and self._serving < self._limit:
-                self._send_to_door()  # no thread was to be had before
-            self._looked_after = bool(self._kept_since) or self._keeps != self._keeps_seen
-            self._keeps_seen = self._keeps
-            seconds = TAKEOVER_SECONDS if self._looked_after else LOOK_SECONDS
+            in_place = self._in_place_since
+            if in_place and time.monotonic() - in_place >= TAKEOVER_SECONDS:
+                left = self._leave_lead()
+            else:
+                left = False
+                if self._started and not self._has_leader and self._serving < self._limit:
+                    self._promote()  # no thread could be started before
+            self._watched = bool(self._in_place_since) or self._in_place_lately
+            self._in_place_lately = False
+            seconds = TAKEOVER_SECONDS if self._watched else math.inf
         if left:
-            self._left()
+            self._no_thread_left()
         return seconds
 
     def step_aside(self) -> None:
-        """This thread is about to wait for something: it keeps the door no longer, if it does."""
-        left = False
+        """This thread is about to wait: if it leads, promote a follower."""
         with self._lock:
-            if self._kept_since and self._keeper == threading.get_ident():
-                self._kept_since = 0.0
-                left = self._leave_door()
+            leads = self._in_place_since and self._in_place_thread == threading.get_ident()
+            left = bool(leads) and self._leave_lead()
         if left:
-            self._left()
+            self._no_thread_left()
 
-    def close_door(self) -> None:
-        """Nobody goes to the door any more; who keeps it while serving does not come back."""
+    def close(self) -> None:
+        """Promote no thread any more; a leader that serves in place does not lead again."""
         with self._lock:
             self._over = True
-            if self._kept_since:
-                self._kept_since = 0.0
-                self._leave_door()
+            if self._in_place_since:
+                self._leave_lead()
 
-    def wait_until_door_is_left(self, seconds: float) -> bool:
-        """After `fetch` has ended: wait until nobody fetches any more. False: not in time."""
+    def wait_until_no_leader(self, seconds: float) -> bool:
+        """After `fetch` has ended: wait until no thread fetches. False: not in time."""
         with self._lock:
-            return self._idle.wait_for(lambda: self._at_door == 0, timeout=max(0.0, seconds))
+            return self._changed.wait_for(lambda: not self._has_leader, max(0.0, seconds))
 
-    def wait_until_idle(self, seconds: float) -> bool:
-        """After `fetch` has ended: wait until nothing is served any more. False: not in time."""
+    def wait_until_finished(self, seconds: float) -> bool:
+        """After `fetch` has ended: wait until no thread serves. False: not in time."""
         with self._lock:
-            return self._idle.wait_for(self._is_idle, timeout=max(0.0, seconds))
+            return self._changed.wait_for(self._is_finished, max(0.0, seconds))
 
-    def _is_idle(self) -> bool:
-        return self._serving == 0 and self._at_door == 0
+    def _is_finished(self) -> bool:
+        return self._serving == 0 and not self._has_leader
 
-    def _tell_idle(self) -> None:
-        """Wake whoever waits for the end. Called under the lock, when there is to be no more."""
-        self._idle.notify_all()
+    def _tell_change(self) -> None:
+        """Wake whoever waits for the end. Called under the lock, once it is over."""
+        self._changed.notify_all()
         os.eventfd_write(self.attention, 1)
 
+    # -- a thread's life --
+
     def _run(self) -> None:
-        """A thread's life."""
         try:
             while (arrival := self._fetch()) is not None:
-                self._go_and_serve(arrival)
-                if not self._return_to_door() and not self._park():
-                    return
+                self._serve_one(arrival)
+                if not self._lead_again():
+                    self._promotions.get()
         except BaseException:
-            # Whoever is at the door next would fail as well, and the worker be deaf.
-            LOGGER.exception("No more clients can be let in, by a fault of the daemon's own")
+            # The next leader would fail as well, and the worker accept nobody.
+            LOGGER.exception("No more clients can be accepted, by a fault of the daemon's own")
             self.broken = True
             os.eventfd_write(self.attention, 1)
         with self._lock:
             self._over = True
-            self._at_door = 0
-            self._tell_idle()
+            self._has_leader = False
+            self._tell_change()
 
-    def _go_and_serve(self, arrival: A) -> None:
+    def _serve_one(self, arrival: A) -> None:
         if self._is_quick(arrival):
-            self._keep_door()
+            self._begin_in_place()
         else:
             with self._lock:
-                left = self._leave_door()
+                left = self._leave_lead()
             if left:
-                self._left()
+                self._no_thread_left()
         try:
             self._serve(arrival)
         except Exception:
             LOGGER.exception("A connection ended by a fault of the daemon's own")
 
-    def _keep_door(self) -> None:
+    def _begin_in_place(self) -> None:
         with self._lock:
             if self._over:
-                self._leave_door()
+                self._leave_lead()
                 return
-            self._kept_since = time.monotonic()
-            self._keeper = threading.get_ident()
-            self._keeps += 1
-            looked_after, self._looked_after = self._looked_after, True
-        if not looked_after:
+            self._in_place_since = time.monotonic()
+            self._in_place_thread = threading.get_ident()
+            self._in_place_lately = True
+            watched, self._watched = self._watched, True
+        if not watched:
             os.eventfd_write(self.attention, 1)
 
-    def _leave_door(self) -> bool:
-        """The one at the door is serving now: send another there. Called under the lock.
+    def _leave_lead(self) -> bool:
+        """The leader serves, and leads no more: promote a follower. Called under the lock.
 
-        Whether there is nobody to be sent, and so `left` is to be called when the lock is free.
+        Returns whether there is none, so that `no_thread_left` is to be called without the lock.
         """
+        self._in_place_since = 0.0
+        self._has_leader = False
         self._serving += 1
-        self._at_door = 0
         if self._over:
-            self._tell_idle()
+            self._tell_change()
             return False
         if self._serving < self._limit:
-            self._send_to_door()
-        return not self._at_door
+            self._promote()
+        return not self._has_leader
 
-    def _send_to_door(self) -> None:
-        self._at_door = 1
-        if self._parked:
-            self._parked -= 1
-            self._calls.put(None)
+    def _promote(self) -> None:
+        """Make an idle thread the leader, or start one. Called under the lock."""
+        if self._over:
+            return
+        self._has_leader = True
+        if self._idle:
+            self._idle -= 1
+            self._promotions.put(None)
             return
         try:
             self._start_thread()
         except RuntimeError:
-            # Whoever comes back first takes the place, or the main thread finds it empty.
-            self._at_door = 0
+            # The next thread that has served leads, or the main thread tries again.
+            self._has_leader = False
             now = time.monotonic()
             if now - self._complained >= COMPLAIN_SECONDS:
                 self._complained = now
@@ -231,29 +227,18 @@ class ThreadPool(Generic[A]):
     def _start_thread(self) -> None:
         OwnThread(target=self._run, name="client", daemon=True).start()
 
-    def _return_to_door(self) -> bool:
-        """Whether this thread, done with serving, is at the door again; it is to park otherwise."""
+    def _lead_again(self) -> bool:
+        """Whether this thread, which has served, is the leader; it is idle otherwise."""
         with self._lock:
-            if self._kept_since:
-                self._kept_since = 0.0
+            if self._in_place_since:
+                # If it is another thread that serves in place, the two change roles.
+                self._in_place_since = 0.0
                 return True
             self._serving -= 1
             if self._over:
-                self._tell_idle()
-            elif not self._at_door:
-                self._at_door = 1  # nobody was to be had when it was left
+                self._tell_change()
+            elif not self._has_leader:
+                self._has_leader = True
                 return True
-            self._parked += 1
+            self._idle += 1
             return False
-
-    def _park(self) -> bool:
-        """Wait to be called to the door; False when nobody called for long."""
-        try:
-            self._calls.get(timeout=PARKED_SECONDS)
-        except queue.Empty:
-            with self._lock:
-                if self._parked:
-                    self._parked -= 1
-                    return False
-            self._calls.get()  # called at the very last moment
-        return True

@@ -1,11 +1,11 @@
-"""Turning clients away with an answer, where the daemon is told not to let them wait.
+"""Rejecting clients with an answer, with `overload = "reject"`.
 
 A client that finds no room is accepted all the same, only to be told `Overloaded` in the form that
-it speaks, and closed. It is no connection in the gate's sense: it never has a request, its time is
-short, and there are few of them at a time. Those that come beyond wait in the listen queue; while
-there are any, who is silent has to go sooner.
+it speaks, and closed. The gate does not count it as a connection: it never has a request, its time
+is short, and a worker has `MOST_REJECTED` of them at most. Further ones wait in the listen queue;
+while there are any, a client that sends nothing is closed sooner.
 
-One thread serves all of them, without ever waiting for one.
+One thread serves all of them and never waits for one.
 """
 
 import contextlib
@@ -21,7 +21,9 @@ from socket import SocketType
 
 from cpanbridge.supervisor.gate import MOST_REJECTED, Obstacle
 from cpanbridge.workers.accept.own_threads import OwnThread
-from cpanbridge.workers.protocol import messages
+from cpanbridge.workers.protocol.framing import NO_MORE_REQUESTS, is_framed, to_frame, whole_frame
+from cpanbridge.workers.protocol.replies import to_ascii
+from cpanbridge.workers.protocol.requests import request_id_in
 
 FIRST_BYTES_SECONDS = 5.0  # for a client to send something, and so to say which form it speaks
 CROWDED_SECONDS = 0.5  # the same when all places are taken
@@ -34,7 +36,7 @@ Answer = Callable[[Obstacle, str | None], bytes]
 
 
 class _RejectedClient:
-    """A client on its way out."""
+    """A client that is to be answered and closed."""
 
     def __init__(self, client: SocketType, obstacle: Obstacle) -> None:
         client.setblocking(False)
@@ -44,13 +46,13 @@ class _RejectedClient:
         self._answered = False
 
     def until(self, crowded: bool) -> float:
-        """When it is to be gone at last."""
+        """When it is to be closed at the latest."""
         if self._answered:
             return self._since + LINGER_SECONDS
         return self._since + (CROWDED_SECONDS if crowded else FIRST_BYTES_SECONDS)
 
-    def has_gone(self, answer: Answer) -> bool:
-        """It has sent something, or its end: answer it, and tell whether that was all."""
+    def is_done(self, answer: Answer) -> bool:
+        """It has sent something, or its end: answer it; returns whether it can be closed."""
         try:
             data = self.socket.recv(READ_SIZE)
             if not data:
@@ -66,19 +68,19 @@ class _RejectedClient:
         except OSError:
             return True
         except Exception:
-            LOGGER.exception("A client could not be turned away by a fault of the daemon's own")
+            LOGGER.exception("A client could not be rejected by a fault of the daemon's own")
             return True
         return False
 
     def _reply(self, data: bytes, answer: Answer) -> bytes:
-        if not messages.is_framed(data):
-            return messages.to_ascii(answer(self._obstacle, messages.identity(data)))
-        reply = answer(self._obstacle, messages.identity(messages.first_frame(data)))
-        return messages.to_frame(reply) + messages.NO_MORE_REQUESTS
+        if not is_framed(data):
+            return to_ascii(answer(self._obstacle, request_id_in(data)))
+        reply = answer(self._obstacle, request_id_in(whole_frame(data) or b""))
+        return to_frame(reply) + NO_MORE_REQUESTS
 
 
 class Rejecter:
-    """Takes clients from the thread at the door. `answer` is what makes the reply."""
+    """Takes clients from the leading thread. `answer` makes the reply."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -95,17 +97,17 @@ class Rejecter:
         return self._rejected < MOST_REJECTED
 
     def take(self, client: SocketType, obstacle: Obstacle) -> None:
-        """Answer a client and see it out. Called by the thread at the door."""
+        """Answer a client and close it."""
         with self._lock:
             self._rejected += 1
             if self._thread is None:
-                self._thread = OwnThread(target=self._run, name="turnstile", daemon=True)
+                self._thread = OwnThread(target=self._run, name="rejecter", daemon=True)
                 self._thread.start()
         self._arrivals.put(_RejectedClient(client, obstacle))
         os.eventfd_write(self._wake, 1)
 
     def wait_until_empty(self, seconds: float) -> None:
-        """Let those that were taken be seen out."""
+        """Wait until all that were taken are closed."""
         with self._lock:
             self._empty.wait_for(lambda: not self._rejected, timeout=max(0.0, seconds))
 
@@ -113,28 +115,28 @@ class Rejecter:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake, selectors.EVENT_READ)
             while True:
-                inside = [key.data for key in selector.get_map().values() if key.data]
+                taken = [key.data for key in selector.get_map().values() if key.data]
                 now, crowded = time.monotonic(), not self.has_place
-                timeout = min((rejected.until(crowded) - now for rejected in inside), default=None)
+                timeout = min((rejected.until(crowded) - now for rejected in taken), default=None)
                 for key, _ in selector.select(timeout):
                     if key.data is None:
                         os.eventfd_read(self._wake)
-                        self._let_arrive(selector)
-                    elif key.data.has_gone(self._answer):
-                        self._see_out(selector, key.data)
-                        inside.remove(key.data)
+                        self._take_arrivals(selector)
+                    elif key.data.is_done(self._answer):
+                        self._close(selector, key.data)
+                        taken.remove(key.data)
                 now, crowded = time.monotonic(), not self.has_place
-                for rejected in inside:
+                for rejected in taken:
                     if rejected.until(crowded) <= now:
-                        self._see_out(selector, rejected)
+                        self._close(selector, rejected)
 
-    def _let_arrive(self, selector: selectors.BaseSelector) -> None:
+    def _take_arrivals(self, selector: selectors.BaseSelector) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 rejected = self._arrivals.get_nowait()
                 selector.register(rejected.socket, selectors.EVENT_READ, rejected)
 
-    def _see_out(self, selector: selectors.BaseSelector, rejected: _RejectedClient) -> None:
+    def _close(self, selector: selectors.BaseSelector, rejected: _RejectedClient) -> None:
         selector.unregister(rejected.socket)
         rejected.socket.close()
         with self._lock:

@@ -1,8 +1,11 @@
-"""A client's connection in one thread's hands: receiving and sending with limits of time.
+"""A client's socket: receiving and sending with time limits, and what a worker knows of the client.
 
 The socket is blocking, and the kernel ends a call that takes too long (SO_RCVTIMEO, SO_SNDTIMEO):
-unlike poll(2) before each read, that costs a call nothing. A limit is handed to the kernel only
+unlike poll(2) before each read, that costs a call nothing. A limit is passed to the kernel only
 when it differs from the last one.
+
+One thread at a time owns a client: the one that serves it, or the main thread where no thread does.
+Only that thread may use the socket, but for what says otherwise.
 """
 
 import contextlib
@@ -31,13 +34,13 @@ from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.transfer import Transfer
 
 READ_SIZE = 65536
-MOST_DROPPED = 16  # reads; a client that still sends has not understood
+_MOST_DISCARDED = 16  # reads; a client that sends even more breaks the protocol
 _TIMEVAL = struct.Struct("@ll")
 _UCRED = struct.Struct("3i")
 
 
 class Credentials(NamedTuple):
-    """Whose a connection was when it was made, as the kernel tells it; -1 each: nobody knows."""
+    """The client process when it connected, as the kernel says (SO_PEERCRED); -1 each: unknown."""
 
     pid: int  # 0: a process that has no number in this PID namespace
     uid: int
@@ -45,54 +48,64 @@ class Credentials(NamedTuple):
 
 
 class ClientSocket(msgspec.Struct, eq=False):
-    """The other end of a connection. Every method raises OSError when the client has left."""
+    """A client's socket and state. Receiving and sending raise OSError when it has disconnected.
+
+    Of the fields, those without a writer named are written by the thread that owns the client.
+    """
 
     descriptor: int  # a blocking socket's; -1 once it is closed
-    entry: int  # in the worker's roster
-    input_ended: bool = False  # no further request of it is taken up
-    stale: bool = False  # because it was silent for too long
-    quiet_since: int = 0  # CLOCK_MONOTONIC nanoseconds; 0: it is not the client's turn
-    framed: bool = False  # it sends frames; known once it has sent something
-    idle: bool = False  # it rests, until it sends something
-    rested: bool = False  # `KeepAlive` knows it
-    given_up: bool = False  # its room was given back, though a thread still has it
-    process: ClientProcess | None = None  # who it is, once somebody needs to know
-    taken_over: bool = False  # from another worker
-    input_had_ended: bool = False  # perhaps, by a worker that had it before
-    lent: bool = False  # another process may hold the socket as well
-    transfer: Transfer | None = None  # to another worker, which has not taken it
+    entry: int  # in the worker's connection table
+
+    # Written by `ConnectionDrainer` under its lock, in any thread.
+    input_ended: bool = False  # this worker has ended the input: no further request can come
+    stale: bool = False  # it did so because the client was silent for `stale_timeout`
+    framed: bool = False  # the framed form, with keep-alive; known once a byte has come
+
+    # Read by `ConnectionDrainer`, in the main thread, for the stale and idle timeouts.
+    quiet_since: int = 0  # CLOCK_MONOTONIC nanoseconds; 0: the daemon does not wait for the client
+    idle: bool = False  # between two requests; no thread serves it
+
+    in_keep_alive: bool = False  # it was idle before, so `KeepAlive` may watch it; written there
+    released: bool = False  # `CallTimeouts` has given its connection's room back, under its lock
+    process: ClientProcess | None = None  # written by `Affinity` with the first call that needs it
+
+    # Written when the client was handed over by another worker, before anything is read.
+    taken_over: bool = False
+    input_ended_before: bool = False  # perhaps: a worker that had the client may have ended it
+    # Other descriptors of the socket may be open: in another worker, or in a session of this one.
+    duplicated: bool = False
+    # It is on its way to another worker, which has not taken it, or it was returned.
+    transfer: Transfer | None = None
+
     _socket: SocketType | None = None
-    _receive_limit: float | None = None  # seconds; None: the kernel was told none yet
+    _receive_limit: float | None = None  # seconds; None: none was set yet
 
     @property
     def socket(self) -> SocketType:
-        """For what may wait, or needs an option. A quick call needs neither, so it makes none.
-
-        Called by the one that has the connection in its hands.
-        """
+        """A socket object, for what may wait or needs an option. A quick call creates none."""
         if self._socket is None:
-            # Without the layer of Python around it, which is of no use to one that is only read
-            # from and sent to.
+            # The C type: the Python class around it adds nothing to receiving and sending.
             self._socket = SocketType(AF_UNIX, SOCK_STREAM, 0, self.descriptor)
             self._socket.settimeout(None)  # whatever a module has told socket.setdefaulttimeout
         return self._socket
 
     @property
     def input_may_have_ended(self) -> bool:
-        """Whether the end that was read may be the daemon's doing, which the client is told."""
-        return self.input_ended or self.input_had_ended
+        """Whether an end of file may be the daemon's doing; then the client is told about it."""
+        return self.input_ended or self.input_ended_before
 
-    def has_left(self) -> bool:
-        """Whether nobody would read a reply: the client has closed its end altogether.
+    def has_hung_up(self) -> bool:
+        """Whether nobody can read a reply: the client has closed its end altogether.
 
-        One that has only ended its sending side waits for the reply.
+        A client that has only shut down its sending side waits for the reply.
         """
         return syscalls.has_hung_up(self.descriptor)
 
-    def say_last(self, data: bytes) -> None:
-        """Send what there is room for, and end the connection both ways. At most `brief.MOST`.
+    def send_last(self, data: bytes) -> None:
+        """Send what the socket has room for, and shut it down both ways, without waiting.
 
-        Called in the place of the thread that serves this client, which still has the connection.
+        `data` has at most `syscalls.MOST` bytes. Called in the main thread, even while another
+        thread owns the client.
         """
         with contextlib.suppress(OSError):
             syscalls.send(self.descriptor, data)
@@ -100,15 +113,15 @@ class ClientSocket(msgspec.Struct, eq=False):
             syscalls.shutdown(self.descriptor, SHUT_RDWR)
 
     def credentials(self) -> Credentials:
-        """Who the client is (SO_PEERCRED); -1 each for a socket that is broken already."""
+        """The client process (SO_PEERCRED); -1 each when the socket is broken already."""
         try:
-            told = self.socket.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
+            credentials = self.socket.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
         except OSError:
             return Credentials(-1, -1, -1)
-        return Credentials(*_UCRED.unpack(told))
+        return Credentials(*_UCRED.unpack(credentials))
 
     def receive(self, seconds: float) -> bytes:
-        """Some bytes, or none at the end of file. Raises TimeoutError when none come in time."""
+        """Some bytes; none at the end of file. Raises TimeoutError when none come in `seconds`."""
         if seconds != self._receive_limit:
             self._receive_limit = seconds
             _set_timeout(self.socket, SO_RCVTIMEO, seconds)
@@ -118,14 +131,14 @@ class ClientSocket(msgspec.Struct, eq=False):
             raise TimeoutError from None
 
     def wait(self, seconds: float, stop: int) -> bool:
-        """Wait for the client or for `stop` to be readable; False when neither was in time."""
+        """Wait until the client or `stop` is readable; False when neither is in `seconds`."""
         poll = select.poll()
         poll.register(self.descriptor, select.POLLIN)
         poll.register(stop, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
     def send(self, data: bytes, seconds: float) -> None:
-        """Send it all. Raises TimeoutError when the client takes nothing for so long."""
+        """Send all of `data`. Raises TimeoutError when the client reads nothing for `seconds`."""
         try:
             if len(data) <= syscalls.MOST:
                 sent = syscalls.send(self.descriptor, data)
@@ -143,22 +156,22 @@ class ClientSocket(msgspec.Struct, eq=False):
             except BlockingIOError:
                 raise TimeoutError from None
 
-    def drop_what_follows(self) -> None:
-        """Read what a client has sent after its one request, such as a newline.
+    def discard_input(self) -> None:
+        """Read and discard what a client has sent after its one request, such as a newline.
 
-        Closing with bytes unread makes the kernel reset the connection, and the client would get
-        an error after the reply instead of its end.
+        Closing a socket with unread bytes resets the connection, and the client would receive an
+        error after the reply instead of the end of file.
         """
-        for _ in range(MOST_DROPPED):
+        for _ in range(_MOST_DISCARDED):
             if not syscalls.unread(self.descriptor):
                 return
             self.socket.recv(READ_SIZE, MSG_DONTWAIT)
 
     def linger(self, seconds: float) -> None:
-        """End the sending side and read on until the client ends its own, but not for longer.
+        """Shut down the sending side, and read until the client ends or `seconds` are over.
 
-        For a client that may still be sending: closed with bytes unread, it would get an error
-        instead of the reply that tells what is wrong.
+        For a client that may still be sending: closed with unread bytes, it would receive an error
+        instead of the reply that says what is wrong.
         """
         syscalls.shutdown(self.descriptor, SHUT_WR)
         until = time.monotonic() + seconds
@@ -168,8 +181,8 @@ class ClientSocket(msgspec.Struct, eq=False):
 
     def close(self) -> None:
         """Close the connection."""
-        if self.lent:
-            # Closing one of several descriptors would leave the client without an end.
+        if self.duplicated:
+            # Closing one of several descriptors would not end the connection for the client.
             with contextlib.suppress(OSError):
                 syscalls.shutdown(self.descriptor, SHUT_RDWR)
         if self._socket is not None:
@@ -178,9 +191,10 @@ class ClientSocket(msgspec.Struct, eq=False):
         syscalls.close(descriptor)
 
     def end_input(self, *, stale: bool = False) -> None:
-        """Take up no further request: wake a thread that waits in `receive`.
+        """Shut down the receiving side, so that no further request can come.
 
-        It reads what was sent before, then the end. May be called from another thread.
+        A thread that waits in `receive` wakes. It reads what was sent before, then an end of file.
+        Called in any thread.
         """
         self.stale = stale
         self.input_ended = True
@@ -189,7 +203,7 @@ class ClientSocket(msgspec.Struct, eq=False):
 
 
 def _set_timeout(client: SocketType, option: int, seconds: float) -> None:
-    # 0 would mean forever, so a time that is over becomes the shortest there is.
+    # 0 would mean no limit, so a time that is over becomes the shortest possible one.
     microseconds = max(1, int(seconds * 1e6))
     timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
     client.setsockopt(SOL_SOCKET, option, timeval)

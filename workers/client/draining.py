@@ -1,12 +1,13 @@
-"""Whom a worker sends away, and when: clients that are silent for too long, and all when it leaves.
+"""Ending connections from the daemon's side: stale and idle timeouts, and draining.
 
-A client that is dismissed may not send anything further (Peer.dismiss): a thread that waits for it
-wakes, and who is at rest is taken up by the door, to be told. One that is on its way to another
-worker is not touched: it is that one's by now, or comes back and is told then.
+A worker ends the input of a client socket (`ClientSocket.end_input`), and its client can send no
+further request. A thread that waits for the client wakes. An idle connection becomes readable, and
+the leader takes it up and tells its client. A client on its way to another worker is left alone:
+either it belongs to that worker by now, or it is returned and told then.
 
-A worker leaves because another one takes its place, and then kept connections stay as long as their
-client has a session here; or because the daemon ends, or its own time is over, and then nothing
-further is taken up of anybody.
+A worker drains when another one takes its slot over. Its keep-alive connections then stay as long
+as their client has a session here. When the daemon ends, or the worker's time to exit is over, no
+connection takes up a further request.
 """
 
 import contextlib
@@ -20,47 +21,52 @@ from cpanbridge.workers.client.client_socket import ClientSocket
 
 
 class Draining(Exception):
-    """The worker is about to leave and takes up no further request of this connection."""
+    """The worker takes up no further request of this connection: it is about to exit."""
 
 
 class ConnectionDrainer:
-    """Who is connected to one worker, as far as somebody may have to be sent away.
+    """One worker's connections, as far as the daemon may have to end them.
 
-    `has_session` tells whether a client has a session here. Called from all threads, but for what
-    says otherwise.
+    `has_session` tells whether a client has a session in this worker. Called from all threads, but
+    for what says otherwise. The public fields are written in the main thread.
     """
 
     def __init__(self, limits: Limits, has_session: Callable[[ClientSocket], bool]) -> None:
         self._limits = limits
         self._has_session = has_session
-        self.exiting = False
-        self.stopping = False
-        self.daemon_ends = False
+        self.exiting = False  # the worker drains; true with `stopping` as well
+        self.stopping = False  # no connection takes up a further request
+        self.daemon_ends = False  # why it is stopping, if so
         self._framed: set[ClientSocket] = set()
         self._one_shot: set[ClientSocket] = set()  # those whose thread may wait for the client
         self._lock = threading.Lock()
-        self._next_idle = 0.0  # when one may have rested for long enough, CLOCK_MONOTONIC
-        # Readable when the last framed connection of a worker that leaves has ended.
-        self.none_kept = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._next_idle = 0.0  # no idle timeout is over before that, CLOCK_MONOTONIC seconds
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        # Readable when kept connections without a session take up no further request.
+        self.drains = os.eventfd(0, flags)
+        # Readable when no connection takes up a further request.
+        self.stops = os.eventfd(0, flags)
+        # Readable when the last framed connection of a worker that drains has ended.
+        self.none_kept = os.eventfd(0, flags)
 
-    # -- who is there --
+    # -- the connections --
 
     @property
     def kept(self) -> int:
-        """How many connections are kept by their clients, at rest or not."""
+        """How many keep-alive connections there are, idle or not."""
         return len(self._framed)
 
-    def keep(self, client: ClientSocket) -> None:
-        """From now on, until `keep_no_longer`, the connection is kept by its client."""
+    def add_framed(self, client: ClientSocket) -> None:
+        """Add a keep-alive connection, until `remove`."""
         with self._lock:
             client.framed = True
             self._framed.add(client)
-            # One that was handed over has its call here; whether it stays is seen after that.
+            # A client that was handed over has its call here; whether it stays is decided after it.
             if self.stopping or (self.exiting and not client.taken_over):
                 client.end_input()
 
-    def keep_no_longer(self, client: ClientSocket) -> None:
-        """It ends, or goes to another worker."""
+    def remove(self, client: ClientSocket) -> None:
+        """Remove a connection that ends, or was taken by another worker."""
         with self._lock:
             self._framed.discard(client)
             if self.exiting and not self._framed:
@@ -68,7 +74,7 @@ class ConnectionDrainer:
 
     @contextlib.contextmanager
     def waiting_for(self, client: ClientSocket) -> Iterator[None]:
-        """While a thread may wait for this one-shot client, it can be dismissed."""
+        """While a thread may wait for this one-shot client, its input can be ended."""
         with self._lock:
             self._one_shot.add(client)
             if self.stopping:
@@ -80,37 +86,36 @@ class ConnectionDrainer:
                 self._one_shot.discard(client)
 
     @contextlib.contextmanager
-    def held_off(self, client: ClientSocket) -> Iterator[bool]:
-        """Nobody is dismissed during this; whether `peer` was not, and the worker does not leave.
+    def paused(self, client: ClientSocket) -> Iterator[bool]:
+        """Hold the lock, so that no input is ended while a client is prepared for a hand-off.
 
-        For whoever sends it on its way to another worker.
+        Yields whether that may be: its input has not ended, and the worker does not drain.
         """
         with self._lock:
             yield not (self.exiting or client.input_ended)
 
     def stays(self, client: ClientSocket) -> bool:
-        """Whether a kept connection goes on in a worker that leaves."""
+        """Whether a keep-alive connection goes on in a worker that drains."""
         return not self.stopping and self._has_session(client)
 
-    # -- sending them away; called in the main thread --
+    # -- ending their input; called in the main thread --
 
-    def leave(self) -> None:
-        """Kept connections end after what they run; one-shot clients are served to their end.
+    def drain(self) -> None:
+        """End keep-alive connections after what they run; serve one-shot clients to their end.
 
-        For a worker whose place another one takes. Called before `Stops.door` is written, and when
-        sessions have ended.
+        For a worker whose slot another one takes over. Called again when sessions have ended.
         """
         with self._lock:
             self.exiting = True
             for client in self._framed:
                 if client.transfer is None and not self.stays(client):
                     client.end_input()
+        os.eventfd_write(self.drains, 1)  # at last: a thread that it wakes must find why
 
     def stop(self, *, daemon_ends: bool) -> None:
         """No connection takes up a further request.
 
-        For a daemon that ends, or a worker whose time to leave is over. Called before `Stops.all`
-        is written.
+        For a daemon that ends, or a worker whose time to exit is over.
         """
         with self._lock:
             self.exiting = self.stopping = True
@@ -118,31 +123,33 @@ class ConnectionDrainer:
             for client in self._framed | self._one_shot:
                 if client.transfer is None:
                     client.end_input()
+        os.eventfd_write(self.drains, 1)
+        os.eventfd_write(self.stops, 1)
 
     def close_stale(self) -> None:
-        """Those whose clients have been silent for `stale_timeout`, now."""
+        """End connections whose clients have been silent for `stale_timeout`."""
         with self._lock:
             clients = self._framed | self._one_shot
         now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
         for client in clients:
             with self._lock:
-                quiet_since = client.quiet_since  # read once: it may send something just now
+                quiet_since = client.quiet_since  # read once: its thread may reset it at any time
                 if quiet_since and now - quiet_since > limit and client.transfer is None:
                     client.end_input(stale=True)
 
     def close_idle(self) -> float:
-        """Those that have rested for `idle_timeout`; returns in how many seconds to look again.
+        """End connections that have been idle for `idle_timeout`.
 
-        Called then or sooner: it costs little when it is not time yet.
+        Returns in how many seconds to call it again; called sooner, it costs little.
         """
         now, limit = time.monotonic(), self._limits.idle_timeout
         if now >= self._next_idle:
-            self._next_idle = now + limit  # no other can be due before that
+            self._next_idle = now + limit  # a connection that becomes idle now is due then
             with self._lock:
-                resting = [each for each in self._framed if each.idle and not each.input_ended]
-            for client in resting:
+                idle = [each for each in self._framed if each.idle and not each.input_ended]
+            for client in idle:
                 with self._lock:
-                    quiet_since = client.quiet_since  # read once: it may send something just now
+                    quiet_since = client.quiet_since  # read once, as above
                     ends = quiet_since / 1e9 + limit
                     is_due = ends <= now and quiet_since and client.idle and client.transfer is None
                     if is_due:

@@ -1,8 +1,8 @@
-"""Which process a client is: its pid and start time, told by the kernel, and kept for a while.
+"""Which process a client is: its pid and start time, read from the kernel and cached.
 
-Reading a process's start time costs as much as half a call. So the last clients are remembered
-together with a pidfd, which tells for as long as it is open whether the pid is still the same
-process's. Called from the threads that serve clients.
+Reading a process's start time costs as much as half a call. So the last processes are cached
+together with a pidfd: while it is open, it tells whether the pid still belongs to the same process.
+Called from the threads that serve clients.
 """
 
 import contextlib
@@ -12,34 +12,34 @@ import threading
 
 from cpanbridge.supervisor.memory.owners import ClientProcess
 
-REMEMBERED = 64  # processes, each with a descriptor
+REMEMBERED = 64  # processes in the cache, each with a descriptor
 
 
 class _Known:
-    """A process that was asked for lately."""
+    """A cached process."""
 
     def __init__(self, process: ClientProcess) -> None:
         self.process = process
-        self._process = os.pidfd_open(process.pid)
+        self._pidfd = os.pidfd_open(process.pid)
         self._poll = select.poll()
-        self._poll.register(self._process, select.POLLIN)
+        self._poll.register(self._pidfd, select.POLLIN)
 
     def has_ended(self) -> bool:
         return bool(self._poll.poll(0))
 
     def forget(self) -> None:
-        os.close(self._process)
+        os.close(self._pidfd)
 
 
 class Identities:
-    """One worker's memory of them."""
+    """One worker's cache of client processes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[int, _Known] = {}
 
     def process(self, pid: int) -> ClientProcess | None:
-        """The process that has this pid now; None when there is none."""
+        """The process that has this pid now; None when no process has."""
         with self._lock:
             known = self._known.get(pid)
             if known is not None and not known.has_ended():
@@ -52,10 +52,10 @@ class Identities:
             if start is None:
                 return None
             process = ClientProcess(pid, start)
-            # Without a descriptor for it, it is asked for again the next time.
+            # Without a pidfd it is not cached.
             with contextlib.suppress(OSError):
                 known = _Known(process)
-                # The handle is of whoever has the pid now; the start time may have been another's.
+                # The pidfd may be of a later process with this pid than the start time is.
                 if start_time(pid) == start:
                     self._known[pid] = known
                 else:
@@ -64,9 +64,10 @@ class Identities:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None when there is none.
+    """When a process started, in clock ticks since boot; None when there is no such process.
 
-    Field 22 of proc_pid_stat(5). With the pid it tells a process for as long as the machine runs.
+    Field 22 of proc_pid_stat(5). Pid and start time together identify a process until the next
+    boot.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as stream:

@@ -1,12 +1,12 @@
-"""Connections that their clients keep, between two requests.
+"""Keep-alive connections between two requests.
 
-No thread waits for them: they rest in one epoll, and the thread at the door takes up those that
-send something. So a kept connection costs a descriptor and some memory, however long it rests, and
-one thread serves the quick calls of all of them in turn, without a change of threads.
+No thread waits for an idle connection. They are all in one epoll, and the leader takes those that
+become readable. So a keep-alive connection costs a descriptor and some memory, however long it is
+idle, and one thread serves the quick calls of all of them in turn, without a thread switch.
 
-A connection is in one pair of hands at a time: it belongs to whoever takes it out of those that
-rest. The epoll goes on watching it, which spares a system call for each request. One that has
-something while a thread has it is watched no longer, until it is put to rest again.
+One thread at a time owns a connection: the one that takes it out of the idle ones. Its descriptor
+stays in the epoll while it is served, which saves a system call for each request. If it becomes
+readable meanwhile, it is taken out of the epoll until it is idle again.
 """
 
 import contextlib
@@ -16,94 +16,95 @@ from collections import deque
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
 
-MOST_AT_ONCE = 16  # taken up in one go, before somebody looks who waits elsewhere
+MOST_AT_ONCE = 16  # are taken by one poll, before the leader checks its other sources of clients
 
 
 class KeepAlive:
-    """A worker's connections at rest. `descriptor` is readable when one of them has something."""
+    """A worker's idle connections. `descriptor` is readable when one of them is."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._ready = syscalls.ReadySet(self._epoll, MOST_AT_ONCE)
-        self._resting: dict[int, ClientSocket] = {}
-        self._unwatched: set[int] = set()  # in the hands of a thread, and have something
-        self.awake: deque[ClientSocket] = deque()  # told of, and not taken up yet
+        self._events = syscalls.ReadySet(self._epoll, MOST_AT_ONCE)
+        self._idle: dict[int, ClientSocket] = {}
+        self._unwatched: set[int] = set()  # readable while a thread serves them
+        # No longer idle, and not served yet. The leader takes them out.
+        self.ready: deque[ClientSocket] = deque()
         self.descriptor = self._epoll.fileno()
 
-    def rest(self, client: ClientSocket) -> None:
-        """Put a connection to rest; from then on it is of whoever takes it out of `awake`.
+    def add(self, client: ClientSocket) -> None:
+        """Make a connection idle. The thread that takes it out of `ready` is its next owner.
 
-        Called in the thread that has served it. Raises OSError when there is no memory for it; it
-        is the caller's still.
+        Called in the thread that has served it. Raises OSError when the kernel has no memory for
+        another entry; then the caller still owns the connection.
         """
         descriptor = client.descriptor
-        self._resting[descriptor] = client
-        if client.rested and descriptor not in self._unwatched:
+        self._idle[descriptor] = client
+        if client.in_keep_alive and descriptor not in self._unwatched:
             return
-        client.rested = True
+        client.in_keep_alive = True
         try:
             self._watch(descriptor)
         except OSError:
-            if self._resting.pop(descriptor, None) is not None:
+            if self._idle.pop(descriptor, None) is not None:
                 raise
-            # `wake_any` has given it to somebody already, who may have closed it.
+            # `pop_any` has passed it to another thread, which may have closed it.
 
     def _watch(self, descriptor: int) -> None:
         self._unwatched.discard(descriptor)
         try:
             syscalls.watch(self.descriptor, descriptor)
         except FileExistsError:
-            pass  # `_leave_alone` is about to come, and looks again after that
+            pass  # `_stop_watching` is about to remove it, and checks again after that
         except OSError:
             self._unwatched.add(descriptor)
             raise
 
-    def look(self) -> None:
-        """See which have sent something, or have ended: they rest no longer, and are `awake`.
+    def poll(self) -> None:
+        """Move connections that have sent something, or have ended, to `ready`.
 
-        Called by the thread at the door.
+        Called in the leader.
         """
-        for descriptor in self._ready.look():
-            if not self._wake(descriptor):
-                self._leave_alone(descriptor)
+        for descriptor in self._events.poll():
+            if not self._make_ready(descriptor):
+                self._stop_watching(descriptor)
 
-    def _wake(self, descriptor: int) -> bool:
-        """Whether it has rested."""
-        client = self._resting.pop(descriptor, None)
+    def _make_ready(self, descriptor: int) -> bool:
+        """Move a connection to `ready`; False when it was not idle."""
+        client = self._idle.pop(descriptor, None)
         if client is not None:
-            self.awake.append(client)
+            self.ready.append(client)
         return client is not None
 
-    def _leave_alone(self, descriptor: int) -> None:
-        """A thread has it, so there is no use in being told of it again and again."""
+    def _stop_watching(self, descriptor: int) -> None:
+        """A thread serves it: take it out of the epoll, which would report it on every poll."""
         self._unwatched.add(descriptor)
         with contextlib.suppress(OSError):  # it is closed by now
             syscalls.unwatch(self.descriptor, descriptor)
-        # It may have been put to rest just now, by a thread that took it to be watched.
-        if descriptor in self._resting:
+        # A thread that found it watched may have made it idle just now.
+        if descriptor in self._idle:
             try:
                 self._watch(descriptor)
             except OSError:
-                self._wake(descriptor)
+                self._make_ready(descriptor)
 
-    def wake_any(self) -> ClientSocket | None:
-        """One that rests, whether it has sent something or not; None when there is none.
+    def pop_any(self) -> ClientSocket | None:
+        """An idle connection, whether it has sent something or not; None when there is none.
 
-        Called when nobody is at the door any more.
+        Called in the main thread, when there is no leader any more.
         """
-        if self.awake:
-            return self.awake.popleft()
+        if self.ready:
+            return self.ready.popleft()
         with contextlib.suppress(KeyError):
-            return self._resting.popitem()[1]
+            return self._idle.popitem()[1]
         return None
 
     def forget(self, client: ClientSocket) -> None:
-        """Watch a connection no longer that is closed here, or goes to another process.
+        """Stop watching a connection that is about to be closed, or was handed to another worker.
 
-        Before its descriptor is closed: as long as another process has the connection as well, the
-        kernel would go on telling of it, and nothing could be done about that any more.
+        Called before its descriptor is closed. An epoll entry lasts as long as any process has the
+        socket open, so the kernel would report it for ever, and only the descriptor can remove it.
         """
-        if client.rested:
-            client.rested = False
+        if client.in_keep_alive:
+            client.in_keep_alive = False
             with contextlib.suppress(OSError):
                 syscalls.unwatch(self.descriptor, client.descriptor)

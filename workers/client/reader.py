@@ -1,7 +1,7 @@
-"""Reading requests, from peers that may be slow or gone.
+"""Reading requests from clients that may be slow or gone.
 
-A request must be complete within `read_timeout` of its first byte (of the accept, for a
-connection's first), and some of it must come every `stale_timeout`.
+A request must be complete within `read_timeout` of its first byte, or of the accept if it is a
+connection's first. Some of it must come every `stale_timeout`.
 
 Called from the threads that serve clients, and each thread waits for its client here.
 """
@@ -13,12 +13,13 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.memory.connection_table import READING, ConnectionTableWriter
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import Draining
-from cpanbridge.workers.protocol.messages import FRAME_HEADER, Refusal
+from cpanbridge.workers.protocol.framing import FRAME_HEADER
+from cpanbridge.workers.protocol.refusal import Refusal
 from cpanbridge.workers.protocol.scanner import ObjectScanner
 
 
 class Reader:
-    """What reading takes. `step_aside` is called before a thread waits for a client."""
+    """One worker's reader. `step_aside` is called before a thread waits for a client."""
 
     def __init__(
         self,
@@ -28,16 +29,17 @@ class Reader:
     ) -> None:
         self._limits = limits
         self._connection_table = connection_table
-        self._step_aside = step_aside
+        self.step_aside = step_aside
+        self.read_timeout = limits.read_timeout  # seconds
 
-    def patience(self, deadline: float) -> float:
-        """For how many seconds a client may be silent now."""
+    def receive_timeout(self, deadline: float) -> float:
+        """For how many seconds a client may be silent now; `deadline` is in CLOCK_MONOTONIC."""
         return min(deadline - time.monotonic(), self._limits.stale_timeout)
 
     def read_one_shot(self, client: ClientSocket, data: bytes, deadline: float) -> bytes:
         """Read to the end of a one-shot request, which begins with `data`.
 
-        Raises Refusal when it does not end in time or is too large, Draining.
+        Raises Refusal when the request is too large or not complete in time, Draining.
         """
         scanner = ObjectScanner()
         pieces = [data]
@@ -47,7 +49,7 @@ class Reader:
                 break
             data = self._receive_more(client, deadline)
             if not data:
-                break  # the client's end of file: the parser says what is missing
+                break  # end of file: the parser says what is missing
             pieces.append(data)
             size += len(data)
         if size > self._limits.max_request_size:
@@ -55,9 +57,9 @@ class Reader:
         return b"".join(pieces)
 
     def frame_end(self, data: bytes | bytearray, at: int) -> int:
-        """Where a framed request ends that begins at `at`; beyond `data` if that is not all of it.
+        """Where a framed request ends that begins at `at`; beyond `data` when it is incomplete.
 
-        Raises Refusal when it is too large.
+        Raises Refusal when the request is too large.
         """
         if len(data) < at + FRAME_HEADER.size:
             return at + FRAME_HEADER.size + 1
@@ -70,8 +72,9 @@ class Reader:
     def read_frame(self, client: ClientSocket, data: bytes, deadline: float) -> bytes:
         """Read to the end of a framed request, which begins with `data`, or a little further.
 
-        Nothing when the client has ended the connection. `deadline` (CLOCK_MONOTONIC seconds) is
-        when it must be complete; 0.0: `read_timeout` from now. Raises Refusal, Draining.
+        Returns no bytes when the client has ended the connection. `deadline` (CLOCK_MONOTONIC
+        seconds) is when the request must be complete; 0.0: `read_timeout` from now. Raises Refusal,
+        Draining.
         """
         deadline = deadline or time.monotonic() + self._limits.read_timeout
         buffer = bytearray(data)
@@ -83,12 +86,15 @@ class Reader:
         return bytes(buffer)
 
     def _receive_more(self, client: ClientSocket, deadline: float) -> bytes:
-        """More bytes of a request that has begun. Raises Refusal when none come, Draining."""
-        self._step_aside()
+        """More bytes of an incomplete request; none at the client's end of file.
+
+        Raises Refusal when none come in time, Draining.
+        """
+        self.step_aside()
         self._connection_table.is_doing(client.entry, READING)
         client.quiet_since = time.monotonic_ns()
         try:
-            data = client.receive(self.patience(deadline))
+            data = client.receive(self.receive_timeout(deadline))
         except TimeoutError:
             raise self._too_slow(deadline) from None
         finally:

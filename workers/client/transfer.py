@@ -1,4 +1,4 @@
-"""A client's way from the worker that accepted it to another one, most often its state's owner."""
+"""A client on its way from one worker to another, most often to the owner of its state."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -7,31 +7,34 @@ from typing import NamedTuple
 from cpanbridge.supervisor.memory.owners import Owner
 
 
-class Fate(Enum):
-    """Why a client has come back that was put into a postbox."""
+class ReturnReason(Enum):
+    """Why a client was returned from a hand-off queue."""
 
-    NOT_TAKEN = "its owner has ended, or had no descriptor for it"
+    NOT_TAKEN = "the receiver has ended, or had no descriptor for it"
     TOO_LATE = "withdrawn, because it was not taken in time"
 
 
 class MovingClient(NamedTuple):
-    """A client that changes hands."""
+    """What the receiving worker needs to go on with a client."""
 
     descriptor: int
-    data: bytes  # what was read of it, beginning with a request
+    data: bytes  # what was read from it and not answered yet, beginning with a request
     opened_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
     requests: int  # that it has made so far
     arrived: float  # when the request in `data` did, CLOCK_MONOTONIC seconds
-    input_may_have_ended: bool  # its sending side, by a worker that had it
+    input_may_have_ended: bool  # a worker that had it may have shut down the receiving side
 
 
 @dataclass
 class Transfer:
-    """One of them."""
+    """One hand-off, as its sender sees it. Written by the thread that sends the client.
+
+    But for `return_reason`, which the main thread writes before it withdraws the client.
+    """
 
     moving: MovingClient
-    owner: Owner  # whom it goes to
-    until: float  # CLOCK_MONOTONIC seconds: when it is not to wait there any longer
-    known: bool = False  # the client has state there
-    may_stay: bool = False  # its calls may as well run where it is
-    fate: Fate = Fate.NOT_TAKEN  # if it comes back
+    owner: Owner  # the receiving worker
+    until: float  # CLOCK_MONOTONIC seconds: when it is withdrawn
+    known: bool = False  # the client has state in the receiving worker
+    may_stay: bool = False  # its calls may as well run in the sending worker
+    return_reason: ReturnReason = ReturnReason.NOT_TAKEN  # valid once it is returned

@@ -1,4 +1,4 @@
-"""A worker's own postbox: the clients that others hand over to it; see handover.py."""
+"""The receiver's side of a hand-off: a worker's own queue; see message.py."""
 
 import contextlib
 import errno
@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
-from cpanbridge.supervisor.gate import Gate, Wakeups, ring
+from cpanbridge.supervisor.gate import Gate, Wakeups
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim
 from cpanbridge.supervisor.memory.handoff_sockets import MOST_DESCRIPTORS, descriptors_in
@@ -16,7 +16,7 @@ from cpanbridge.workers.client.transfer import MovingClient
 from cpanbridge.workers.handoff.message import (
     HEADER,
     IN_MEMORY,
-    INPUT_OPEN,
+    INPUT_ENDED,
     MOST_INLINE,
     HandoffMessage,
     from_memory,
@@ -28,17 +28,16 @@ _SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
 
 
 class Incoming:
-    """A worker's own postbox. Called by the thread at the door, but for what says otherwise."""
+    """A worker's own queue. Called by the leading thread, but for what says otherwise."""
 
     def __init__(self, shared: Shared, slot: int, wakeups: Sequence[Wakeups], gate: Gate) -> None:
         self._shared = shared
-        self._wakeups = wakeups
         self._gate = gate
         self._incarnation = shared.slots[slot].incarnation
         self.descriptor = wakeups[slot].take
-        self._queue = handoff_sockets.opened(self.descriptor)
+        self._queue = handoff_sockets.end_of(self.descriptor)
         self._ended = self._workers_ended()
-        self.waiting: deque[HandoffMessage] = deque()  # taken out of it already
+        self.waiting: deque[HandoffMessage] = deque()  # taken out of the queue already
 
     def next(self) -> tuple[MovingClient, int] | None:
         """The next client, and its number in this slot; None when there is none.
@@ -57,11 +56,11 @@ class Incoming:
             return self.waiting.popleft()
         return None
 
-    def look_through(self) -> bool:
+    def discard_orphans(self) -> bool:
         """Close the clients of senders that have ended: nobody counts them any more.
 
-        Returns whether others are `waiting` now, of whom the door must be told. Called in the main
-        thread, when nobody is at the door who would take clients out.
+        Returns whether others are `waiting` now, of which no descriptor tells. Called in the main
+        thread, when no thread leads that would take clients out.
         """
         ended = self._workers_ended()
         if ended == self._ended:
@@ -73,7 +72,7 @@ class Incoming:
         for _ in range(len(self.waiting)):
             message = self._next_waiting()
             if message is None:
-                break  # a thread has come to the door
+                break  # a thread leads again
             if self._shared.claims[message.sender].is_offered(message.claim):
                 self.waiting.append(message)
             else:
@@ -86,23 +85,18 @@ class Incoming:
 
     def _accept(self, message: HandoffMessage) -> int | None:
         """Make the client ours; None when its sender has withdrawn it, or is dead."""
-        number = self._gate.took_over()
+        number = self._gate.take_over()
         with self._shared.lock:
             taken = self._shared.claims[message.sender].take(message.claim)
         if not taken:
             self._gate.closed()
             return None
-        self._tell(message.sender)
+        self._gate.wake_if_waiting(message.sender)  # which has its connection's room to give back
         return number
 
     def _refuse(self, sender: int, claim: Claim) -> None:
         with self._shared.lock:
             self._shared.claims[sender].refuse(claim)
-        self._tell(sender)
-
-    def _tell(self, sender: int) -> None:
-        if self._shared.slots[sender].awaits_receipts:
-            ring(self._wakeups[sender].watch)
 
     def _take_out(self) -> HandoffMessage | None:
         while True:
@@ -113,15 +107,15 @@ class Incoming:
             except BlockingIOError:
                 return None
             descriptors = descriptors_in(ancillary)
-            incarnation, sender, context, number, opened_at, requests, arrived, flags = (
+            incarnation, sender, position, number, opened_at, requests, arrived, flags = (
                 HEADER.unpack_from(message)
             )
-            claim = Claim(context, number)
+            claim = Claim(position, number)
             in_memory = bool(flags & IN_MEMORY)
             complete = not told & _TRUNCATED and len(descriptors) == 1 + in_memory
             if complete and incarnation == self._incarnation:
                 break
-            # Meant for the worker that had this slot before, or there was no room for it.
+            # Meant for the worker that had this slot before, or there was no descriptor left.
             for each in descriptors:
                 os.close(each)
             self._refuse(sender, claim)
@@ -132,7 +126,7 @@ class Incoming:
         except OSError:
             os.close(descriptors[0])
             raise
-        input_may_have_ended = not flags & INPUT_OPEN
+        input_may_have_ended = bool(flags & INPUT_ENDED)
         moving = MovingClient(
             descriptors[0], data, opened_at, requests, arrived, input_may_have_ended
         )

@@ -1,19 +1,20 @@
 """Handing a client over: its socket, and all that was read of it, go to another worker.
 
-The message goes into the other worker's postbox, with the client's socket (SCM_RIGHTS) and the name
-of a ticket (`supervisor/tickets.py`). Who has put the client in answers for it until it is taken:
+The message goes into the other worker's queue, with the client's socket (SCM_RIGHTS) and the name
+of a claim (`supervisor/memory/handoff_claims.py`). The sender answers for the client until it is
+taken:
 
-- Taken: the receiver says so on the ticket. From then on the client is its own.
+- Taken: the receiver says so in the claim. From then on the client is its own.
 - Refused: the receiver has no descriptor left for the client.
-- Withdrawn: the sender takes the ticket back, because the client does not wait any longer, or
-  because the receiver has ended. Who is first decides, so a call never runs twice.
+- Withdrawn: the sender takes the claim back, because the client does not wait any longer, or
+  because the receiver has ended. The first of them decides, so a call never runs twice.
 
 A client is counted by the receiver before it is taken, and by the sender until it has seen that it
-is: see `Gate.took_over`. Its socket is open in both for a moment, so the receiver shuts it down
+is: see `Gate.take_over`. Its socket is open in both for a moment, so the receiver shuts it down
 when it has replied, and the client sees its end at once.
 
-What was read goes along in the message, or in a memfd of its own when it is large. Here is what the
-message is; `outgoing.py` is the sender's side of it, `incoming.py` the receiver's.
+What was read goes along in the message, or in a memfd of its own when it is large. Here is the
+message; `outgoing.py` is the sender's side, `incoming.py` the receiver's.
 """
 
 import array
@@ -28,15 +29,15 @@ from cpanbridge.workers.client.transfer import MovingClient
 
 # A message must be smaller than the least buffer that a system gives a socket.
 MOST_INLINE = 16384
-# The receiver's incarnation, the sender's slot and ticket, when the client was accepted, its
-# requests so far, when this one arrived, and what of these holds.
+# The receiver's incarnation, the sender's slot and claim, when the client was accepted, its
+# requests so far, when this one arrived, and the flags below.
 HEADER = struct.Struct("=qqqqqqdB")
 IN_MEMORY = 1  # what was read is in a memfd
-INPUT_OPEN = 2  # as workers of 0.3.0 never say, of which some may be here during an upgrade
+INPUT_ENDED = 2  # perhaps: see MovingClient
 
 
 class HandoffMessage(NamedTuple):
-    """A client that was taken out of a postbox, and is its sender's still: see incoming.py."""
+    """A client that was taken out of a queue, and is its sender's still: see incoming.py."""
 
     moving: MovingClient
     sender: int  # its slot
@@ -44,7 +45,7 @@ class HandoffMessage(NamedTuple):
 
 
 def post(queue: socket.socket, message: list[bytes], *descriptors: int) -> None:
-    """Put a message into a postbox. Raises OSError when there is no room."""
+    """Put a message into a queue. Raises OSError when there is no room."""
     rights = array.array("i", descriptors)
     queue.sendmsg(message, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
 

@@ -1,4 +1,4 @@
-"""A worker's clients that are on their way to other workers; see handover.py."""
+"""The sender's side of a hand-off: a worker's clients on their way to others; see message.py."""
 
 import contextlib
 import errno
@@ -8,27 +8,26 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
-from cpanbridge.supervisor.gate import Wakeups, ring
+from cpanbridge.supervisor.gate import Wakeups, wake
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim, ClaimIssuer
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.transfer import Fate, Transfer
+from cpanbridge.workers.client.transfer import ReturnReason, Transfer
 from cpanbridge.workers.handoff.message import (
     HEADER,
     IN_MEMORY,
-    INPUT_OPEN,
+    INPUT_ENDED,
     MOST_INLINE,
     in_memory,
     post,
 )
 
 LOOK_SECONDS = 0.02
-# Of these the thread at the door looks at so many each time that it comes by.
-FEW = 8
+FEW = 8  # of the clients on their way, that the leading thread checks each time
 _BUSY = (
     errno.EAGAIN,
     errno.ENOBUFS,
@@ -40,9 +39,9 @@ _BUSY = (
 class Outgoing:
     """A worker's clients that are on their way to other workers.
 
-    Nobody waits for them: the thread at the door looks what has become of them when it comes by,
-    and the main thread for as long as there are any. `taken` ends what this worker has of a client
-    that another one has taken. `descriptor` is readable when one has come back.
+    No thread waits for them: the leading thread checks a few before each client that it serves,
+    and the main thread all of them every `LOOK_SECONDS`. `taken` ends what this worker has of a
+    client that another one has taken. `descriptor` is readable when one was returned.
     """
 
     def __init__(
@@ -54,46 +53,38 @@ class Outgoing:
     ) -> None:
         self._shared = shared
         self._claims = shared.claims[slot]
-        self._writer = ClaimIssuer(self._claims)
+        self._issuer = ClaimIssuer(self._claims)
         self._slot = slot
         self._wakeups = wakeups
         self._queues: dict[int, socket.socket] = {}
         self._taken = taken
         self._lock = threading.Lock()
         self._away: dict[Claim, tuple[ClientSocket, Transfer]] = {}
-        self._waiting: dict[
-            int, deque[ClientSocket]
-        ] = {}  # by their owners' slots: there was no room
-        self._back: deque[ClientSocket] = deque()
+        # By their owners' slots: those whose owner's queue was full.
+        self._waiting: dict[int, deque[ClientSocket]] = {}
+        self._returned: deque[ClientSocket] = deque()
         self._watched = False  # by the main thread
-        self._sent = False  # since the main thread looked
+        self._sent = False  # since the main thread's last check
         self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     @property
     def count(self) -> int:
-        """How many are on their way, or wait for that, or are back and not looked after yet."""
+        """How many are on their way, or wait for that, or were returned and not served yet."""
         waiting = sum(map(len, list(self._waiting.values())))
-        return waiting + len(self._away) + len(self._back)
+        return waiting + len(self._away) + len(self._returned)
 
     @property
-    def away(self) -> int:
-        """How many are in other workers' postboxes, or were taken there a moment ago."""
+    def on_their_way(self) -> int:
+        """How many are in other workers' queues, or were taken there a moment ago."""
         return len(self._away)
 
-    @property
-    def away_to_doors(self) -> int:
-        """Of those, how many go to workers that let clients in from outside themselves."""
-        with self._lock:
-            transfers = [transfer for _, transfer in self._away.values()]
-        return sum(bool(self._shared.slots[each.owner.slot].serves) for each in transfers)
-
     def put(self, client: ClientSocket) -> None:
-        """Put a client into its owner's postbox, as `peer.journey` says.
+        """Put a client into its owner's queue, as `client.transfer` says.
 
-        Where there is no room for it, the main thread puts it in later: a thread that waited here
-        would not empty its own postbox, and two workers might wait for each other for ever. From
-        then on its socket is not to be used. Called in the thread that serves the client. Raises
-        OSError when this worker has no descriptor left.
+        If that is full, the main thread puts it in later: a thread that waited here would not empty
+        its own queue, and two workers might wait for each other for ever. From then on the socket
+        is not to be used. Called in the thread that serves the client. Raises OSError when this
+        worker has no descriptor left.
         """
         transfer = client.transfer
         assert transfer is not None
@@ -101,32 +92,32 @@ class Outgoing:
             line = self._waiting.setdefault(transfer.owner.slot, deque())
         if line or not self._offer(client, transfer):
             line.append(client)
-        # Not before it is there to be seen: the main thread may look at any moment, and stop.
+        # After it was entered: the main thread may check at any moment, and stop checking.
         with self._lock:
             self._sent = True
             watched, self._watched = self._watched, True
         if not watched:
-            ring(self._wakeups[self._slot].watch)
+            wake(self._wakeups[self._slot].main)
 
     def _offer(self, client: ClientSocket, transfer: Transfer) -> bool:
-        """Put a client in now; False when there is no room, or no ticket. Raises OSError."""
-        claim = self._writer.issue()
+        """Put a client in now; False when there is no room, or no claim. Raises OSError."""
+        claim = self._issuer.issue()
         if claim is None:
             return False
-        # Before it can be taken, so that nothing becomes of a client that is not known.
+        # Before it can be taken: what is taken must be known here.
         with self._lock:
             self._away[claim] = client, transfer
         try:
             self._send(client, transfer, claim)
         except OSError as error:
             if not self._forget(claim):
-                return True  # it was withdrawn meanwhile, and has come back already
+                return True  # it was withdrawn meanwhile, and returned already
             if error.errno not in _BUSY:
                 raise
             return False
         return True
 
-    def _offer_who_waits(self) -> None:
+    def _offer_waiting(self) -> None:
         """Put in those that there is room for now. Called in the main thread."""
         for line in list(self._waiting.values()):
             is_full = False
@@ -135,12 +126,12 @@ class Outgoing:
                 transfer = client.transfer
                 assert transfer is not None
                 if self._need_not_wait(transfer):
-                    self.comes_back(client)
+                    self.return_client(client)
                     continue
                 try:
                     is_full = is_full or not self._offer(client, transfer)
                 except OSError:
-                    self.comes_back(client)  # whoever sees to it meets the same, and says so
+                    self.return_client(client)  # the thread that serves it meets the same
                     continue
                 if is_full:
                     line.append(client)
@@ -148,7 +139,7 @@ class Outgoing:
     def _need_not_wait(self, transfer: Transfer) -> bool:
         """Whether a client's time is over, or its owner has ended."""
         if time.monotonic() >= transfer.until:
-            transfer.fate = Fate.TOO_LATE
+            transfer.return_reason = ReturnReason.TOO_LATE
             return True
         return not self._shared.is_there(transfer.owner)
 
@@ -156,7 +147,7 @@ class Outgoing:
         _, data, opened_at, requests, arrived, input_may_have_ended = transfer.moving
         owner = transfer.owner
         is_large = len(data) > MOST_INLINE
-        flags = (IN_MEMORY if is_large else 0) | (0 if input_may_have_ended else INPUT_OPEN)
+        flags = (IN_MEMORY if is_large else 0) | (INPUT_ENDED if input_may_have_ended else 0)
         head = HEADER.pack(
             *(owner.incarnation, self._slot, *claim), *(opened_at, requests, arrived, flags)
         )
@@ -166,30 +157,30 @@ class Outgoing:
             return
         memory = in_memory(data)
         try:
-            # Asked now: it may have been withdrawn and closed, and its number be another's.
+            # Read now: the client may have been withdrawn and closed, and its number be another's.
             post(queue, [head], client.descriptor, memory)
         finally:
             os.close(memory)
 
     def _queue(self, slot: int) -> socket.socket:
-        """Another worker's postbox. Its descriptor is never closed, so neither is the socket."""
+        """Another worker's queue. Its descriptor is never closed, so neither is the socket."""
         queue = self._queues.get(slot)
         if queue is None:
-            queue = self._queues[slot] = handoff_sockets.opened(self._wakeups[slot].put)
+            queue = self._queues[slot] = handoff_sockets.end_of(self._wakeups[slot].put)
         return queue
 
     def _forget(self, claim: Claim) -> bool:
-        """The ticket is of no more use; False when that was found out before."""
+        """The claim is of no more use; False when that was found out before."""
         with self._lock:
             if self._away.pop(claim, None) is None:
                 return False
-            self._writer.give_back(claim)
+            self._issuer.give_back(claim)
             return True
 
     def settle(self, most: int | None = None) -> None:
-        """Let go of the clients that were taken, and see which have come back.
+        """End what this worker has of clients that were taken, and find those that are returned.
 
-        Looks at so many, and at others the next time. Called in any thread.
+        Checks so many, and others the next time; None: all. Called in any thread.
         """
         if not self._away:
             return
@@ -207,44 +198,30 @@ class Outgoing:
             if taken:
                 self._taken(client)
             else:
-                self.comes_back(client)
+                self.return_client(client)
 
-    @contextlib.contextmanager
-    def receipts_awaited(self) -> Iterator[None]:
-        """Have the main thread told at once of each client that is taken.
-
-        Called by the thread at the door, when it waits for something else.
-        """
-        slot = self._shared.slots[self._slot]
-        slot.awaits_receipts = 1
-        try:
-            self.settle()
-            yield
-        finally:
-            slot.awaits_receipts = 0
-
-    def next_back(self) -> ClientSocket | None:
-        """A client that has come back, as its journey says."""
+    def next_returned(self) -> ClientSocket | None:
+        """A client that was returned, with its `transfer`; None when there is none."""
         with contextlib.suppress(IndexError):
-            return self._back.popleft()
+            return self._returned.popleft()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.descriptor)
         with contextlib.suppress(IndexError):
-            return self._back.popleft()  # just now
+            return self._returned.popleft()  # just now
         return None
 
-    def comes_back(self, client: ClientSocket) -> None:
-        """Somebody is to see to a client that was not taken."""
-        self._back.append(client)
-        ring(self.descriptor)
+    def return_client(self, client: ClientSocket) -> None:
+        """A client was not taken: a thread of this worker is to serve it."""
+        self._returned.append(client)
+        wake(self.descriptor)
 
     def look_after(self) -> float:
-        """Withdraw those that need not wait any longer; returns in how many seconds to look again.
+        """Withdraw those that need not wait any longer; returns in how many seconds to call again.
 
         Called in the worker's main thread.
         """
         self.settle()
-        self._offer_who_waits()
+        self._offer_waiting()
         with self._lock:
             self._watched = bool(self.count) or self._sent
             self._sent = False
@@ -261,7 +238,7 @@ class Outgoing:
             self.settle()
 
     def withdraw_all(self) -> list[ClientSocket]:
-        """Take back what was not taken. Called when nobody is at the door any more."""
+        """Withdraw what was not taken. Called when no thread leads any more."""
         with self._lock:
             away = list(self._away)
         for claim in away:
@@ -269,8 +246,8 @@ class Outgoing:
         self.settle()
         for line in list(self._waiting.values()):
             while line:
-                self.comes_back(line.popleft())
+                self.return_client(line.popleft())
         back = []
-        while (client := self.next_back()) is not None:
+        while (client := self.next_returned()) is not None:
             back.append(client)
         return back

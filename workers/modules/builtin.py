@@ -1,7 +1,7 @@
 """The modules `test` and `system`, which every daemon has.
 
-Their functions are handed the request itself, so that `echo` can tell `[5]` from `5`, and the peer,
-so that the kernel can say whose it is.
+Their functions receive the request itself, so that `echo` can tell `[5]` from `5`, and the client
+socket, for the client's credentials.
 """
 
 import os
@@ -18,13 +18,14 @@ from cpanbridge.supervisor.reports import health, reports
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.modules.registry import Exposed
-from cpanbridge.workers.protocol.messages import PYTHON_VERSION, Refusal, Request
+from cpanbridge.workers.protocol.refusal import Refusal
+from cpanbridge.workers.protocol.replies import PYTHON_VERSION
+from cpanbridge.workers.protocol.requests import Request
 
 NAMES = ("test", "system")
-# For the workers to close their stale connections after they were asked to.
-CLEANUP_SECONDS = 2.0
+_CLEANUP_SECONDS = 2.0  # for all workers to close their stale connections
 
-Report = Callable[[], Any]
+_Report = Callable[[], Any]
 
 
 def built_in(
@@ -33,9 +34,9 @@ def built_in(
     modules: Callable[[], list[str]],
     wakeups: Sequence[Wakeups] = (),
 ) -> dict[str, Exposed]:
-    """Both modules, reporting on this daemon; `modules` tells the names of all that is exposed.
+    """Both modules, for this daemon. `modules` returns the names of all modules exposed.
 
-    `bells` are those of all slots.
+    `wakeups` are those of all slots; without them the functions may be listed, but not called.
     """
 
     def ping(request: Request, _: ClientSocket) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def built_in(
     }
 
 
-def _report(make: Report) -> Callable[[Request, ClientSocket], Any]:
+def _report(make: _Report) -> Callable[[Request, ClientSocket], Any]:
     def report(request: Request, _: ClientSocket) -> Any:
         _no_params(request)
         return make()
@@ -97,7 +98,7 @@ def _no_params(request: Request) -> None:
 
 
 def _only_the_owner(request: Request, client: ClientSocket) -> None:
-    """Refuse what is not for everybody who may open the socket. Raises Refusal."""
+    """Raises Refusal (PermissionDenied) unless the client is the daemon's own user or root."""
     _, uid, _ = client.credentials()
     if uid not in (0, os.geteuid()):
         message = (
@@ -108,14 +109,14 @@ def _only_the_owner(request: Request, client: ClientSocket) -> None:
 
 
 def _clean_up(shared: Shared, settings: Settings, wakeups: Sequence[Wakeups]) -> dict[str, Any]:
-    """Have all workers close their stale connections, and wait until they have."""
+    """Have all workers close their stale connections; wait until they have, but not for long."""
     stale = reports.stale_connections(shared, settings)
     details = [reports.describe_connection(each, settings) for each in stale]
     with shared.lock:
         shared.header.cleanups += 1
         shared.header.cleanup_at = time.monotonic_ns()
     wake_main_threads(shared, wakeups)
-    until = time.monotonic() + CLEANUP_SECONDS
+    until = time.monotonic() + _CLEANUP_SECONDS
     left = {each.id for each in stale}
     while left and time.monotonic() < until:
         time.sleep(0.005)

@@ -1,13 +1,13 @@
-"""What a child that a module forks must not keep of its worker.
+"""What a child that a module forks must not inherit from its worker.
 
-A module may fork without exec: multiprocessing does. The child has copies of every descriptor and
-the worker's signal handlers. As long as it lives, a client that waits for the end of its reply
-would wait too; and a TERM meant for it would be heard by the worker, through the wake-up
-descriptor. So in such a child the signals go back to their defaults, and every client's socket and
-the listening ones give way to /dev/null, which keeps their numbers taken: the objects that own
-them are still about.
+A module may fork without exec, as multiprocessing does. The child has copies of every descriptor
+and the worker's signal handlers. While it lives, a client that reads to the end of its reply would
+wait for the child to end too, and a TERM sent to the child would reach the worker, through the
+wake-up descriptor. So in such a child the signals are reset to their defaults, and every client's
+socket and the listening ones are replaced by /dev/null. Their numbers stay taken, because the
+objects that own them still exist.
 
-A template forks workers, which are to keep all of that: `fork_worker` is for them.
+A template forks workers, which must inherit all of that: `fork_worker` is for them.
 
 Called in the child of a worker or a template, by the interpreter.
 """
@@ -21,46 +21,50 @@ from collections.abc import Collection
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class _Now:
-    """What this process is at."""
+class _State:
+    """Of this process. Written in a template, which has one thread."""
 
     forks_a_worker = False
 
 
 def fork_worker() -> int:
-    """As os.fork, for a child that goes on as a part of the daemon."""
-    _Now.forks_a_worker = True
+    """As os.fork, for a child that is a process of the daemon."""
+    _State.forks_a_worker = True
     try:
         return os.fork()
     finally:
-        _Now.forks_a_worker = False
+        _State.forks_a_worker = False
 
 
-def let_go_in_children(sockets: Collection[str]) -> None:
-    """From now on, children that this process forks keep nothing of the worker on these paths."""
+def clean_up_children(sockets: Collection[str]) -> None:
+    """From now on, other children of this process inherit no signal handler and no client.
+
+    `sockets` are the paths of the daemon's listening sockets.
+    """
     paths = frozenset(sockets)
     masks = threading.local()
 
     def before() -> None:
-        # A signal may reach the child before it has let go of the handlers.
+        # A signal may reach the child before it has reset the handlers.
         masks.kept = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 
     def after() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.kept)
 
     def after_in_child() -> None:
-        if not _Now.forks_a_worker:
-            _let_go(paths)
+        if not _State.forks_a_worker:
+            _clean_up(paths)
         after()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
-def _let_go(paths: Collection[str]) -> None:
+def _clean_up(paths: Collection[str]) -> None:
     signal.set_wakeup_fd(-1)
     for number in _HANDLED:
         signal.signal(number, signal.SIG_DFL)
-    # Where a module has set this, looking at a socket makes it non-blocking, in the worker too.
+    # With a default timeout, which a module may have set, a socket object makes its socket
+    # non-blocking, in the worker too.
     default = socket.getdefaulttimeout()
     socket.setdefaulttimeout(None)
     null = os.open(os.devnull, os.O_RDWR)
@@ -77,7 +81,7 @@ def _is_ours(descriptor: int, paths: Collection[str]) -> bool:
     except OSError:
         return False  # not a socket, or the listing's own descriptor, closed by now
     try:
-        # An accepted socket has the name of the one that it was accepted from.
+        # An accepted socket has the name of the listening one.
         return probe.family == socket.AF_UNIX and probe.getsockname() in paths
     except OSError:
         return False

@@ -1,8 +1,8 @@
 """Importing what clients may call.
 
 Everything that is exposed is imported before a client is served, so a broken module is one clear
-line at start. A template imports for all workers of its generation what they can share, and the
-worker that it forks goes on with the same loader: what is imported already is not imported again.
+line at start. A template imports what the workers of its generation can share. A worker that it
+forks goes on with the same loader, so nothing is imported twice.
 """
 
 import difflib
@@ -43,10 +43,10 @@ class ModuleLoadError(Exception):
 class Entry(NamedTuple):
     """A module to be exposed."""
 
-    name: str  # which clients call it by
-    table: Module | ModuleDir  # that exposes it
-    label: str  # for it in errors
-    import_label: str
+    name: str  # as clients call it
+    table: Module | ModuleDir  # the configuration's table that exposes it
+    label: str  # what errors of the configuration begin with
+    import_label: str  # what errors of its import begin with
     importing: Callable[[], ModuleType]
 
 
@@ -54,31 +54,31 @@ class Loader:
     """Imports all that the settings expose, in one process or in one and its children."""
 
     def __init__(self, settings: Settings, built_in: Collection[str]) -> None:
-        """`built_in`: names that are taken by built-in modules."""
+        """`built_in` are the names of the built-in modules."""
         self._settings = settings
         self._built_in = built_in
-        self._found: list[Entry] | None = None  # once all folders have been looked into
-        self.left_out: dict[str, str] = {}  # modules that could not be imported, and why
+        self._found: list[Entry] | None = None  # None until all folders have been read
+        self.left_out: dict[str, str] = {}  # modules that could not be imported -> why
 
     def entries(self) -> Iterator[Entry]:
-        """All modules, in the order in which they are to be imported. Raises ModuleLoadError.
+        """All modules, in the order in which they are imported. Raises ModuleLoadError.
 
-        Folders are looked into once: what is new in them later is for the next generation.
+        Folders are read once: a file that is added later is for the next generation.
         """
         if self._found is not None:
             yield from self._found
             return
         found = []
-        for entry in self._look():
+        for entry in self._find():
             found.append(entry)
             yield entry
         self._found = found
 
     def import_module(self, entry: Entry) -> ModuleType | None:
-        """Import a module, unless it was left out: None. Raises ModuleLoadError.
+        """Import a module; None when it is left out. Raises ModuleLoadError.
 
-        A folder's file that lacks what it imports is left out, and the others go on: such folders
-        have helpers for libraries that not every host has.
+        A folder's file is left out when a module that it imports is missing, and the other files
+        load: such folders have helpers for libraries that not every host has.
         """
         if entry.name in self.left_out:
             return None
@@ -91,7 +91,7 @@ class Loader:
             return None
 
     def load(self, built_in: dict[str, Exposed]) -> Registry:
-        """Import all, and say what may be called. Raises ModuleLoadError at the first failure."""
+        """Import all, and list what may be called. Raises ModuleLoadError at the first failure."""
         exposed: dict[str, Exposed] = {}
         for entry in self.entries():
             module = self.import_module(entry)
@@ -111,7 +111,7 @@ class Loader:
             )
         return Registry(built_in | exposed, self.left_out)
 
-    def _look(self) -> Iterator[Entry]:
+    def _find(self) -> Iterator[Entry]:
         load_fresh()
         settings = self._settings
         for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
@@ -121,7 +121,7 @@ class Loader:
                 sys.path.append(os.path.abspath(folder))
         seen: set[str] = set()
         for directory in settings.module_dirs:
-            yield from self._look_into(directory, seen)
+            yield from self._find_in(directory, seen)
         for name, table in settings.modules.items():
             label = f"modules.{name}"
             if name in self._built_in:
@@ -129,8 +129,8 @@ class Loader:
             importing = partial(importlib.import_module, table.import_)
             yield Entry(name, table, label, f"{label}: import of {table.import_!r}", importing)
 
-    def _look_into(self, directory: ModuleDir, seen: set[str]) -> Iterator[Entry]:
-        """A folder's files, but for those whose names are of no use to clients."""
+    def _find_in(self, directory: ModuleDir, seen: set[str]) -> Iterator[Entry]:
+        """A folder's files, but those with a leading underscore and those of a table's name."""
         helpers = HelperFolder(directory.path)
         helpers.install()
         for file in sorted(Path(directory.path).glob("*.py")):
@@ -155,7 +155,7 @@ def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
     except BaseException as error:  # a module may raise anything, or call sys.exit
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
-        # The line in the operator's own code tells more than the one in a library that it called.
+        # The line in the operator's own code says more than the one in a library that it called.
         own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or [
             f for f in theirs if not f.filename.startswith(_IMPORTLIB)
         ]
@@ -189,8 +189,8 @@ def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, C
 def _public_functions(module: ModuleType) -> Iterable[tuple[str, Callable[..., Any]]]:
     """What `"*"` exposes: functions that the module defines, or declares in `__all__`.
 
-    Not: names with a leading underscore, classes, coroutine functions, the hooks, and what was
-    merely imported from elsewhere.
+    Not: names with a leading underscore, classes, coroutine functions, the hooks, and functions
+    that are merely imported.
     """
     declared = set(getattr(module, "__all__", ()))
     for name, value in vars(module).items():

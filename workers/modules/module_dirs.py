@@ -1,11 +1,11 @@
 """Importing a folder of helper files, which may import each other in every way that Python has.
 
 A helper is imported under its own name, and `import other` in one of them finds the other. The
-folder is a package besides, of a name of its own, so that `from .other import thing` and
-`from . import other` find the same module, with the same state in it; never a second copy.
+folder is also a package with a name of its own, so that `from .other import thing` and
+`from . import other` find the same module object with the same state, never a second copy.
 
-A helper whose name Python or a library has taken, `http.py` or `email.py`, is imported under
-another one: it must not stand in for the library's module.
+A helper with the name of a module of Python or a library, `http.py` or `email.py`, is imported
+under another name: it must not replace the library's module.
 """
 
 import importlib
@@ -20,43 +20,43 @@ from cpanbridge.workers.modules.sources import FreshLoader
 
 
 class _HelperSpec(ModuleSpec):
-    """A helper's spec: relative imports in it begin in `package`."""
+    """A helper's spec: relative imports in it start at `package`."""
 
     package: str
 
     @property
     def parent(self) -> str:
-        """The package that it is in, though its name does not say so."""
+        """Its package, which its name does not contain."""
         return self.package
 
 
 class _Alias(Loader):
-    """Finds a helper under its name in the package."""
+    """Loads a helper under its name in the package: the module that exists already."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._spec: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The helper itself."""
+        """The helper itself, imported under its own name."""
         module = importlib.import_module(self._name)
         self._spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has been executed; the import system has only put another spec in its place."""
+        """Put back the module's own spec, which the import system has replaced."""
         module.__spec__ = self._spec
 
 
 class HelperFolder(MetaPathFinder):
-    """Finds the files of one folder, in all their names."""
+    """Finds the files of one folder, under all their names."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder).absolute()
         number = sum(isinstance(each, HelperFolder) for each in sys.meta_path)
         self._package = f"cpanbridge_helpers_{number}"
-        self._names: dict[str, str] = {}  # a file's stem, and the name that it is imported under
-        self._files: dict[str, Path] = {}  # by that name
+        self._names: dict[str, str] = {}  # file stem -> the name under which it is imported
+        self._files: dict[str, Path] = {}  # that name -> file
         for file in sorted(self._folder.glob("*.py")):
             if file.stem != "__init__":
                 name = f"cpanbridge_module_{file.stem}" if _is_taken(file) else file.stem
@@ -68,11 +68,11 @@ class HelperFolder(MetaPathFinder):
         return name in self._files
 
     def install(self) -> None:
-        """From now on they are found, before other files of these names."""
+        """From now on they are found, before other modules of these names."""
         sys.meta_path.insert(0, self)
 
     def import_helper(self, stem: str) -> ModuleType:
-        """Import a file of the folder. Raises whatever it raises."""
+        """Import a file of the folder. Raises what the import raises."""
         return importlib.import_module(self._names[stem])
 
     def find_spec(
@@ -103,15 +103,15 @@ class HelperFolder(MetaPathFinder):
 
 
 def _is_taken(file: Path) -> bool:
-    """Whether a helper's name is that of a module that is there already."""
+    """Whether a helper's name is that of another module that can be imported."""
     name = file.stem
     if name in sys.stdlib_module_names:
         return True
     if any(name in each for each in sys.meta_path if isinstance(each, HelperFolder)):
-        return True  # another folder's, imported or not
-    there = sys.modules.get(name)
-    if there is not None:
-        return not _is(getattr(there, "__file__", None), file)
+        return True  # by another folder's file, imported or not
+    imported = sys.modules.get(name)
+    if imported is not None:
+        return not _is(getattr(imported, "__file__", None), file)
     found = PathFinder.find_spec(name)
     return found is not None and not _is(found.origin, file)
 

@@ -1,7 +1,7 @@
-"""A worker that boots must not outlive its master: nobody would ever let it serve.
+"""A worker that boots must not outlive its master, which alone can let it serve.
 
-Once it is booted, it sees the lifeline end. While it imports modules, it looks at nothing, and one
-of them may hang. So the kernel is told to end it with its master (prctl(2), PR_SET_PDEATHSIG).
+Once booted, a worker reads the end of the lifeline. While it imports modules it reads nothing, and
+an import may hang. So the kernel kills it when its master ends (prctl(2), PR_SET_PDEATHSIG).
 """
 
 import ctypes
@@ -11,6 +11,6 @@ _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl
 
 
-def end_with_master(yes: bool) -> None:
-    """Whether the kernel kills this process when the one that forked it ends."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if yes else 0, 0, 0, 0)
+def end_with_master(enabled: bool) -> None:
+    """Whether the kernel kills this process when the process that forked it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if enabled else 0, 0, 0, 0)

@@ -1,11 +1,15 @@
 """Importing what the workers of a generation can share, and finding what they cannot.
 
-A fork takes along memory, and little else. A thread that a module has started is missing in the
-child; a file, a socket or a database connection that it has opened is there twice, and both
-processes would move the same file position and talk into the same connection; a process that it has
-started is nobody's there; and generators of random numbers, keys and handles among them, would give
-the same numbers. Whatever is found of these after a module's import makes it unfit: it is
-for each worker to import.
+A fork copies memory and descriptors, and little else. A module is unfit to be shared, and left to
+each worker to import, when its import has
+
+- started a thread: the child has none;
+- opened a file, a socket or a database connection: two processes would move one file position and
+  write into one connection;
+- started a process: it is no child of the worker's;
+- mapped memory that a fork shares;
+- made a generator of random numbers, as for keys and handles: all workers would have the same
+  numbers.
 
 Called in a template.
 """
@@ -29,11 +33,11 @@ _NUMPY_GENERATORS = (
     ("numpy.random._generator", "Generator"),
     ("numpy.random.mtrand", "RandomState"),
 )
-_JOIN_SECONDS = 0.2  # the kernel lists a thread for a moment after it was joined
+_JOIN_SECONDS = 0.2  # the kernel still lists a thread for a moment after it was joined
 
 
-class _Seen(NamedTuple):
-    """What a process has that a fork does not take along as it is."""
+class _State(NamedTuple):
+    """What this process has that a fork does not simply copy."""
 
     threads: int
     children: frozenset[int]
@@ -42,7 +46,7 @@ class _Seen(NamedTuple):
     modules: frozenset[str]
 
     @classmethod
-    def now(cls) -> "_Seen":
+    def now(cls) -> "_State":
         return cls(
             len(os.listdir("/proc/self/task")),
             frozenset(_children()),
@@ -53,18 +57,19 @@ class _Seen(NamedTuple):
 
 
 def preload(loader: Loader, settings: Settings, kept_out: Collection[str]) -> Imports:
-    """Import all that may be shared. Raises ModuleLoadError at the first that fails.
+    """Import all modules that may be shared, but those in `kept_out`.
 
-    Where some are unfit, this process is: another one is to do it, and keep these out.
+    When some are unfit, so is this process as a template: another one must do it, and keep them
+    out. Raises ModuleLoadError at the first module that fails.
     """
     unfit, fit = {}, 0
     for entry in loader.entries():
         if entry.name in kept_out or not settings.preloads(entry.table):
             continue
-        before = _Seen.now()
+        before = _State.now()
         if loader.import_module(entry) is None:
             continue
-        reason = _left(before)
+        reason = _why_unfit(before)
         if reason is None:
             fit += 1
         else:
@@ -73,15 +78,15 @@ def preload(loader: Loader, settings: Settings, kept_out: Collection[str]) -> Im
 
 
 def end_children() -> None:
-    """Tell all processes that modules have started here to end."""
+    """Send TERM to all processes that modules have started here."""
     for pid in _children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
 
-def _left(before: _Seen) -> str | None:
-    """What an import has left that cannot be shared."""
-    now = _Seen.now()
+def _why_unfit(before: _State) -> str | None:
+    """What an import has made that cannot be shared; None when it is fit."""
+    now = _State.now()
     if now.threads > before.threads and not _threads_end_at_fork(before.threads):
         return "it starts a thread"
     if now.children - before.children:
@@ -95,10 +100,10 @@ def _left(before: _Seen) -> str | None:
 
 
 def _threads_end_at_fork(threads: int) -> bool:
-    """Whether those that an import has started end by themselves before a fork.
+    """Whether the threads that an import has started, beyond `threads`, end before a fork.
 
-    Libraries that know of forks do that with pthread_atfork(3), and start them again when they are
-    needed: numpy's OpenBLAS.
+    Libraries that are made for forks end their threads with pthread_atfork(3), and start them again
+    when they are needed, as numpy's OpenBLAS does.
     """
     pid = os.fork()
     if pid == 0:
@@ -114,9 +119,10 @@ def _threads_end_at_fork(threads: int) -> bool:
 
 
 def _generators(names: Set[str]) -> Iterator[str]:
-    """Generators of random numbers that modules have, but for those that a worker seeds anew.
+    """Generators of random numbers in these modules, but for those that a worker seeds anew.
 
-    Nothing is asked of the objects themselves: some only pretend to be there yet.
+    Reads only the objects' types, never an attribute, which could make a lazy object load what it
+    stands for.
     """
     for name in sorted(names - _SEEDED_ANEW):
         module = sys.modules.get(name)
@@ -140,7 +146,7 @@ def _children() -> Iterator[int]:
 
 def _descriptors() -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
+        with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
             yield int(name), os.readlink(f"/proc/self/fd/{name}")
 
 

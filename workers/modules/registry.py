@@ -1,6 +1,6 @@
 """What clients may call: finding it, calling it.
 
-Everything that is exposed has been imported when the worker serves (`loading.py`), so a call is two
+Everything that is exposed has been imported before the worker serves (loader.py), so a call is two
 dictionary look-ups. What the tables do not hold does not exist for a client: no name that it sends
 ever reaches an import or an attribute.
 """
@@ -15,10 +15,10 @@ import msgspec
 
 from cpanbridge.supervisor.config import Affinity
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.protocol.messages import Refusal, Request
+from cpanbridge.workers.protocol.refusal import Refusal
+from cpanbridge.workers.protocol.requests import Request
 
-# Less than it costs to change over to another thread and back under load.
-QUICK_NS = 250_000
+_QUICK_NS = 250_000  # less than switching to another thread and back costs under load
 _NAMES_SHOWN = 30
 
 
@@ -27,13 +27,13 @@ class Exposed(NamedTuple):
 
     functions: dict[str, Callable[..., Any]]
     python: ModuleType | None  # None: built in
-    takes_request: bool = False  # its functions are handed the Request itself, and the Peer
+    takes_request: bool = False  # its functions receive the Request itself and the ClientSocket
     request_timeout: float = 0.0  # seconds that a call may take; 0: any time
     affinity: Affinity = "none"
 
 
 class Target:
-    """A function that can be called, and whether its calls have been quick of late."""
+    """A function that can be called, and whether its last calls have been quick."""
 
     __slots__ = (
         "_slow_share",
@@ -53,21 +53,21 @@ class Target:
     ) -> None:
         self.function = function
         self.request_timeout = request_timeout
-        # None: any worker may run it; FOR_CLIENT: the client's own; else the module's own, which
-        # this number stands for.
+        # None: any worker may run it; FOR_CLIENT: the worker that has the client's state; else the
+        # worker that has the state of the module with this number.
         self.owned_as = owned_as
-        self.number = -1  # its place in the daemon's table of names; -1: it was not called yet
+        self.number = -1  # its index in the daemon's table of names; -1: not called in this worker
         self.takes_request = takes_request
-        self._slow_share = 0.5  # of the last calls, newer ones counting more
+        self._slow_share = 0.5  # of its calls, an exponential moving average
 
     @property
     def is_quick(self) -> bool:
-        """Whether its next call is likely to be over in `QUICK_NS`."""
+        """Whether its next call is likely to take no longer than `_QUICK_NS`."""
         return self._slow_share < 0.25
 
     def took(self, duration_ns: int) -> None:
-        """Learn from a call. A lost update between two threads does no harm."""
-        slow = 1.0 if duration_ns > QUICK_NS else 0.0
+        """Record a call's duration. An update that is lost between two threads does no harm."""
+        slow = 1.0 if duration_ns > _QUICK_NS else 0.0
         self._slow_share += (slow - self._slow_share) / 16
 
 
@@ -75,11 +75,10 @@ FOR_CLIENT = 0
 
 
 def owned_as(module: str, affinity: Affinity) -> int | None:
-    """What the owner of a module's state is found by; see `Target.owned_as`.
+    """The key by which the owner of a module's state is found; see `Target.owned_as`.
 
-    The number is made of the name alone, so that all workers of all generations have the same one.
-    That two names have the same of 2**63 numbers is not to be expected, and would do no harm but
-    that both reach the same worker.
+    It is a hash of the name alone, so it is the same in all workers of all generations. Two names
+    with the same one of 2**63 numbers are unlikely, and would only share a worker.
     """
     if affinity == "none":
         return None
@@ -101,7 +100,7 @@ class Registry:
 
     def __init__(self, exposed: dict[str, Exposed], left_out: dict[str, str] | None = None) -> None:
         self._exposed = exposed
-        self.left_out = left_out or {}  # modules that could not be loaded, and why
+        self.left_out = left_out or {}  # modules that could not be loaded -> why
         self._targets = {
             name: {
                 function: Target(
@@ -121,7 +120,7 @@ class Registry:
         return sorted(self._exposed)
 
     def affinity_of(self, name: str) -> Affinity:
-        """Whose state a module keeps."""
+        """The affinity of a module."""
         return self._exposed[name].affinity
 
     def functions_of(self, name: str) -> list[str]:
@@ -129,9 +128,9 @@ class Registry:
         return sorted(self._targets[name])
 
     def find(self, request: Request) -> Target:
-        """What a request names.
+        """The function that a request names.
 
-        Raises Refusal (ModuleNotAllowed, FunctionNotAllowed) that says what is allowed.
+        Raises Refusal (ModuleNotAllowed, FunctionNotAllowed) that lists what is allowed.
         """
         functions = self._targets.get(request.module)
         if functions is None:
@@ -150,7 +149,7 @@ class Registry:
         return target
 
     def hooks(self, name: str) -> Iterable[tuple[str, Callable[[], object]]]:
-        """The modules that have a hook of this name, with it: each Python module once."""
+        """The hooks of this name, each with its module's name: each Python module once."""
         seen: set[int] = set()
         for exposed_as, module in self._exposed.items():
             hook = getattr(module.python, name, None)
@@ -160,11 +159,11 @@ class Registry:
 
 
 def call(target: Target, request: Request, client: ClientSocket) -> Outcome:
-    """Run a function with a request's params: an object's as keywords, an array's by position.
+    """Run a function with a request's params: an object as keywords, an array by position.
 
     Whatever the function raises is the outcome's error, SystemExit included: a module must not be
     able to end the thread that serves a client. Raises Refusal (InvalidParams) when the params do
-    not fit the signature; the function has not run then.
+    not fit the signature; then the function has not run.
     """
     function, params = target.function, request.params
     try:
@@ -195,7 +194,7 @@ def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> b
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return False  # a C function that does not tell its signature
+        return False  # a C function without a signature
     try:
         if params is None:
             signature.bind()

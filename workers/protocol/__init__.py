@@ -1,4 +1,5 @@
-"""Bytes to requests, and replies to bytes. Nothing here touches a socket.
+"""The wire protocol: bytes to requests, and replies to bytes. Nothing here uses a socket.
 
-Runs in a worker process, in the thread that serves the client. Imports nothing from other rooms.
+Runs in a worker process, in the thread that serves the client. Imports no other room of the
+workers.
 """

@@ -1,6 +1,6 @@
-"""From a request to its reply: find what it names, wait for room, run it, write it down.
+"""From a request to its reply: find its function, wait for admission, run it, record it.
 
-Called from the threads that serve clients. Nothing here reads from a client or sends to it.
+Called from the threads that serve clients. Nothing here receives from a client or sends to it.
 """
 
 import logging
@@ -14,13 +14,15 @@ import msgspec
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.memory.connection_table import WAITING, ConnectionTableWriter
+from cpanbridge.supervisor.memory.fields import CONCURRENCY, CONNECTIONS, OVERLOAD, RATE
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import Draining
 from cpanbridge.workers.modules import registry
 from cpanbridge.workers.modules.registry import Registry, Target
-from cpanbridge.workers.protocol import messages
-from cpanbridge.workers.protocol.messages import Refusal, Request
+from cpanbridge.workers.protocol import framing, replies
+from cpanbridge.workers.protocol.refusal import Refusal
+from cpanbridge.workers.protocol.requests import Request, decode_if_complete, decode_request
 from cpanbridge.workers.requests import security_log
 from cpanbridge.workers.requests.stats import StatisticsWriter
 from cpanbridge.workers.requests.timeouts import AnsweredError, CallTimeouts, Running
@@ -36,35 +38,35 @@ class Call(msgspec.Struct):
     arrived: float  # CLOCK_MONOTONIC seconds
 
 
-TRY_AGAIN_SECONDS = 1.0
+_TRY_AGAIN_SECONDS = 1.0
 
-_LACKS = {
-    "verdict": "the daemon uses more memory or CPU than it may",
-    "connections": "all connections are taken (limits.max_connections)",
-    "concurrency": "all requests that may run are running (limits.max_concurrent_requests)",
-    "rate": "this minute's requests are used up (limits.max_requests_per_minute)",
+_OBSTACLES = {
+    OVERLOAD: "the daemon uses more memory or CPU than it may",
+    CONNECTIONS: "all connections are taken (limits.max_connections)",
+    CONCURRENCY: "all requests that may run are running (limits.max_concurrent_requests)",
+    RATE: "this minute's requests are used up (limits.max_requests_per_minute)",
 }
 
 
 class Overloaded(Refusal):
-    """There is no room, and the daemon is told not to let clients wait."""
+    """There is no room, and with `overload = "reject"` clients do not wait for it."""
 
     def __init__(self, obstacle: Obstacle, request_id: str | None) -> None:
         self.reason = obstacle.reason
         self.retry_after: float = round(obstacle.retry_after, 3)
         message = (
-            f"No room: {_LACKS[obstacle.reason]}; the call was not run, "
+            f"No room: {_OBSTACLES[obstacle.reason]}; the call was not run, "
             f"try again in {self.retry_after:g} s"
         )
         super().__init__("Overloaded", message, request_id)
 
 
-class LeftError(OSError):
-    """The client has left before its request was run."""
+class DisconnectedError(OSError):
+    """The client has disconnected before its request was run."""
 
 
 class Calls:
-    """What a worker's connections need to have their requests run."""
+    """Runs the requests of one worker's connections."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Calls:
         shared: Shared,
         gate: Gate,
         registry: Registry,
-        watch: CallTimeouts,
+        timeouts: CallTimeouts,
     ) -> None:
         self._limits = settings.limits
         self._debug = settings.debug
@@ -82,33 +84,33 @@ class Calls:
         self._shared = shared
         self._gate = gate
         self._registry = registry
-        self._watch = watch
+        self._timeouts = timeouts
         self._statistics = StatisticsWriter(shared, worker)
         self._security = security_log.SecurityLog(worker)
         self._pid = os.getpid()
         self.connection_table = ConnectionTableWriter(shared.statistics[worker].connection_table)
 
     def prepare(self, data: bytes, arrived: float | None) -> Call | None:
-        """The call in a client's first bytes, or in those of a kept connection's next request.
+        """The call in a client's first bytes, or in those of a framed client's next request.
 
-        `arrived` is when they did, if that was in another worker. None when it is not all there, or
-        cannot run: it will be found again, and its client told.
+        `arrived` is when they did (CLOCK_MONOTONIC seconds), if another worker has read them. None
+        when the request is incomplete or cannot run: `resolve` decodes it again, to say why.
         """
         if not data:
             return None
-        framed = messages.is_framed(data)
-        message = messages.whole_frame(data) if framed else data
+        framed = framing.is_framed(data)
+        message = framing.whole_frame(data) if framed else data
         if message is None or len(message) > self._limits.max_request_size:
             return None
         return self._find_if_valid(message, arrived)
 
     def resolve(self, data: bytes) -> Call:
-        """The call in a whole request's bytes. Raises Refusal, for which it is decoded anew."""
-        return self._find_if_valid(data, None) or self._find(messages.decode(data, self._limits))
+        """The call in a complete request's bytes. Raises Refusal that says what is wrong."""
+        return self._find_if_valid(data, None) or self._find(decode_request(data, self._limits))
 
     def _find_if_valid(self, data: bytes, arrived: float | None) -> Call | None:
         try:
-            request = messages.decode_if_complete(data, self._limits)
+            request = decode_if_complete(data, self._limits)
             return None if request is None else self._find(request, arrived)
         except Refusal:
             return None
@@ -119,49 +121,52 @@ class Calls:
     def admit(
         self, call: Call, client: ClientSocket, stop: int, step_aside: Callable[[], None]
     ) -> None:
-        """Wait until a request may run, and charge it. `step_aside` is called before it waits.
+        """Wait until a request may run, and count it as running.
 
-        Raises Draining when the descriptor `stop` is readable before there is room, and with
-        `overload = "reject"` Refusal (Overloaded) when there is none now. Raises LeftError for a
-        client that has left, and Refusal (RequestTimeout) when it does not wait any more: what it
-        asked for is not run then.
+        `step_aside` is called before it waits. Raises, and the request is not run: Draining when
+        the descriptor `stop` is readable first; Overloaded, with `overload = "reject"`, when there
+        is no room now; Refusal (RequestTimeout) when the request's own timeout is over;
+        DisconnectedError.
         """
-        if client.has_left():
-            raise LeftError
+        if client.has_hung_up():
+            raise DisconnectedError
         gate = self._gate
-        outcome = gate.attempt(gate.admitted, connection=False)
+        outcome = gate.attempt(gate.admit, connection=False)
         if outcome is True:
             return
         if self._rejects and isinstance(outcome, Obstacle):
             raise Overloaded(outcome, call.request.request_id)
         self.connection_table.is_doing(client.entry, WAITING)
         step_aside()
-        if not gate.wait_and_take(gate.admitted, stop, connection=False):
+        if not gate.wait_and_take(gate.admit, stop, connection=False):
             raise Draining
         late = call.request.timeout is not None and self._left(call) <= 0
-        if late or client.has_left():
+        if late or client.has_hung_up():
             gate.finished(succeeded=False)
             if not late:
-                raise LeftError
+                raise DisconnectedError
             message = "There was no room within the request's timeout; the call was not run"
             raise Refusal("RequestTimeout", message, call.request.request_id)
 
     @staticmethod
     def _left(call: Call) -> float:
-        """Seconds until a client with a timeout of its own waits no longer."""
+        """Seconds until the request's own timeout is over; it must have one."""
         return (call.request.timeout or 0.0) - (time.monotonic() - call.arrived)
 
     def _watch_if_limited(self, call: Call, function: int, client: ClientSocket) -> Running | None:
-        """Have the call watched, if it may take only so long: the module's time or the client's."""
+        """Have the call watched when the module or the request sets a timeout: the shorter one."""
         limit = seconds = call.target.request_timeout
         if call.request.timeout is not None:
             left = max(0.001, self._left(call))
             if not limit or left < limit:
                 limit, seconds = call.request.timeout, left
-        return self._watch.begin(call.request, function, client, limit, seconds)
+        return self._timeouts.begin(call.request, function, client, limit, seconds)
 
     def run(self, call: Call, client: ClientSocket) -> bytes:
-        """Run an admitted request and return the reply; its room is given back in any case."""
+        """Run an admitted request and return the reply. Its room is given back in any case.
+
+        Raises AnsweredError when its client was answered meanwhile, because it took too long.
+        """
         request, target = call.request, call.target
         function = target.number
         if function < 0:
@@ -173,29 +178,29 @@ class Calls:
         try:
             outcome = registry.call(target, request, client)
             if os.getpid() != self._pid:
-                # The function has forked, and this is the child: the client is the parent's.
+                # The function has forked and returned in the child. The client is the parent's.
                 os._exit(0)
             if outcome.error is not None:
-                problem = messages.message_of(outcome.error) or type(outcome.error).__name__
+                problem = replies.message_of(outcome.error) or type(outcome.error).__name__
                 return self._failure(request, outcome.error, problem)
             duration_ms = (time.monotonic_ns() - started) / 1e6
-            reply = messages.encode_success(request, outcome.result, duration_ms, self._worker)
+            reply = replies.encode_success(request, outcome.result, duration_ms, self._worker)
             problem = None
             return reply
         except Refusal as refusal:
             problem = refusal.message
             self._note_if_event(refusal, client)
-            return messages.encode_failure(refusal.message, refusal.kind, request.request_id)
+            return replies.encode_failure(refusal.message, refusal.kind, request.request_id)
         finally:
             ended = time.monotonic_ns()
-            answered = watched is not None and not self._watch.end(watched)
+            answered = watched is not None and not self._timeouts.end(watched)
             if answered:
                 problem = "it took longer than its request_timeout"
             duration_ns = ended - started
             if problem is not None:
                 self._statistics.error(function, duration_ns, problem)
             self._statistics.ran(function, problem is None, duration_ns, ended)
-            if not answered:  # the watch has given its room back
+            if not answered:  # else CallTimeouts has given its room back
                 self._gate.finished(problem is None)
             self.connection_table.ran(client.entry, ended)
             target.took(duration_ns)
@@ -203,7 +208,7 @@ class Calls:
                 raise AnsweredError
 
     def _number(self, call: Call) -> int:
-        """Called once for each function: its place in the table of names."""
+        """The function's index in the table of names. Called for its first call in this worker."""
         with self._shared.lock:
             number = self._shared.names.number_of(f"{call.request.module}.{call.request.function}")
         call.target.number = number
@@ -223,7 +228,7 @@ class Calls:
             )
         text = f"Error in {request.module}.{request.function}: {problem}"
         kind = type(error).__name__
-        return messages.encode_failure(text, kind, request.request_id, traceback=trace)
+        return replies.encode_failure(text, kind, request.request_id, traceback=trace)
 
     def refuse(self, refusal: Refusal, client: ClientSocket) -> bytes:
         """Count a request that is not run, and return the reply that says why."""
@@ -231,31 +236,31 @@ class Calls:
         self._note_if_event(refusal, client)
         if isinstance(refusal, Overloaded):
             self._statistics.overloaded(refusal.reason)
-        return messages.encode_failure(
+        return replies.encode_failure(
             refusal.message, refusal.kind, refusal.request_id, retry_after=refusal.retry_after
         )
 
     def reject(self, obstacle: Obstacle, request_id: str | None) -> bytes:
-        """The same for a client that is not even let in."""
+        """The same for a client that is not accepted as a connection."""
         overloaded = Overloaded(obstacle, request_id)
         self._statistics.refused()
         self._statistics.rejected()
         self._statistics.overloaded(overloaded.reason)
-        return messages.encode_failure(
+        return replies.encode_failure(
             overloaded.message, overloaded.kind, request_id, retry_after=overloaded.retry_after
         )
 
     def not_run(self, *, daemon_ends: bool) -> bytes:
-        """The reply to a request that is not run because the daemon stops.
+        """The reply to a request that is not run because the daemon ends.
 
-        Or, without `daemon_ends`, because its worker leaves and there was no room for it in time.
+        Without `daemon_ends`: because its worker exits, and there was no room for it in time.
         """
         self._statistics.refused()
         if daemon_ends:
             message = "The daemon is shutting down; the call was not run"
-            return messages.encode_failure(message, "ShuttingDown", None)
+            return replies.encode_failure(message, "ShuttingDown", None)
         message = "No room: the call has waited for as long as its worker had; it was not run"
-        return messages.encode_failure(message, "Overloaded", None, retry_after=TRY_AGAIN_SECONDS)
+        return replies.encode_failure(message, "Overloaded", None, retry_after=_TRY_AGAIN_SECONDS)
 
     def _note_if_event(self, refusal: Refusal, client: ClientSocket) -> None:
         event = self._security.event(refusal, client)

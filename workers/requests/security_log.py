@@ -1,8 +1,8 @@
-"""Security events: counted always, logged as JSON lines, and no more than a few a second.
+"""Security events: always counted, and logged as JSON lines, a few per second at most.
 
-An event is a request that somebody should perhaps look at: a module or function that is not
-exposed, a malformed or oversized request. The line says who it was (the kernel's word for it,
-SO_PEERCRED), and of what the client sent only the names.
+An event is a request that an operator may want to examine: for a module or function that is not
+exposed, malformed or oversized. The line has the client's credentials as the kernel tells them
+(SO_PEERCRED), and of what the client sent only the names.
 """
 
 import logging
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from cpanbridge.supervisor.system.log_text import json_line, printable
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.protocol.messages import Refusal
+from cpanbridge.workers.protocol.refusal import Refusal
 
 LOGGER = logging.getLogger("cpanbridge.security")
-LINES_PER_SECOND = 10
+_LINES_PER_SECOND = 10
 
 _NAMES = {
     "InvalidRequest": "invalid_request",
@@ -26,7 +26,7 @@ _NAMES = {
 
 
 class SecurityEvent(NamedTuple):
-    """What is remembered of one; `pid` and `uid` are the client's, -1 when they are not known."""
+    """An event as the statistics keep it. `pid` and `uid` are the client's; -1: unknown."""
 
     name: str
     message: str
@@ -35,7 +35,7 @@ class SecurityEvent(NamedTuple):
 
 
 class SecurityLog:
-    """One worker's writer of event lines. Called from any of its threads."""
+    """One worker's writer of event lines. Called from the threads that serve clients."""
 
     def __init__(self, worker: int) -> None:
         self._worker = worker
@@ -47,7 +47,8 @@ class SecurityLog:
     def event(self, refusal: Refusal, client: ClientSocket) -> SecurityEvent | None:
         """Log a refusal that is an event, and return the event; None when it is none.
 
-        It is only counted as suppressed when this second has had enough lines.
+        Over the limit of lines per second it is not logged, only counted: `suppressed_before` in
+        the next line.
         """
         if refusal.kind not in _NAMES:
             return None
@@ -58,7 +59,7 @@ class SecurityLog:
             if second != self._second:
                 self._second, self._written = second, 0
             self._written += 1
-            if self._written > LINES_PER_SECOND:
+            if self._written > _LINES_PER_SECOND:
                 self._suppressed += 1
                 return event
             suppressed, self._suppressed = self._suppressed, 0

@@ -1,17 +1,18 @@
-"""Calls that may take only so long: their clients are told, and the log says where they hang.
+"""Calls with a time limit: their clients are answered in time, and the log says where they hang.
 
-A thread cannot be ended from outside. So when a call's time is over, the main thread answers its
-client, writes to the log what the thread is at, and asks the master to retire the worker: other
-calls finish, a replacement takes over, and what hangs ends with the process. If the call returns
-after all, its result is dropped, for its client has had an answer.
+A thread cannot be stopped from outside. So when a call's time is over, the main thread answers its
+client, writes the thread's stack to the log, and asks the master to retire the worker: other calls
+finish, a replacement starts, and the call ends with the process. If it returns before that, its
+result is dropped, because its client has an answer already.
 
-An answered call takes no room from others: its request's and its connection's are given back at
-once, not when its thread returns or its worker ends, which may take `graceful_timeout` and more.
+An answered call takes no room from others. Its request's and its connection's room are given back
+at once, not when its thread returns or its worker exits, which may take `graceful_timeout` and
+more.
 
-A call without a limit costs nothing here. While there are some with one, the main thread looks
-every `LOOK_SECONDS`; there is no alarm for each. A call that never gives up the interpreter lock,
-in a C library, keeps the main thread from looking as well. So the worker's slot says which call's
-time is over first, and the master looks whether it was looked after (supervisor/hangs.py).
+A call without a limit costs nothing here. While there are some with one, the main thread checks
+every `_CHECK_SECONDS`; there is no timer for each. A call that never releases the interpreter lock,
+in a C library, keeps the main thread from checking as well. So the worker's slot has the earliest
+deadline of its calls, and the master acts when it has passed (processes/watchdog.py).
 """
 
 import logging
@@ -23,27 +24,34 @@ import traceback
 from types import FrameType
 
 from cpanbridge.supervisor.gate import Gate
-from cpanbridge.supervisor.memory.layout import Slot
+from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.modules import registry
-from cpanbridge.workers.protocol import messages
-from cpanbridge.workers.protocol.messages import NO_MORE_REQUESTS, Request
+from cpanbridge.workers.protocol import framing, replies
+from cpanbridge.workers.protocol.requests import Request
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-LOOK_SECONDS = 0.05
+_CHECK_SECONDS = 0.05
 
 
 class AnsweredError(OSError):
-    """The client has been told that its call takes too long: there is nothing more to say to it."""
+    """The client was answered that its call takes too long, and must receive nothing more."""
 
 
 class Running:
-    """A call under way. Times are CLOCK_MONOTONIC nanoseconds, 0: none."""
+    """A call that runs. Times are CLOCK_MONOTONIC nanoseconds, 0: none."""
 
     __slots__ = (
-        *("answered", "deadline", "function", "limit", "client"),
-        *("request", "slow_at", "started", "thread"),
+        "answered",
+        "client",
+        "deadline",
+        "function",
+        "limit",
+        "request",
+        "slow_at",
+        "started",
+        "thread",
     )
 
     def __init__(
@@ -56,17 +64,17 @@ class Running:
         slow: float,
     ) -> None:
         self.request = request
-        self.function = function  # its number in the table of names
+        self.function = function  # its index in the table of names
         self.client = client
-        self.limit = limit  # as it was set, of which some may have passed before the start
+        self.limit = limit  # seconds, as configured or requested; some may have passed already
         self.started = time.monotonic_ns()
         self.deadline = self.started + int(seconds * 1e9) if seconds else 0
         self.slow_at = self.started + int(slow * 1e9) if slow else 0
         self.thread = threading.get_ident()
-        self.answered = False  # by the watch; written under its lock
+        self.answered = False  # by CallTimeouts; written under its lock
 
     def describe(self) -> str:
-        """Which call it is, for the log."""
+        """The call's names and request, for the log."""
         request = self.request
         return (
             f"{request.module}.{request.function} "
@@ -76,7 +84,10 @@ class Running:
 
 
 class CallTimeouts:
-    """One worker's watch. `wake` is an eventfd that makes the main thread call `look` soon."""
+    """One worker's running calls. Writing the eventfd `wake` makes the main thread call `check`.
+
+    Calls are logged once when they take longer than `slow` seconds; 0.0: never.
+    """
 
     def __init__(self, worker: int, slot: Slot, slow: float, wake: int, gate: Gate) -> None:
         self._worker = worker
@@ -86,16 +97,17 @@ class CallTimeouts:
         self._gate = gate
         self._lock = threading.Lock()
         self._running: set[Running] = set()
-        self._first: Running | None = None  # of those with a deadline; the slot says so too
-        self._looking = False
-        self.hangs = False  # a call has not ended in its time: the worker is to be retired
+        self._first: Running | None = None  # the one with the earliest deadline, as in the slot
+        self._is_scheduled = False  # the main thread calls `check` again by itself
+        self.hangs = False  # a call has not ended in its time: the worker must be retired
 
     def begin(
         self, request: Request, function: int, client: ClientSocket, limit: float, seconds: float
     ) -> Running | None:
-        """A call starts that may take so many seconds, 0.0: any time. Called in its thread.
+        """A call starts that may take `seconds`, 0.0: any time; None when it needs no watching.
 
-        `limit` is the time as its client is told it.
+        `limit` is the time for the client's answer, see `Running.limit`. Called in the call's
+        thread.
         """
         if not seconds and not self._slow:
             return None
@@ -106,15 +118,15 @@ class CallTimeouts:
             first = self._first
             if deadline and (first is None or deadline < first.deadline):
                 self._first = running
-                self._slot.call_function = function  # before the time, which makes it valid
+                self._slot.call_function = function  # before the deadline, which makes it valid
                 self._slot.call_deadline = deadline
-            looking, self._looking = self._looking, True
-        if not looking:
+            scheduled, self._is_scheduled = self._is_scheduled, True
+        if not scheduled:
             os.eventfd_write(self._wake, 1)
         return running
 
     def end(self, running: Running) -> bool:
-        """It has returned; False when its client was answered meanwhile. Called in its thread."""
+        """The call has returned; False when its client was answered. Called in its thread."""
         with self._lock:
             self._running.discard(running)
             if running is self._first:
@@ -122,7 +134,7 @@ class CallTimeouts:
             return not running.answered
 
     def _find_first(self) -> None:
-        """Say which call's time is over first, now that another one's is not. Under the lock."""
+        """Find the earliest deadline, and put it into the slot. Called under the lock."""
         first = None
         for each in self._running:
             if each.deadline and (first is None or each.deadline < first.deadline):
@@ -134,18 +146,20 @@ class CallTimeouts:
             self._slot.call_function = first.function
             self._slot.call_deadline = first.deadline
 
-    def look(self) -> float | None:
-        """Answer for calls whose time is over; returns in how many seconds to look again.
+    def check(self) -> float | None:
+        """Answer calls whose time is over, and log them and slow ones.
 
-        None when there is nothing to look at. Called in the worker's main thread.
+        Returns in how many seconds to call it again; None when no call is watched. Called in the
+        worker's main thread.
         """
         now = time.monotonic_ns()
         with self._lock:
             if not self._running:
-                self._looking = False
+                self._is_scheduled = False
                 return None
             overdue = [each for each in self._running if each.deadline and each.deadline <= now]
-            # Under the lock to the end: a thread whose call returns now closes the connection.
+            # Under the lock until all are answered: a thread whose call returns now waits in `end`,
+            # and closes the connection after that.
             for each in overdue:
                 self._give_up(each)
             if overdue:
@@ -155,15 +169,15 @@ class CallTimeouts:
                 each.slow_at = 0
         frames = sys._current_frames() if overdue or slow else {}
         for each in overdue:
-            self._tell(logging.ERROR, each, now, "and is given up", frames.get(each.thread))
+            self._log(logging.ERROR, each, now, "and is given up", frames.get(each.thread))
             self.hangs = True
         for each in slow:
-            self._tell(logging.WARNING, each, now, "and goes on", frames.get(each.thread))
-        return LOOK_SECONDS
+            self._log(logging.WARNING, each, now, "and goes on", frames.get(each.thread))
+        return _CHECK_SECONDS
 
     def _give_up(self, running: Running) -> None:
-        """Answer a call, and give its room back, once: its thread sees that in `end`."""
-        running.answered = running.client.given_up = True
+        """Answer a call's client and give its room back, once: its thread learns that in `end`."""
+        running.answered = running.client.released = True
         running.deadline = running.slow_at = 0
         try:
             self._answer(running)
@@ -172,18 +186,18 @@ class CallTimeouts:
             self._gate.closed()
 
     def _answer(self, running: Running) -> None:
-        """In the place of the thread that hangs, and without waiting for the client."""
+        """Answer in place of the thread that hangs, without waiting for the client."""
         request = running.request
         what = f"{request.module}.{request.function} did not return within {running.limit:g} s"
         message = f"{what}; it may still run"
-        reply = messages.encode_failure(message, "RequestTimeout", request.request_id)
+        reply = replies.encode_failure(message, "RequestTimeout", request.request_id)
         if running.client.framed:
-            reply = messages.to_frame(reply) + NO_MORE_REQUESTS
+            reply = framing.to_frame(reply) + framing.NO_MORE_REQUESTS
         else:
-            reply = messages.to_ascii(reply)
-        running.client.say_last(reply)
+            reply = replies.to_ascii(reply)
+        running.client.send_last(reply)
 
-    def _tell(
+    def _log(
         self, level: int, running: Running, now: int, what: str, frame: FrameType | None
     ) -> None:
         LOGGER.log(
@@ -199,7 +213,7 @@ class CallTimeouts:
 
 
 def _stack(frame: FrameType | None) -> str:
-    """What a thread is at, from the module's function on."""
+    """A thread's stack, from the module's function on."""
     if frame is None:
         return ""
     lines = traceback.extract_stack(frame)

@@ -1,146 +1,27 @@
-"""Sessions: what one client process keeps in this worker, and how long.
+"""All sessions of a worker: when each begins and ends.
 
 A session begins with a client process's first call to a module that has an affinity, and ends when
 that process ends: the kernel says so at once (pidfd). What modules have left in it is closed then;
-and when the client has been silent for `stale_timeout`, and when the worker leaves. Where the
-kernel does not tell the client process, the connection takes its place.
-
-Nothing here cuts a call that runs: what it uses is closed after it.
+and when the client has been silent for `stale_timeout`, and when the worker exits. If the kernel
+does not tell the client process, the connection takes its place.
 """
 
 import errno
 import logging
 import os
-import secrets
 import select
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
-from cpanbridge.supervisor.memory.layout import Slot
+from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
 from cpanbridge.workers.accept.own_threads import OwnThread
 from cpanbridge.workers.client.identity import start_time
+from cpanbridge.workers.sessions.session import Session, close_aside
 
 LOGGER = logging.getLogger("cpanbridge.worker")
-
-
-class UnknownHandle(LookupError):
-    """No object of this name is in the client's session."""
-
-
-class SessionEnded(RuntimeError):
-    """The session's time is over, and nothing can be left in it any more."""
-
-
-class Session:
-    """One client process's state in this worker.
-
-    Module authors get theirs by `current_session()`. Its methods may be called from any thread.
-    """
-
-    def __init__(self, process: ClientProcess, descriptor: int) -> None:
-        self.process = process
-        self.modules: set[int] = set()  # those whose state is told to be here, see affinity.py
-        self.running = 0  # calls
-        self.last_used = time.monotonic()
-        self.over = False  # its client has ended
-        self.expired = False  # its client was silent for too long, and has not been told yet
-        self.descriptor = descriptor  # tells the client's end
-        self._objects: dict[str, Any] = {}
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def keep(self, thing: Any, name: str | None = None) -> str:
-        """Leave an object in the session, under a name, or for a new handle; returns which.
-
-        A handle is never given twice, so one of a lost session finds nothing. An object that had
-        the name before is closed. Raises SessionEnded, and closes the object, in a thread that
-        outlives its call and the session.
-        """
-        name = name or secrets.token_hex(8)
-        with self._lock:
-            ended = self._closed
-            before = self._objects.get(name)
-            if not ended:
-                self._objects[name] = thing
-        if ended:
-            close(thing)
-            raise SessionEnded("the client's session has ended; the object was closed")
-        if before is not None and before is not thing:
-            close(before)
-        return name
-
-    def find(self, name: str) -> Any:
-        """What was left under a name or for a handle. Raises UnknownHandle."""
-        with self._lock:
-            if name not in self._objects:
-                raise UnknownHandle(
-                    f"{name!r} is not in this client's session: it was dropped, or is another's"
-                )
-            return self._objects[name]
-
-    def drop(self, name: str) -> None:
-        """Close an object and forget it. Raises UnknownHandle."""
-        thing = self.find(name)
-        with self._lock:
-            self._objects.pop(name, None)
-        close(thing)
-
-    def has_ended(self) -> bool:
-        """Whether its client has, whoever has noticed."""
-        poll = select.poll()  # of its own: one cannot be used by two threads
-        poll.register(self.descriptor, select.POLLIN if self.process.pid != BY_CONNECTION else 0)
-        # In this order: a descriptor that is no longer ours is closed after `over` is set.
-        return bool(poll.poll(0)) or self.over
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no module has left anything in it."""
-        return not self._objects
-
-    def close(self) -> None:
-        """Close what is left, the newest first: a cursor before its connection."""
-        with self._lock:
-            self._closed = True
-            things, self._objects = list(self._objects.values()), {}
-        for thing in reversed(things):
-            close(thing)
-
-
-def close(thing: Any) -> None:
-    """Call an object's `close()`, if it has one. What it raises is logged."""
-    try:
-        method = getattr(thing, "close", None)
-        if callable(method):
-            method()
-    except BaseException:
-        LOGGER.exception("close() of an object in a session failed")
-
-
-_current = threading.local()
-
-
-def current_session() -> Session:
-    """The session of the client whose call runs in this thread.
-
-    Raises RuntimeError outside of a call, and in a module without affinity, whose calls reach any
-    worker.
-    """
-    session: Session | None = getattr(_current, "session", None)
-    if session is None:
-        raise RuntimeError(
-            'No session: this thread does not run a call to a module of affinity "client" or '
-            '"module"'
-        )
-    return session
-
-
-def run_in(session: Session | None) -> None:
-    """Let `current_session` return this one, in this thread; None: there is none any more."""
-    _current.session = session
 
 
 class Sessions:
@@ -240,7 +121,7 @@ class Sessions:
                 if not session.expired:
                     self._expect_silence(session)
                 return
-        _close_aside(session)
+        close_aside(session)
 
     def _expect_silence(self, session: Session) -> None:
         """From now on it is counted how long the client is silent. Called under the lock.
@@ -284,7 +165,7 @@ class Sessions:
             # the session is over, and takes it out itself.
             self._forget(session.process)
         if idle:
-            _close_aside(session)
+            close_aside(session)
 
     def _remove(self, session: Session) -> None:
         session.over = True
@@ -323,7 +204,7 @@ class Sessions:
                     elif (session := self._by_descriptor.get(descriptor)) is not None:
                         self.end(session)
                 while (session := self._silent_for_too_long()) is not None:
-                    _close_aside(session)
+                    close_aside(session)
             except Exception:
                 LOGGER.exception("Watching sessions: a fault of the daemon's own")
 
@@ -347,14 +228,3 @@ class Sessions:
                     self._count_out()
                     return oldest
         return None
-
-
-def _close_aside(session: Session) -> None:
-    """Close what is left in a session, where nobody has to wait for it."""
-    if session.is_empty:
-        session.close()
-        return
-    try:
-        threading.Thread(target=session.close, name="close", daemon=True).start()
-    except RuntimeError:  # no more threads
-        session.close()

@@ -7,8 +7,8 @@ no if $] >= 5.035, warnings => 'experimental::builtin';
 
 our $VERSION = '0.4.0';
 
-# Code that asks isa('JSON::PP::Boolean'), such as JSON::PP's own encoder, takes these for booleans
-# as well. That package need not be loaded; naming it makes it exist, which isa() wants.
+# Code that checks isa('JSON::PP::Boolean'), such as JSON::PP's own encoder, accepts these as booleans
+# as well. That package need not be loaded; naming it makes it exist, which isa() requires.
 our @ISA = ('JSON::PP::Boolean');
 { package    # not for the indexer
     JSON::PP::Boolean; }
@@ -23,7 +23,7 @@ my $TRUE  = do { my $value = 1; bless \$value };
 my $FALSE = do { my $value = 0; bless \$value };
 Internals::SvREADONLY(${$_}, 1) for $TRUE, $FALSE;
 
-# JSON::PP's where the script has loaded it, so that all of a script's booleans are of one class.
+# JSON::PP's if the script has loaded it, so that all of a script's booleans are of one class.
 sub true  { no warnings 'once'; return $INC{'JSON/PP.pm'} ? $JSON::PP::true  : $TRUE }
 sub false { no warnings 'once'; return $INC{'JSON/PP.pm'} ? $JSON::PP::false : $FALSE }
 
@@ -53,7 +53,7 @@ __END__
 
 =head1 NAME
 
-CPANBridge::Boolean - what true and false of a reply are in Perl
+CPANBridge::Boolean - true and false of a reply, in Perl
 
 =head1 SYNOPSIS
 
@@ -79,7 +79,7 @@ The two objects.
 
 =item json_name($value)
 
-C<'true'> or C<'false'> where C<$value> means a boolean: an object of this class, of
+C<'true'> or C<'false'> if C<$value> is a boolean: an object of this class, of
 C<JSON::PP::Boolean> (which L<Types::Serialiser> uses too), C<\1>, C<\0>, or a boolean
 of Perl 5.36 and newer such as C<!!1>. C<undef> for anything else.
 

@@ -9,7 +9,7 @@ use Time::HiRes ();
 
 our $VERSION = '0.4.0';
 
-# A clock that setting the date doesn't move. Without one, the time of day has to do.
+# A clock that setting the date does not change; without one, the time of day.
 my $monotonic = eval {
     local $SIG{__DIE__};
     my $clock = Time::HiRes::CLOCK_MONOTONIC();
@@ -20,7 +20,7 @@ my $monotonic = eval {
     ? sub { return Time::HiRes::clock_gettime($monotonic) }
     : sub { return Time::HiRes::time() };
 
-# Signals cut select short; the pause goes on afterwards.
+# Signals interrupt select; the pause continues afterwards.
 sub pause_until {
     my ($moment) = @_;
     while ((my $left = $moment - now()) > 0) {
@@ -46,7 +46,7 @@ sub wait_for {
         my ($readable, $writable) = ($set, $for_writing ? $set : undef);
         my $ready = select $readable, $writable, undef, $left;
         return ($readable =~ tr/\0//c, $for_writing && $writable =~ tr/\0//c) if $ready > 0;
-        return (1, 1) if $ready < 0 && $! != EINTR;    # let read and write tell what is wrong
+        return (1, 1) if $ready < 0 && $! != EINTR;    # read and write report the error
     }
 }
 
@@ -61,7 +61,7 @@ CPANBridge::Clock - waiting with a deadline
 =head1 DESCRIPTION
 
 All moments are seconds of C<now()>, a clock that only goes forward. No function here uses C<alarm>
-or touches C<$SIG{ALRM}>, so they can be used in scripts that do; a signal does not shorten a wait.
+or changes C<$SIG{ALRM}>, so they can be used in scripts that do. A signal does not shorten a wait.
 
 =head1 FUNCTIONS
 
@@ -77,7 +77,7 @@ Returns when the moment has come.
 
 =item handle_set($handle)
 
-What C<wait_for> takes; it holds as long as the handle is open.
+The first argument of C<wait_for>; valid as long as the handle is open.
 
 =item wait_for($set, $for_writing, $moment)
 

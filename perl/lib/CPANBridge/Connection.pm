@@ -1,6 +1,6 @@
 package CPANBridge::Connection;
 
-# A framed connection: bytes out, bytes in, and how it ended. What they mean is not known here.
+# A framed connection: sends and receives bytes, and knows how it ended. It does not interpret them.
 
 use 5.010;
 use strict;
@@ -19,13 +19,13 @@ use constant SEND_SIZE  => 64 * 1024;
 use constant READ_SIZE  => 64 * 1024;
 use constant BACKLOG_PAUSE => 0.02;
 
-# Where the system has it, a peer that left makes send fail without a signal to the script.
+# With this flag, if the system has it, sending to a closed connection fails without a signal to the script.
 my $NO_SIGNAL = eval { local $SIG{__DIE__}; Socket::MSG_NOSIGNAL() };
 
-# Connects to the first path of `candidates` that exists, or that answers if they were set. Dies with a CPANBridge::Error of type
-# DaemonNotRunning, RequestTimeout or ConnectionFailed; `worth_retrying` is set in the first if a
-# daemon that is just being restarted would look the same. `traffic` is a hash of the bytes `sent` and
-# `received`, which the connection adds its own to.
+# Connects to the first path of `candidates` that exists, or that answers if they were set. Dies with a
+# CPANBridge::Error of type DaemonNotRunning, RequestTimeout or ConnectionFailed; `worth_retrying` is set in the
+# first if the cause may be a daemon that is being restarted. `traffic` is a hash of the bytes `sent` and
+# `received`, to which the connection adds its own.
 sub open {
     my ($class, $candidates, $deadline, $traffic) = @_;
     my (@reasons, $worth_retrying, $is_forbidden);
@@ -55,7 +55,7 @@ sub open {
     );
 }
 
-# What to do, by the reasons.
+# The remedy, by the reasons.
 sub _advice {
     my ($is_absent, $is_forbidden) = @_;
     my $ask = "ask the daemon's operator for access (socket_mode, socket_group)";
@@ -76,7 +76,7 @@ sub _new {
         unsent  => '',
         unread  => '',
         queued  => 0,    # bytes of all requests so far
-        written => 0,    # how many of them the system took
+        written => 0,    # how many of them the system has accepted
         broken  => 0,    # whether the daemon has closed its side for reading
         missing => 0,    # bytes of a reply that has begun to arrive
         end     => undef,
@@ -88,7 +88,7 @@ sub _connect {
     my ($path, $deadline) = @_;
     socket my $handle, PF_UNIX, SOCK_STREAM, 0
         or die CPANBridge::Error->new(error_type => 'ConnectionFailed', message => "No socket: $!");
-    binmode $handle;    # whatever -C or PERL_UNICODE say
+    binmode $handle;    # overrides -C and PERL_UNICODE
     fcntl $handle, F_SETFD, fcntl($handle, F_GETFD, 0) | FD_CLOEXEC;
     fcntl $handle, F_SETFL, fcntl($handle, F_GETFL, 0) | O_NONBLOCK;
     my $address = sockaddr_un($path);
@@ -96,7 +96,7 @@ sub _connect {
         return $handle if connect $handle, $address;
         return $handle if $! == EISCONN;
         next if $! == EINTR;
-        # A Unix socket doesn't queue for the backlog: while that is full, one has to ask again.
+        # connect on a non-blocking Unix socket does not wait for a full backlog: it has to be repeated.
         return (undef, $! + 0) if $! != EAGAIN && $! != EWOULDBLOCK && $! != EINPROGRESS;
         my $now = CPANBridge::Clock::now();
         if ($now >= $deadline) {
@@ -110,12 +110,12 @@ sub _connect {
     }
 }
 
-# A process, and a thread of it: both get copies of all connections of the one that started them.
+# The process and the thread: a new process or thread gets copies of all connections of its parent.
 sub _owner { return $INC{'threads.pm'} ? $$ . '/' . threads->tid : $$ }
 
 sub is_own { return $_[0]{owner} eq _owner() }
 
-# Whether a connection that rests can take a request: the daemon has neither closed it nor said
+# Whether an idle connection can take a request: the daemon has neither closed it nor sent
 # anything. Returns at once.
 sub is_usable {
     my ($self) = @_;
@@ -134,11 +134,11 @@ sub enqueue {
 sub unsent_bytes  { return length $_[0]{unsent} }
 sub written_bytes { return $_[0]{written} }
 
-# How it ended: 'drained' (the daemon said that it reads no further request), 'closed' (it didn't),
+# How it ended: 'drained' (the daemon has sent that it reads no further request), 'closed' (it has not),
 # or undef.
 sub end { return $_[0]{end} }
 
-# Sends what can be sent, and waits until something has come or gone. False when the deadline passed.
+# Sends what can be sent, and waits until bytes were received or sent. False when the deadline has passed.
 sub transfer {
     my ($self, $deadline) = @_;
     return 0 if CPANBridge::Clock::now() >= $deadline;
@@ -168,7 +168,7 @@ sub _write {
         return $count;
     }
     return 0 if $! == EAGAIN || $! == EWOULDBLOCK || $! == EINTR;
-    # The daemon has closed; what it said before that is still there to be read.
+    # The daemon has closed; what it sent before that can still be read.
     $self->{unsent} = '';
     $self->{broken} = 1;
     return 0;
@@ -190,7 +190,7 @@ sub _read {
 # Whether requests can still be added.
 sub takes_requests { return !defined $_[0]{end} && !$_[0]{broken} }
 
-# The body of the next reply that is here as a whole, or undef. Dies with a CPANBridge::Error of type
+# The body of the next complete reply, or undef. Dies with a CPANBridge::Error of type
 # ReplyTooLarge, or InvalidReply if it begins with text: a length like that is above 500 MB.
 sub next_reply {
     my ($self, $limit) = @_;
@@ -219,7 +219,7 @@ sub next_reply {
     return $body;
 }
 
-# Gives this process's copy back. Never shutdown: after a fork the other copy is in use.
+# Closes this process's copy. Never shutdown: after a fork the other copy is in use.
 sub close {
     my ($self) = @_;
     CORE::close $self->{handle};
@@ -254,7 +254,7 @@ Whether this process (and thread) opened it.
 
 =item is_usable
 
-Whether a connection that was left alone for a while can take a request.
+Whether a connection that was idle for a while can take a request.
 
 =item takes_requests
 
@@ -266,7 +266,7 @@ Adds a request. Returns a count of bytes; the request is out when C<written_byte
 
 =item transfer($deadline)
 
-Moves bytes in whichever direction is possible.
+Sends and receives what is possible.
 
 =item next_reply($limit)
 
@@ -278,7 +278,7 @@ C<drained>, C<closed>, or undef while it is open.
 
 =item unsent_bytes, written_bytes
 
-How much waits to be written, and was written.
+The bytes that are still to be written, and those that were written.
 
 =item close
 

@@ -16,7 +16,7 @@ sub new {
     return bless {%fields}, $class;
 }
 
-# Dies with this error, or with a new one, which then has the place of the call in the script.
+# Dies with this error, or with a new one, which then has the file and line of the call in the script.
 sub throw {
     my ($self, %fields) = @_;
     $self = $self->new(%fields) if !ref $self;
@@ -28,8 +28,8 @@ sub throw {
     die $self;
 }
 
-# Whether the bridge died with it for itself to catch. Anything else that turns up in an eval of the
-# bridge comes from a signal handler of the script, and has to go on its way.
+# Whether the bridge died with it to catch it itself. Any other exception in an eval of the
+# bridge comes from a signal handler of the script, and is thrown on.
 sub is_internal {
     my ($error) = @_;
     return ref $error && ref $error eq 'CPANBridge::Error' && !defined $error->{file};
@@ -80,16 +80,16 @@ strings; before one is printed: C<binmode STDERR, ':utf8'>.
 
 =item new(%fields)
 
-Makes an error of C<message>, C<error_type>, C<module>, C<function>, C<duration>, C<request_id>,
+Creates an error of C<message>, C<error_type>, C<module>, C<function>, C<duration>, C<request_id>,
 C<traceback> and C<retry_after>.
 
 =item throw(%fields)
 
-Makes one and dies with it. Called on an object: dies with that one.
+Creates one and dies with it. Called on an object: dies with that one.
 
 =item message, error_type, module, function
 
-What happened, its kind (see L<CPANBridge/ERRORS>), and in which call.
+The message, its kind (see L<CPANBridge/ERRORS>), and the call.
 
 =item duration
 
@@ -97,8 +97,8 @@ How long the call took, in seconds.
 
 =item request_id
 
-The call's id, which the daemon's log has as well, with security events and calls that take too long. That
-there is one doesn't mean that the call was sent: it is undef only if no request was made up, as when there was no
+The call's id, which the daemon's log has as well, with security events and calls that take too long. It
+may be set though the call was not sent: it is undef only if no request was encoded, for example because there was no
 connection.
 
 =item traceback
@@ -107,7 +107,7 @@ Python's traceback, if the daemon runs with C<debug> on.
 
 =item retry_after
 
-With C<Overloaded>: the seconds after which another attempt makes sense.
+With C<Overloaded>: the seconds after which to try again.
 
 =item file, line
 
@@ -115,11 +115,11 @@ Where the script made the call; undef if the error was not thrown.
 
 =item is_internal($error)
 
-A function: whether the bridge died with it for itself to catch.
+A function: whether the bridge died with it to catch it itself.
 
 =item as_string
 
-What the object is as a string.
+The object as a string.
 
 =back
 

@@ -1,8 +1,8 @@
 package CPANBridge::Exchange;
 
-# A batch of calls (one or many), from the first connection to the last reply. What decides about a
-# call whose connection ends is whether the daemon can have run it: it can't if it said so, or if it
-# never got the whole request. Such a call is sent again. Any other is not, ever.
+# A batch of calls (one or many), from the first connection to the last reply. When a connection ends, a
+# call is sent again only if the daemon cannot have run it: the daemon has said so, or did not get the whole
+# request. Any other call is never sent again.
 
 use 5.010;
 use strict;
@@ -16,23 +16,23 @@ use Time::HiRes ();
 
 our $VERSION = '0.4.0';
 
-# As many calls may be on their way at a time, so that a lost worker leaves few in doubt; and so many
-# bytes may wait to be sent, so that a large batch isn't held in memory twice.
+# The most calls in flight, so that a lost worker leaves the outcome of few unknown; and the most bytes that
+# wait to be sent, so that a large batch is not held in memory twice.
 use constant WINDOW       => 128;
 use constant UNSENT_BYTES => 256 * 1024;
 
-# What the first byte of a length may be at most, for the daemon to take it for one.
+# The largest first byte of a length that the daemon recognizes as one.
 use constant MAX_REQUEST => 9 * 2**24 - 1;
 
-# How the reply to a call that has succeeded begins.
+# The beginning of the reply to a call that has succeeded.
 use constant RESULT => '{"result":';
 
-# After the daemon was found absent in spite of all retries, calls try just once for so long.
+# For so many seconds after all retries have found no daemon, calls try just once.
 use constant ABSENT_SECONDS => 5;
 
 my $requests = 0;
 
-# Of the bridge it uses the options, `socket_paths`, and `_state`, which is kept between exchanges:
+# It uses the bridge's options, `socket_paths`, and `_state`, which is kept between exchanges:
 # connection, absent_until, the counts retries and reconnects, and the connections' traffic.
 sub new {
     my ($class, $bridge, $perl_caller) = @_;
@@ -69,8 +69,8 @@ sub run {
     return;
 }
 
-# The kept connection if the daemon still has it, or else a new one. It is taken out of the state: if
-# a signal handler dies while replies are outstanding, nobody will find it there and read them.
+# The kept connection if the daemon still has it, or else a new one. It is removed from the state: if
+# a signal handler dies while replies are outstanding, no later call finds it there and reads them.
 sub _connection {
     my ($self, $error) = @_;
     my $state = $self->{state};
@@ -105,7 +105,7 @@ sub _candidates {
     return [ map { ref $_ ? $_ : [$_] } $self->{bridge}->socket_paths ];
 }
 
-# 0.1, 0.3, 0.6 and from then on 1 second: a daemon that restarts is away for a moment.
+# 0.1, 0.3, 0.6 and from then on 1 second: a daemon that restarts does not listen for a moment.
 sub _pause {
     my ($self, $attempt) = @_;
     my $seconds = $attempt < 4 ? 0.05 * $attempt * ($attempt + 1) : 1;
@@ -114,17 +114,17 @@ sub _pause {
     return;
 }
 
-# The evals here keep the script's __DIE__ handler from hearing of the bridge's own errors. Where there is none,
-# which is nearly always, nothing is localized: that costs more than all else of an eval.
+# The evals here do not call the script's __DIE__ handler for the bridge's own errors. If there is none,
+# which is nearly always so, nothing is localized: that costs more than the rest of an eval.
 
-# An error that the bridge died with itself. What a signal handler of the script dies with goes on its way.
+# An error that the bridge itself died with. An exception of a signal handler of the script is thrown on.
 sub _own {
     my ($error) = @_;
     die $error if !CPANBridge::Error::is_internal($error);
     return $error;
 }
 
-# Sends what waits and takes the replies, until all are here or the connection is no more.
+# Sends what waits and receives the replies, until all have arrived or the connection has ended.
 sub _converse {
     my ($self, $connection) = @_;
     my ($waiting, $sent) = @{$self}{qw(waiting sent)};
@@ -208,7 +208,7 @@ sub _text {
         : CPANBridge::JSON::encode(defined $text ? "$text" : undef, $name);
 }
 
-# Takes the replies that are here; returns how many.
+# Processes the replies that have arrived; returns how many.
 sub _receive {
     my ($self, $connection) = @_;
     my $sent  = $self->{sent};
@@ -241,7 +241,7 @@ sub _receive {
     return $count;
 }
 
-# What the reply says of the call. Dies with a CPANBridge::Error if it is not a reply to this call.
+# The call's outcome by the reply. Dies with a CPANBridge::Error if it is not a reply to this call.
 sub _outcome {
     my ($call, $body) = @_;
     if (my $result = _result_of_success($call, $body)) {
@@ -257,7 +257,7 @@ sub _outcome {
     eval { $reply = CPANBridge::JSON::decode($body); 1 } or $wrong->(_own($@)->message);
     $wrong->('it is not an object') if ref $reply ne 'HASH';
     my $is_success = $reply->{success};
-    # A request that couldn't be read to its end has no id in the error that tells so.
+    # The error for a request that could not be read to its end has no id.
     $wrong->('it belongs to another request')
         if defined $reply->{request_id} ? $reply->{request_id} ne $call->{request_id} : $is_success;
     if ($is_success) {
@@ -273,10 +273,10 @@ sub _outcome {
     return \%outcome;
 }
 
-# A reference to the result, where what is around it is what the daemon puts around the result of this very
-# call; else undef. Where the JSON between those two ends is one whole value, there is no other way to read the
-# reply; so they needn't be decoded, which takes most of the time of a small reply. What is in execution_info is
-# not looked at.
+# A reference to the result, if the text around it is what the daemon puts around the result of this
+# call; else undef. If the JSON between those two ends is one whole value, there is no other way to read the
+# reply; so they need not be decoded, which takes most of the time of a small reply. execution_info is
+# not checked.
 sub _result_of_success {
     my ($call, $body) = @_;
     my $end = qq(,"module":"$call->{module}","function":"$call->{function}","request_id":"$call->{request_id}")
@@ -346,7 +346,7 @@ sub _settle {
     unshift @{ $self->{waiting} }, @again;
     return if !@{ $self->{waiting} };
     $self->{state}{retries} += @again;
-    # Connections that end before any reply must not be opened without end.
+    # A limit on new connections, if each ends before any reply.
     $self->{fruitless} = $finished ? 0 : $self->{fruitless} + 1;
     if ($self->{fruitless} > $self->{bridge}{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
         $self->_fail_with($_, 'ShuttingDown', 'the daemon takes no requests; the call was not run')
@@ -370,8 +370,8 @@ CPANBridge::Exchange - runs a batch of calls
 Requests are sent ahead of the replies, up to 128 calls at a time, while replies are read as they
 come. One deadline holds for everything: connecting, sending, waiting, reading.
 
-A connection may end before all replies are here. If the daemon said that it read no further request,
-or a request wasn't completely sent, the call certainly wasn't run, and is sent again on a new
+A connection may end before all replies have arrived. If the daemon has sent that it read no further request,
+or a request was not completely sent, the call was certainly not run, and is sent again on a new
 connection. Any other call may have run: it is not repeated, and ends with C<WorkerLost>.
 
 =head1 METHODS
@@ -380,11 +380,11 @@ connection. Any other call may have run: it is not repeated, and ends with C<Wor
 
 =item new($bridge, $perl_caller)
 
-Takes the L<CPANBridge>, and who makes the calls. The time starts to run.
+Takes the L<CPANBridge>, and the caller's name. The timeout starts to run.
 
 =item run(@calls)
 
-Gives every call its C<outcome>, C<duration> and C<request_id>.
+Sets every call's C<outcome>, C<duration> and C<request_id>.
 
 =back
 

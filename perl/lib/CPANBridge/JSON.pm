@@ -9,14 +9,14 @@ use CPANBridge::JSON::Encoder;
 
 our $VERSION = '0.4.0';
 
-# Loading Cpanel::JSON::XS takes about as long as decoding so many bytes in pure Perl.
+# Loading Cpanel::JSON::XS takes about as long as decoding this many bytes in pure Perl.
 use constant WORTH_LOADING => 256 * 1024;
 
-# A decoder in C; 0 when there is none that does the same; undef while nobody has looked.
+# A decoder in C; 0 if there is none that gives the same data; undef before the first check.
 my $xs;
 my $decoded = 0;
 
-# What a decoder must get right before it is trusted with replies.
+# What a decoder must decode correctly before it is used for replies.
 my @PROBES = (
     '[0.1,3.141592653589793,1.7976931348623157e+308,5e-324,2.2250738585072014e-308,1e22]',
     '[0.30000000000000004,123456.78901234567,9007199254740993.0,8.41e21,0.00005,-0.0]',
@@ -41,16 +41,16 @@ sub decode {
     return CPANBridge::JSON::Decoder::decode($bytes);
 }
 
-# Whether there may be what the C decoder does in another way: surrogates and the like in UTF-8,
-# integers beyond 64 bits, floats beyond the largest. Where a string happens to look like that, it costs
-# no more than time. One pattern for all would be fifty times slower than these.
+# Whether there may be data that the C decoder decodes in another way: surrogates and the like in UTF-8,
+# integers beyond 64 bits, floats beyond the largest. A string with such text costs only
+# time. One pattern for all would be fifty times slower than these.
 sub _is_special {
     return CPANBridge::JSON::Decoder::has_surrogates($_[0])
         || $_[0] =~ /[0-9]{19}/
         || $_[0] =~ /[0-9][eE]\+?(?:[3-9][0-9][0-9]|[0-9]{4})/;
 }
 
-# A reference to the value; undef if the decoder doesn't like it: the one in Perl is to tell why.
+# A reference to the value; undef if the decoder refuses it: then the one in Perl reports the reason.
 sub _try_xs {
     my ($decoder, $bytes) = @_;
     my $previous_error = $@;
@@ -76,7 +76,7 @@ sub _find_xs {
     for my $json (@PROBES) {
         my $value = _try_xs($decoder, $json) or return 0;
         my $expected = CPANBridge::JSON::Decoder::decode($json);
-        # The encoder tells all kinds of values apart, and floats to the last bit.
+        # The encoder distinguishes all kinds of values, and floats to the last bit.
         return 0 if encode($value->[0]) ne encode($expected);
     }
     return $decoder;
@@ -92,7 +92,7 @@ CPANBridge::JSON - JSON as the bridge needs it
 
 =head1 DESCRIPTION
 
-JSON::PP is a part of Perl only since 5.14, and JSON modules alter data here and there: they write
+JSON::PP is a part of Perl only since 5.14, and JSON modules alter some data: they write
 floats with 15 digits, send a number as a string once it was printed, and more. So encoding is done by
 L<CPANBridge::JSON::Encoder>, and decoding by L<CPANBridge::JSON::Decoder>, both in pure Perl.
 
@@ -117,6 +117,6 @@ See L<CPANBridge::JSON::Decoder/FUNCTIONS>.
 
 =head1 ENVIRONMENT
 
-C<CPAN_BRIDGE_JSON=pp> lets replies be decoded in pure Perl alone.
+With C<CPAN_BRIDGE_JSON=pp>, replies are decoded in pure Perl alone.
 
 =cut

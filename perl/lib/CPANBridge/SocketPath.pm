@@ -8,8 +8,8 @@ use Fcntl ();
 
 our $VERSION = '0.4.0';
 
-# The paths at which the daemon may listen, in the order in which they are to be looked at: a list
-# of [path, problem, is_set]; a path with a problem must not be used; of those that were set, each is
+# The paths at which the daemon may listen, in the order in which they are to be tried: a list
+# of [path, problem, is_set]. A path with a problem must not be used. Of those that were set, each is
 # tried. The daemon has the same rules.
 sub candidates {
     my $set = defined $ENV{CPAN_BRIDGE_SOCKET} ? $ENV{CPAN_BRIDGE_SOCKET} : '';
@@ -27,11 +27,11 @@ sub candidates {
     );
 }
 
-# Why a folder in a place where anybody can make one is not to be trusted; undef if it is.
+# Why a folder where any user can create one is not trusted; undef if it is.
 sub not_private {
     my ($folder) = @_;
     my ($mode, $owner) = (lstat $folder)[ 2, 4 ];
-    return undef if !defined $mode;    # it isn't there, as connect will tell
+    return undef if !defined $mode;    # it does not exist, as connect will report
     return 'refused, because it is not a folder' if !Fcntl::S_ISDIR($mode);
     return "refused, because user $owner owns $folder" if $owner != $>;
     return "refused, because others have rights to $folder (chmod 700 it)" if $mode & 077;
@@ -48,10 +48,10 @@ CPANBridge::SocketPath - where the daemon listens
 
 =head1 DESCRIPTION
 
-If C<CPAN_BRIDGE_SOCKET> is set, there and nowhere else. Like the daemon's, it may hold several paths
+If C<CPAN_BRIDGE_SOCKET> is set, only at its paths. Like the daemon's, it may have several
 separated by commas: each is tried, in their order, until one can be connected to. Blanks around a
-path, and empty ones, don't count. Else, for root:
-F</run/cpanbridged/cpanbridged.sock>. Else at the first of these that exists:
+path, and empty paths, are ignored. Otherwise, for root:
+F</run/cpanbridged/cpanbridged.sock>. For other users, at the first of these that exists:
 
 =over
 
@@ -59,14 +59,14 @@ F</run/cpanbridged/cpanbridged.sock>. Else at the first of these that exists:
 
 =item F</tmp/cpanbridged-UID/cpanbridged.sock>
 
-Only if the folder is the user's own and nobody else has any right to it: anybody may make a
+Only if the folder belongs to the user and no other user has any right to it: every user may create a
 folder in F</tmp>.
 
 =item F</run/cpanbridged/cpanbridged.sock>
 
 =back
 
-In a script that runs with taint checks (C<perl -T>), a path out of the environment is tainted, and
+In a script that runs with taint checks (C<perl -T>), a path from the environment is tainted, and
 Perl refuses to connect to it: give the option C<socket> of L<CPANBridge> explicitly.
 
 =head1 FUNCTIONS
@@ -80,7 +80,7 @@ but can't be connected to, those after it are tried only if C<is_set> is true.
 
 =item not_private($folder)
 
-Why the folder is not to be trusted, or undef.
+Why the folder is not trusted, or undef.
 
 =back
 

@@ -1,7 +1,7 @@
 package FakeDaemon;
 
-# A daemon that does what a test wants. Each test gives it code for its connections; that runs in a
-# child process, one connection after the other, with the connection and its number from 1.
+# A daemon under a test's control. Each test gives it code for its connections. The code runs in a
+# child process, for one connection after the other, with the connection and its number from 1.
 
 use strict;
 use warnings;
@@ -31,7 +31,7 @@ sub start {
     if (!$self->{pid}) {
         $SIG{PIPE} = 'IGNORE';
         $SIG{ALRM} = 'DEFAULT';
-        alarm 120;    # not left over, whatever happens to the test
+        alarm 120;    # ends it, whatever happens to the test
         eval { $self->_serve($listening, $serve); 1 } or print {*STDERR} "# fake daemon: $@";
         POSIX::_exit(0);
     }
@@ -51,7 +51,7 @@ sub _serve {
 
 sub path { return $_[0]{path} }
 
-# What the connections noted, by `note` or because they read a request.
+# What the connections recorded, by `note` or because they read a request.
 sub noted {
     my ($self) = @_;
     open my $log, '<', $self->{log} or return;
@@ -107,7 +107,7 @@ sub read_bytes {
     return $bytes;
 }
 
-# The next request, noted as "request FUNCTION"; dies if the client has left.
+# The next request, recorded as "request FUNCTION"; dies if the client has closed.
 sub read_request {
     my ($self) = @_;
     my $request = CPANBridge::JSON::decode($self->read_bytes(unpack 'N', $self->read_bytes(4)));
@@ -151,7 +151,7 @@ sub fail {
 
 sub no_more_requests { return $_[0]->send_bytes(pack 'N', 0) }
 
-# Answers all requests until the client leaves.
+# Answers all requests until the client closes.
 sub echo {
     my ($self) = @_;
     while (1) {

@@ -10,7 +10,7 @@ use CPANBridge::Clock;
 use File::Temp ();
 use POSIX ();
 
-# The cpanbridged to test with: $CPANBRIDGED, or the first in the PATH; undef if there is none.
+# The cpanbridged to test with: $CPANBRIDGED, or the first on the PATH; undef if there is none.
 sub executable {
     for my $path ($ENV{CPANBRIDGED}, map { "$_/cpanbridged" } split /:/, $ENV{PATH} || '') {
         return $path if defined $path && -f $path && -x _;

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 from plain_client import until
 
@@ -180,33 +181,89 @@ def test_a_pid_file_that_cannot_be_written_is_told_and_leaves_no_lock(
     assert running_pid(path) is None
 
 
+def test_a_file_lock_of_another_process_is_excluded_while_the_instance_has_the_path(
+    path: str, holder: Holder
+) -> None:
+    theirs = filelock.FileLock(f"{path}.lock", is_singleton=False)
+    with pytest.raises(filelock.Timeout):
+        theirs.acquire(blocking=False)
+    assert running_pid(path) == holder.process.pid  # the attempt has freed nothing
+    holder.leave()
+    theirs.acquire(blocking=False)
+    with pytest.raises(InstanceError, match="in use by a running cpanbridged"):
+        Instance().acquire([path], patience=0.0)
+    theirs.release()
+    instance = Instance()
+    instance.acquire([path])
+    instance.release()
+
+
+def test_a_child_that_closes_its_copy_leaves_the_lock_to_its_parent(path: str) -> None:
+    holder = Holder(path, child=True)
+    assert holder.child is not None
+    try:
+        locks = {os.readlink(each) for each in Path(f"/proc/{holder.child}/fd").iterdir()}
+        assert f"{path}.lock" not in locks
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(f"{path}.lock", is_singleton=False).acquire(blocking=False)
+    finally:
+        os.kill(holder.child, signal.SIGKILL)
+        holder.kill()
+
+
 def test_only_the_user_may_lock(path: str, holder: Holder) -> None:
     assert os.stat(f"{path}.lock").st_mode & 0o077 == 0
     assert running_pid(path) == holder.process.pid
 
 
-def test_a_program_that_is_handed_the_locks_has_them_after_the_first_has_gone(path: str) -> None:
-    first = Instance()
-    first.acquire([path])
-    descriptor = first.descriptors[path]
-    code = (
-        "import sys\nfrom cpanbridge.supervisor.listening.instance import Instance, write_pid\n"
-        f"instance = Instance({{{path!r}: {descriptor}}})\n"
-        f"write_pid({path!r})\nprint('held', flush=True)\nsys.stdin.read()\ninstance.release()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
+TAKE_OVER = """
+import sys
+from cpanbridge.supervisor.listening.instance import Instance, InstanceError
+instance = Instance({sys.argv[1]: int(sys.argv[2])})
+try:
+    instance.take_over()
+except InstanceError as error:
+    sys.exit(str(error))
+print("taken over", flush=True)
+sys.stdin.read()
+instance.release()
+"""
+
+
+def taking_over(path: str, descriptor: int) -> subprocess.Popen[str]:
+    """Another program that inherits a descriptor and takes a path over by it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", TAKE_OVER, path, str(descriptor)],
         pass_fds=[descriptor],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    ) as second:
+    )
+
+
+def test_a_program_that_inherits_the_locks_has_them_after_the_first_has_gone(path: str) -> None:
+    first = Instance()
+    first.acquire([path])
+    with taking_over(path, first.descriptors[path]) as second:
         assert second.stdout is not None
-        assert second.stdout.readline() == "held\n"
-        os.close(descriptor)
+        assert second.stdout.readline() == "taken over\n"
+        first._close_copies()  # as the kernel does when a process ends
         assert running_pid(path) == second.pid
         second.communicate()
     assert running_pid(path) is None
+
+
+def test_a_descriptor_that_does_not_hold_the_lock_takes_nothing_over(
+    path: str, holder: Holder
+) -> None:
+    """It is of the same file, but of another open file description."""
+    descriptor = os.open(f"{path}.lock", os.O_RDWR)
+    second = taking_over(path, descriptor)
+    os.close(descriptor)
+    _, said = second.communicate()
+    assert said == f"{path}.lock: the inherited descriptor does not hold the lock\n"
+    assert running_pid(path) == holder.process.pid
 
 
 def test_paths_can_be_added_and_given_up_while_others_stay(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.memory import layout as shared_module
 from cpanbridge.supervisor.memory.connection_table import ConnectionTableWriter
-from cpanbridge.supervisor.memory.layout import LAYOUT, Header, LayoutError, Shared, slot_capacity
+from cpanbridge.supervisor.memory.fields import LAYOUT, Header
+from cpanbridge.supervisor.memory.layout import LayoutError, Shared, slot_capacity
 
 
 def create(slots: int, window: int = 10) -> Shared:
@@ -133,7 +134,7 @@ def test_another_process_finds_everything_by_the_descriptor_alone() -> None:
     assert other.window.limit == 20
     assert list(ring(other)[:5]) == [0, 1, 2, 3, 4]
     other.slots[1].failed = 9
-    other.resize_window(30)
+    other._rings.resize(30)
     assert shared.slots[1].failed == 9
     assert shared.window.limit == 30
 
@@ -145,7 +146,7 @@ def test_limits_that_change_again_and_again_take_no_more_memory() -> None:
 
     def blocks_after(changes: int) -> int:
         for change in range(changes):
-            shared.resize_window((200_000, 100_000)[change % 2])
+            shared._rings.resize((200_000, 100_000)[change % 2])
         assert shared.window.count() == 50_000
         return os.fstat(shared.fd).st_blocks
 

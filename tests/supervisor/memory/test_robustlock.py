@@ -23,6 +23,9 @@ class Memory:
         SharedLock.create(address)
         self.lock = SharedLock(address)
 
+    def try_to_take(self) -> bool:
+        return self.lock.acquire(block=False)
+
 
 def in_child(work: Callable[[], object]) -> int:
     """What `work` returns in another process, as a small number; minus a signal that ended it."""
@@ -39,15 +42,15 @@ def in_child(work: Callable[[], object]) -> int:
 def test_one_process_keeps_another_out() -> None:
     memory = Memory()
     with memory.lock:
-        assert in_child(memory.lock.take) == 0
-    assert in_child(memory.lock.take) == 1
+        assert in_child(memory.try_to_take) == 0
+    assert in_child(memory.try_to_take) == 1
 
 
 def test_one_thread_keeps_another_out() -> None:
     memory = Memory()
     taken = []
     with memory.lock:
-        thread = threading.Thread(target=lambda: taken.append(memory.lock.take()))
+        thread = threading.Thread(target=lambda: taken.append(memory.lock.acquire(block=False)))
         thread.start()
         thread.join()
     assert taken == [False]
@@ -94,11 +97,11 @@ def test_the_next_one_gets_it_when_its_holder_is_killed() -> None:
     for _ in range(3):
         assert in_child(die_inside) == -signal.SIGKILL
         with memory.lock:
-            assert in_child(memory.lock.take) == 0
+            assert in_child(memory.try_to_take) == 0
         # And again, without waiting: as the master takes it.
         assert in_child(die_inside) == -signal.SIGKILL
-        assert memory.lock.take()
-        memory.lock.give_back()
+        assert memory.lock.acquire(block=False)
+        memory.lock.release()
 
 
 def test_one_that_waits_gets_it_when_its_holder_is_killed() -> None:
@@ -129,13 +132,27 @@ def test_one_that_waits_gets_it_when_its_holder_is_killed() -> None:
 def test_a_child_of_a_process_that_is_inside_has_nothing_of_it() -> None:
     memory = Memory()
     with memory.lock:
-        assert in_child(lambda: memory.lock.take()) == 0
-        assert not memory.lock.take()
+        assert in_child(memory.try_to_take) == 0
+    assert in_child(memory.try_to_take) == 1
+
+
+def test_its_holder_may_take_it_again() -> None:
+    memory = Memory()
     with memory.lock:
-        pass
+        with memory.lock:
+            pass
+        assert in_child(memory.try_to_take) == 0  # it is held until the outer end
+    assert in_child(memory.try_to_take) == 1
+
+
+def test_a_wait_ends_when_its_time_is_over() -> None:
+    memory = Memory()
+    with memory.lock:
+        assert in_child(lambda: memory.lock.acquire(timeout=0.05)) == 0
+    assert in_child(lambda: memory.lock.acquire(timeout=0.05)) == 1
 
 
 def test_who_does_not_have_it_cannot_give_it_back() -> None:
     memory = Memory()
     with pytest.raises(OSError, match="not permitted"):
-        memory.lock.give_back()
+        memory.lock.release()

@@ -26,7 +26,7 @@ NEAR_MEMORY = "WARNING Resource warning: ['Memory usage 900.0MB approaching limi
 OVER = "INFO Resource violations are over, connections are accepted again"
 
 
-class CallTimeouts:
+class LoadLog:
     """Alarms, the log that they write, and the time."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -36,32 +36,32 @@ class CallTimeouts:
         self.now = 1000.0
 
     def lines(self) -> list[str]:
-        """What has been logged since the last look."""
+        """What has been logged since the last call."""
         lines = [f"{each.levelname} {each.getMessage()}" for each in self._caplog.records]
         self._caplog.clear()
         return lines
 
-    def see(self, **values: float) -> list[str]:
+    def sample(self, **values: float) -> list[str]:
         """One sample now; its lines."""
         readings = [Reading(k, values.get(k.name.lower(), 0.0), LIMITS[k]) for k in Kind]
-        self.alarms.tell(readings, self.now, INTERVAL)
+        self.alarms.log(readings, self.now, INTERVAL)
         return self.lines()
 
-    def see_for(self, seconds: float, **values: float) -> list[str]:
+    def sample_for(self, seconds: float, **values: float) -> list[str]:
         """A sample each second; all lines."""
         lines = []
         for _ in range(int(seconds)):
             self.now += 1
-            lines += self.see(**values)
+            lines += self.sample(**values)
         return lines
 
     def connected(self, connections: int, *, limit: int = 100, full: bool = False) -> list[str]:
-        """One look at the connections now; its lines."""
-        self.alarms.tell_connections(connections, limit, full, self.now, INTERVAL)
+        """One sample of the connections now; its lines."""
+        self.alarms.log_connections(connections, limit, full, self.now, INTERVAL)
         return self.lines()
 
     def connected_for(self, seconds: float, connections: int, *, full: bool = False) -> list[str]:
-        """A look each second; all lines."""
+        """A sample each second; all lines."""
         lines = []
         for _ in range(int(seconds)):
             self.now += 1
@@ -70,113 +70,113 @@ class CallTimeouts:
 
 
 @pytest.fixture
-def watch(caplog: pytest.LogCaptureFixture) -> CallTimeouts:
-    return CallTimeouts(caplog)
+def load_log(caplog: pytest.LogCaptureFixture) -> LoadLog:
+    return LoadLog(caplog)
 
 
 # -- the limits --
 
 
-def test_a_normal_load_is_nothing_to_tell(watch: CallTimeouts) -> None:
-    assert watch.see_for(3600, memory=800, cpu=150, requests=700, concurrent=40) == []
+def test_a_normal_load_is_not_logged(load_log: LoadLog) -> None:
+    assert load_log.sample_for(3600, memory=800, cpu=150, requests=700, concurrent=40) == []
 
 
-def test_each_change_is_told_at_once_and_once(watch: CallTimeouts) -> None:
-    assert watch.see(memory=900) == [NEAR_MEMORY]
-    assert watch.see_for(10, memory=900) == []
-    assert watch.see(memory=1100) == CLOSED_BY_MEMORY
-    assert watch.see_for(10, memory=1100) == []
+def test_each_change_is_logged_at_once_and_once(load_log: LoadLog) -> None:
+    assert load_log.sample(memory=900) == [NEAR_MEMORY]
+    assert load_log.sample_for(10, memory=900) == []
+    assert load_log.sample(memory=1100) == CLOSED_BY_MEMORY
+    assert load_log.sample_for(10, memory=1100) == []
 
 
-def test_what_lasts_is_told_once_per_interval(watch: CallTimeouts) -> None:
-    assert watch.see(memory=900) == [NEAR_MEMORY]
-    assert watch.see_for(59, memory=900) == []
-    assert watch.see_for(1, memory=900) == [NEAR_MEMORY]
-    assert watch.see_for(59, memory=900) == []
-    assert watch.see_for(1, memory=1100) == CLOSED_BY_MEMORY
+def test_what_lasts_is_logged_once_per_interval(load_log: LoadLog) -> None:
+    assert load_log.sample(memory=900) == [NEAR_MEMORY]
+    assert load_log.sample_for(59, memory=900) == []
+    assert load_log.sample_for(1, memory=900) == [NEAR_MEMORY]
+    assert load_log.sample_for(59, memory=900) == []
+    assert load_log.sample_for(1, memory=1100) == CLOSED_BY_MEMORY
     for _ in range(5):
-        assert watch.see_for(59, memory=1100) == []
-        assert watch.see_for(1, memory=1100) == CLOSED_BY_MEMORY
+        assert load_log.sample_for(59, memory=1100) == []
+        assert load_log.sample_for(1, memory=1100) == CLOSED_BY_MEMORY
 
 
-def test_it_is_told_with_the_present_numbers(watch: CallTimeouts) -> None:
-    watch.see(cpu=250)
-    assert watch.see_for(60, cpu=275.5) == [
+def test_each_line_has_the_current_numbers(load_log: LoadLog) -> None:
+    load_log.sample(cpu=250)
+    assert load_log.sample_for(60, cpu=275.5) == [
         "CRITICAL RESOURCE VIOLATION: ['CPU usage 275.5% exceeds limit 200%']",
         "WARNING Resource violations detected, throttling connections: "
         "['CPU usage 275.5% exceeds limit 200%']",
     ]
 
 
-def test_violations_that_begin_together_share_a_line(watch: CallTimeouts) -> None:
+def test_violations_that_begin_together_share_a_line(load_log: LoadLog) -> None:
     violations = "['Request rate 1234/min exceeds limit 1000/min', " + (
         "'Concurrent requests 52 exceeds limit 50']"
     )
-    assert watch.see(requests=1234, concurrent=52, memory=900) == [
+    assert load_log.sample(requests=1234, concurrent=52, memory=900) == [
         f"CRITICAL RESOURCE VIOLATION: {violations}",
         f"WARNING Resource violations detected, throttling connections: {violations}",
         NEAR_MEMORY,
     ]
 
 
-def test_another_violation_is_told_with_those_that_last(watch: CallTimeouts) -> None:
-    watch.see(memory=1100)
-    watch.now += 1
-    (critical, _) = watch.see(memory=1100, cpu=250)
+def test_another_violation_is_logged_with_those_that_last(load_log: LoadLog) -> None:
+    load_log.sample(memory=1100)
+    load_log.now += 1
+    (critical, _) = load_log.sample(memory=1100, cpu=250)
     assert critical == (
         "CRITICAL RESOURCE VIOLATION: ['Memory usage 1100.0MB exceeds limit 1024MB', "
         "'CPU usage 250.0% exceeds limit 200%']"
     )
 
 
-def test_recovery_is_told_once_when_it_has_settled(watch: CallTimeouts) -> None:
-    watch.see(memory=1100)
-    assert watch.see_for(SETTLE_SECONDS, memory=100) == []
-    assert watch.see_for(1, memory=100) == [OVER]
-    assert watch.see_for(600, memory=100) == []
+def test_recovery_is_logged_once_when_it_has_settled(load_log: LoadLog) -> None:
+    load_log.sample(memory=1100)
+    assert load_log.sample_for(SETTLE_SECONDS, memory=100) == []
+    assert load_log.sample_for(1, memory=100) == [OVER]
+    assert load_log.sample_for(600, memory=100) == []
 
 
-def test_a_violation_that_becomes_a_warning_is_over_and_the_warning_is_told(
-    watch: CallTimeouts,
+def test_a_violation_that_becomes_a_warning_is_over_and_the_warning_is_logged(
+    load_log: LoadLog,
 ) -> None:
-    watch.see(memory=1100)
-    assert watch.see_for(10, memory=900) == [NEAR_MEMORY, OVER]
-    assert watch.see_for(10, memory=100) == []
+    load_log.sample(memory=1100)
+    assert load_log.sample_for(10, memory=900) == [NEAR_MEMORY, OVER]
+    assert load_log.sample_for(10, memory=100) == []
 
 
-def test_what_the_gate_keeps_by_itself_never_shut_it_and_does_not_open_it(
-    watch: CallTimeouts,
+def test_limits_that_do_not_close_the_gate_do_not_open_it(
+    load_log: LoadLog,
 ) -> None:
-    assert len(watch.see(requests=1234, concurrent=52, connections=101)) == 2
-    assert watch.see_for(30) == []
+    assert len(load_log.sample(requests=1234, concurrent=52, connections=101)) == 2
+    assert load_log.sample_for(30) == []
 
 
-def test_the_gate_is_told_open_when_both_memory_and_cpu_are_back(watch: CallTimeouts) -> None:
-    watch.see(memory=1100, cpu=250)
-    assert watch.see_for(20, memory=1100) == []
-    assert watch.see_for(20) == [OVER]
+def test_the_end_is_logged_when_both_memory_and_cpu_are_back(load_log: LoadLog) -> None:
+    load_log.sample(memory=1100, cpu=250)
+    assert load_log.sample_for(20, memory=1100) == []
+    assert load_log.sample_for(20) == [OVER]
 
 
 @pytest.mark.parametrize(
     "pattern",
     [[1100, 100], [1100, 900], [1100, 100, 100, 100], [1100, 1100, 1100, 900], [1100, 900, 100]],
 )
-def test_what_goes_up_and_down_within_seconds_is_told_as_one(
-    watch: CallTimeouts, pattern: list[float]
+def test_what_goes_up_and_down_within_seconds_is_logged_as_one(
+    load_log: LoadLog, pattern: list[float]
 ) -> None:
     lines = []
     for _ in range(10):
         for memory in pattern:
-            watch.now += 1
-            lines += watch.see(memory=memory)
+            load_log.now += 1
+            lines += load_log.sample(memory=memory)
     assert lines == CLOSED_BY_MEMORY
-    assert [line for line in watch.see_for(10, memory=100) if line != OVER] == []
+    assert [line for line in load_log.sample_for(10, memory=100) if line != OVER] == []
 
 
-def test_what_comes_back_after_it_was_over_is_told_again(watch: CallTimeouts) -> None:
+def test_what_comes_back_after_it_was_over_is_logged_again(load_log: LoadLog) -> None:
     for _ in range(3):
-        assert watch.see_for(1, memory=1100) == CLOSED_BY_MEMORY
-        assert watch.see_for(20, memory=100) == [OVER]
+        assert load_log.sample_for(1, memory=1100) == CLOSED_BY_MEMORY
+        assert load_log.sample_for(20, memory=100) == [OVER]
 
 
 # -- connections --
@@ -203,38 +203,38 @@ FULL = "WARNING Connection limit reached (100), rejecting new connections"
         (251, 500, "High"),
     ],
 )
-def test_many_connections_are_told_from_a_fifth_and_from_half_of_the_limit(
-    watch: CallTimeouts, connections: int, limit: int, word: str | None
+def test_many_connections_are_logged_from_a_fifth_and_from_half_of_the_limit(
+    load_log: LoadLog, connections: int, limit: int, word: str | None
 ) -> None:
-    lines = watch.connected(connections, limit=limit)
+    lines = load_log.connected(connections, limit=limit)
     assert [line.split()[1] for line in lines] == ([word] if word else [])
     assert all(f" {connections} active connections." in line for line in lines)
 
 
-def test_connections_are_told_in_the_documents_words_and_once_per_interval(
-    watch: CallTimeouts,
+def test_connections_are_logged_in_the_documented_words_and_once_per_interval(
+    load_log: LoadLog,
 ) -> None:
-    assert watch.connected(25) == [ELEVATED]
-    assert watch.connected_for(59, 25) == []
-    assert watch.connected_for(1, 25) == [ELEVATED]
-    assert watch.connected_for(1, 78) == [HIGH]
-    assert watch.connected_for(59, 78) == []
-    assert watch.connected_for(1, 78) == [HIGH]
-    assert watch.connected_for(20, 25) == [ELEVATED]
-    assert watch.connected_for(20, 3) == []
+    assert load_log.connected(25) == [ELEVATED]
+    assert load_log.connected_for(59, 25) == []
+    assert load_log.connected_for(1, 25) == [ELEVATED]
+    assert load_log.connected_for(1, 78) == [HIGH]
+    assert load_log.connected_for(59, 78) == []
+    assert load_log.connected_for(1, 78) == [HIGH]
+    assert load_log.connected_for(20, 25) == [ELEVATED]
+    assert load_log.connected_for(20, 3) == []
 
 
-def test_a_full_house_is_told_once_and_then_once_per_interval(watch: CallTimeouts) -> None:
-    assert watch.connected(100, full=True) == [FULL, HIGH.replace("78", "100")]
-    assert watch.connected_for(59, 100, full=True) == []
-    assert watch.connected_for(1, 100, full=True) == [FULL, HIGH.replace("78", "100")]
-    for _ in range(20):  # a place comes free now and then, and is taken
-        assert watch.connected_for(1, 99) == []
-        assert watch.connected_for(1, 100, full=True) == []
+def test_a_reached_limit_is_logged_once_and_then_once_per_interval(load_log: LoadLog) -> None:
+    assert load_log.connected(100, full=True) == [FULL, HIGH.replace("78", "100")]
+    assert load_log.connected_for(59, 100, full=True) == []
+    assert load_log.connected_for(1, 100, full=True) == [FULL, HIGH.replace("78", "100")]
+    for _ in range(20):  # a client leaves now and then, and another one comes
+        assert load_log.connected_for(1, 99) == []
+        assert load_log.connected_for(1, 100, full=True) == []
 
 
-def test_the_limit_that_is_told_is_the_one_that_holds(watch: CallTimeouts) -> None:
-    lines = watch.connected(7, limit=7, full=True)
+def test_the_limit_that_is_logged_is_the_current_one(load_log: LoadLog) -> None:
+    lines = load_log.connected(7, limit=7, full=True)
     assert lines[0] == "WARNING Connection limit reached (7), rejecting new connections"
 
 
@@ -268,27 +268,31 @@ def slow_waves(random: random.Random) -> Iterable[float]:
     "load", [rare_peaks, noise_around_the_limit, noise_around_the_warning, anything]
 )
 def test_an_hour_of_any_load_is_a_few_lines(
-    watch: CallTimeouts, load: Callable[[random.Random], Iterable[float]]
+    load_log: LoadLog, load: Callable[[random.Random], Iterable[float]]
 ) -> None:
     """10,000 samples of all five kinds, and of connections, which follow the same course."""
     lines: list[str] = []
     generator = random.Random(20261124)
     for share in load(generator):
-        watch.now += 0.36
-        lines += watch.see(**{kind.name.lower(): share * limit for kind, limit in LIMITS.items()})
+        load_log.now += 0.36
+        lines += load_log.sample(
+            **{kind.name.lower(): share * limit for kind, limit in LIMITS.items()}
+        )
         connections = min(100, int(100 * share))
-        lines += watch.connected(connections, full=connections == 100)
+        lines += load_log.connected(connections, full=connections == 100)
     # Where it rises and rests by turns, each rise is a change: no more than one in 6 s.
     assert len(lines) <= (4 * 3600 / SETTLE_SECONDS if load is rare_peaks else 6 * 61)
     assert lines
 
 
-def test_the_worst_course_is_told_once_for_each_rise(watch: CallTimeouts) -> None:
+def test_the_worst_course_is_logged_once_for_each_rise(load_log: LoadLog) -> None:
     violations = rises = 0
     before = 0.0
     for share in slow_waves(random.Random(1)):
-        watch.now += 0.36
+        load_log.now += 0.36
         rises += share > 1 >= before
         before = share
-        violations += sum(line.startswith("CRITICAL") for line in watch.see(memory=1024 * share))
+        violations += sum(
+            line.startswith("CRITICAL") for line in load_log.sample(memory=1024 * share)
+        )
     assert violations == rises <= 3600 / SETTLE_SECONDS

@@ -1,4 +1,4 @@
-"""Templates, with real processes that only pretend to import."""
+"""Templates, with real processes that import nothing."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import take_down
+from conftest import close_wakeups
 
 from cpanbridge.supervisor.config import Limits, Module, Settings
 from cpanbridge.supervisor.gate import Wakeups
@@ -79,13 +79,13 @@ def hanging(_: TemplateContext) -> None:
 
 
 def deaf(context: TemplateContext) -> None:
-    """Imports, and forks nobody."""
+    """Imports, and never forks."""
     tell_imports(context.commands, Imports(shared=1))
     time.sleep(60)
 
 
 def losing(context: TemplateContext) -> None:
-    """Forks workers that die when they have said who they are."""
+    """Forks workers that die when they have sent their pid."""
     tell_imports(context.commands, Imports(shared=1))
     while (command := receive_command(context.commands)) is not None:
         _, report = command
@@ -99,7 +99,7 @@ def losing(context: TemplateContext) -> None:
 
 
 def sparing(context: TemplateContext) -> None:
-    """Forks nobody at the first order, but takes it."""
+    """Receives the first command, and ends without a fork."""
     tell_imports(context.commands, Imports(shared=1))
     receive_command(context.commands)
     os._exit(3)
@@ -122,14 +122,14 @@ def failing(context: TemplateContext) -> None:
     os._exit(0)
 
 
-class Firm:
-    """A workforce and whoever owns it."""
+class Setup:
+    """A worker pool and its owner."""
 
     def __init__(self, template: TemplateMain) -> None:
         self.loop = Loop()
         self.shared = Shared.create(4, Limits(), used=2)
-        wakeups = [Wakeups.hang() for _ in range(4)]
-        weakref.finalize(self, take_down, wakeups)
+        wakeups = [Wakeups.create() for _ in range(4)]
+        weakref.finalize(self, close_wakeups, wakeups)
         mains = Mains(serve, template)
         self.pool = WorkerPool(self, self.loop, self.shared, wakeups, mains)
         modules = {"m": Module(import_="m", functions="*")}
@@ -146,7 +146,7 @@ class Firm:
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
         self.failed.append(reason)
-        self.pool.end_input(generation)
+        self.pool.abandon(generation)
 
     def worker_gone(self) -> None:
         pass
@@ -168,7 +168,7 @@ class Firm:
     def template_pids(self) -> list[int]:
         return [each.pid for each in self.pool.templates.alive]
 
-    def open(self) -> "Firm":
+    def open(self) -> "Setup":
         self.pool.spawn(self.generation)
         self.until(lambda: self.generation.in_service)
         return self
@@ -177,25 +177,25 @@ class Firm:
         return [worker.pid for worker in self.pool.workers if worker.pid]
 
 
-NewFirm = Callable[[TemplateMain], Firm]
+NewSetup = Callable[[TemplateMain], Setup]
 
 
 @pytest.fixture
-def new_firm() -> Iterator[NewFirm]:
-    firms: list[Firm] = []
+def new_setup() -> Iterator[NewSetup]:
+    setups: list[Setup] = []
 
-    def make(template: TemplateMain) -> Firm:
-        firms.append(Firm(template))
-        return firms[-1]
+    def make(template: TemplateMain) -> Setup:
+        setups.append(Setup(template))
+        return setups[-1]
 
     yield make
-    for firm in firms:
-        firm.pool.stop(None)
-        firm.until(firm.pool.is_gone)
-    del firm
-    firms.clear()
+    for setup in setups:
+        setup.pool.stop(None)
+        setup.until(setup.pool.is_gone)
+    del setup
+    setups.clear()
     gc.collect()  # descriptors are closed now, not in the midst of another test
-    # A master adopts what its descendants leave; the process of the tests must not go on so.
+    # A master is a subreaper; the process of the tests must not stay one.
     assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
 
@@ -205,117 +205,117 @@ def parent(pid: int) -> int:
 
 
 def test_workers_are_forked_by_the_template_and_are_the_masters_children(
-    new_firm: NewFirm,
+    new_setup: NewSetup,
 ) -> None:
-    firm = new_firm(obedient).open()
-    assert len(firm.template_pids) == 1
-    assert [parent(pid) for pid in firm.pids()] == [os.getpid()] * 2
-    assert [firm.shared.slots[slot].pid for slot in (0, 1)] == firm.pids()
-    victim = firm.pids()[0]
+    setup = new_setup(obedient).open()
+    assert len(setup.template_pids) == 1
+    assert [parent(pid) for pid in setup.pids()] == [os.getpid()] * 2
+    assert [setup.shared.slots[slot].pid for slot in (0, 1)] == setup.pids()
+    victim = setup.pids()[0]
     os.kill(victim, signal.SIGKILL)
-    firm.until(lambda: victim not in firm.pids() and all(s.ready for s in firm.pool.workers[:2]))
-    assert firm.shared.header.deaths == 1
+    setup.until(lambda: victim not in setup.pids() and all(s.ready for s in setup.pool.workers[:2]))
+    assert setup.shared.header.deaths == 1
 
 
 def test_a_template_that_hangs_fails_its_generation(
-    new_firm: NewFirm, monkeypatch: pytest.MonkeyPatch
+    new_setup: NewSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpanbridge.supervisor.processes.templates.BOOT_SECONDS", 0.2)
-    firm = new_firm(hanging)
-    firm.pool.spawn(firm.generation)
-    firm.until(lambda: firm.failed)
+    setup = new_setup(hanging)
+    setup.pool.spawn(setup.generation)
+    setup.until(lambda: setup.failed)
     said = "the template died at boot: not ready after 0.2 s; the log shows what it was at"
-    assert firm.failed == [said]
-    assert firm.pids() == firm.template_pids == []
+    assert setup.failed == [said]
+    assert setup.pids() == setup.template_pids == []
 
 
-def test_a_template_that_is_killed_at_boot_fails_its_generation(new_firm: NewFirm) -> None:
-    firm = new_firm(hanging)
-    firm.pool.spawn(firm.generation)
-    os.kill(firm.template_pids[0], signal.SIGKILL)
-    firm.until(lambda: firm.failed)
-    assert firm.failed == ["the template died at boot: killed by signal 9 (SIGKILL)"]
+def test_a_template_that_is_killed_at_boot_fails_its_generation(new_setup: NewSetup) -> None:
+    setup = new_setup(hanging)
+    setup.pool.spawn(setup.generation)
+    os.kill(setup.template_pids[0], signal.SIGKILL)
+    setup.until(lambda: setup.failed)
+    assert setup.failed == ["the template died at boot: killed by signal 9 (SIGKILL)"]
 
 
-def test_what_a_template_says_of_a_module_fails_its_generation(new_firm: NewFirm) -> None:
-    firm = new_firm(failing)
-    firm.pool.spawn(firm.generation)
-    firm.until(lambda: firm.failed and firm.pool.is_gone())
-    assert firm.failed == ["m: import of 'm' failed"]
+def test_an_import_that_fails_in_the_template_fails_its_generation(new_setup: NewSetup) -> None:
+    setup = new_setup(failing)
+    setup.pool.spawn(setup.generation)
+    setup.until(lambda: setup.failed and setup.pool.is_gone())
+    assert setup.failed == ["m: import of 'm' failed"]
 
 
-def test_a_generation_that_is_given_up_ends_its_template(new_firm: NewFirm) -> None:
-    firm = new_firm(hanging)
-    firm.pool.spawn(firm.generation)
-    firm.pool.end_input(firm.generation)
-    firm.until(firm.pool.is_gone)
-    assert firm.failed == []
+def test_a_generation_that_is_given_up_ends_its_template(new_setup: NewSetup) -> None:
+    setup = new_setup(hanging)
+    setup.pool.spawn(setup.generation)
+    setup.pool.abandon(setup.generation)
+    setup.until(setup.pool.is_gone)
+    assert setup.failed == []
 
 
 @pytest.mark.parametrize("template", [finding_fault, sharing_nothing])
 def test_where_nothing_can_be_shared_the_master_forks_the_workers(
-    new_firm: NewFirm, template: TemplateMain
+    new_setup: NewSetup, template: TemplateMain
 ) -> None:
-    firm = new_firm(template).open()
-    firm.until(lambda: not firm.template_pids)
-    assert len(firm.pids()) == 2
-    assert firm.failed == []
+    setup = new_setup(template).open()
+    setup.until(lambda: not setup.template_pids)
+    assert len(setup.pids()) == 2
+    assert setup.failed == []
 
 
 @pytest.mark.parametrize("template", [deaf, sparing])
 def test_the_master_forks_the_workers_that_a_template_does_not(
-    new_firm: NewFirm, template: TemplateMain, monkeypatch: pytest.MonkeyPatch
+    new_setup: NewSetup, template: TemplateMain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpanbridge.supervisor.processes.worker_process._BIRTH_SECONDS", 0.2)
-    firm = new_firm(template).open()
-    firm.until(lambda: not firm.template_pids)
-    assert len(firm.pids()) == 2
-    assert firm.shared.header.deaths == 0
+    monkeypatch.setattr("cpanbridge.supervisor.processes.worker_process._FORK_SECONDS", 0.2)
+    setup = new_setup(template).open()
+    setup.until(lambda: not setup.template_pids)
+    assert len(setup.pids()) == 2
+    assert setup.shared.header.deaths == 0
 
 
 def test_a_worker_that_dies_before_the_master_knows_it_is_not_waited_for_in_vain(
-    new_firm: NewFirm,
+    new_setup: NewSetup,
 ) -> None:
-    firm = new_firm(losing)
-    firm.pool.spawn(firm.generation)
-    firm.until(lambda: firm.failed)
-    assert firm.failed[0].endswith("died at boot: killed by signal 9 (SIGKILL)")
+    setup = new_setup(losing)
+    setup.pool.spawn(setup.generation)
+    setup.until(lambda: setup.failed)
+    assert setup.failed[0].endswith("died at boot: killed by signal 9 (SIGKILL)")
 
 
-def test_a_worker_that_has_ended_before_its_pid_was_heard_is_known_to_have_ended(
-    new_firm: NewFirm,
+def test_a_worker_that_has_ended_before_its_pid_was_read_is_known_to_have_ended(
+    new_setup: NewSetup,
 ) -> None:
-    firm = new_firm(losing)
-    firm.pool.spawn(firm.generation)
-    firm.until(lambda: any(worker.unborn for worker in firm.pool.workers))
+    setup = new_setup(losing)
+    setup.pool.spawn(setup.generation)
+    setup.until(lambda: any(worker.fork_requested for worker in setup.pool.workers))
     os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # the template lives: it is a worker
-    firm.wait_for_children()
-    assert any(worker.unborn for worker in firm.pool.workers)
-    firm.until(lambda: firm.failed)
-    assert firm.failed[0].endswith("died at boot: killed by signal 9 (SIGKILL)")
+    setup.wait_for_children()
+    assert any(worker.fork_requested for worker in setup.pool.workers)
+    setup.until(lambda: setup.failed)
+    assert setup.failed[0].endswith("died at boot: killed by signal 9 (SIGKILL)")
 
 
-def test_a_worker_that_is_not_wanted_any_more_ends_before_it_has_begun(new_firm: NewFirm) -> None:
-    firm = new_firm(obedient)
-    firm.pool.spawn(firm.generation)
-    firm.until(lambda: any(worker.unborn for worker in firm.pool.workers))
-    firm.pool.stop(None)
-    firm.until(firm.pool.is_gone)
+def test_a_worker_that_is_not_needed_any_more_ends_before_it_has_begun(new_setup: NewSetup) -> None:
+    setup = new_setup(obedient)
+    setup.pool.spawn(setup.generation)
+    setup.until(lambda: any(worker.fork_requested for worker in setup.pool.workers))
+    setup.pool.stop(None)
+    setup.until(setup.pool.is_gone)
     with contextlib.suppress(ChildProcessError):
         until = time.monotonic() + 30
         while time.monotonic() < until:
             os.waitpid(-1, 0)  # until there is none
     assert time.monotonic() < until
-    assert firm.pids() == []
+    assert setup.pids() == []
 
 
-def test_while_another_master_takes_over_nobody_begins(new_firm: NewFirm) -> None:
-    firm = new_firm(obedient).open()
-    os.kill(firm.pids()[0], signal.SIGKILL)
-    worker = firm.pool.workers[0]
-    firm.until(lambda: worker.unborn)
-    firm.pool.standing_still = True
-    firm.until(lambda: not worker.unborn)
+def test_while_another_master_takes_over_no_worker_boots(new_setup: NewSetup) -> None:
+    setup = new_setup(obedient).open()
+    os.kill(setup.pids()[0], signal.SIGKILL)
+    worker = setup.pool.workers[0]
+    setup.until(lambda: worker.fork_requested)
+    setup.pool.stand_still()
+    setup.until(lambda: not worker.fork_requested)
     assert worker.pid == 0
-    firm.pool.standing_still = False
-    firm.until(lambda: worker.ready)
+    setup.pool.go_on()
+    setup.until(lambda: worker.ready)

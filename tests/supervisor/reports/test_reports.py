@@ -1,4 +1,4 @@
-"""What the daemon says of itself: every field that clients rely on, of its type, and consistent."""
+"""The reports: every field that clients rely on, of its type, and consistent."""
 
 import os
 import time
@@ -11,8 +11,9 @@ import pytest
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.gate import Gate, Wakeups, set_overload_state
 from cpanbridge.supervisor.memory.connection_table import IDLE, ConnectionTableWriter
+from cpanbridge.supervisor.memory.fields import GATE_CLOSED, WAITS_FOR_RATE
 from cpanbridge.supervisor.memory.function_stats import OTHERS
-from cpanbridge.supervisor.memory.layout import GATE_CLOSED, WAITS_FOR_RATE, Shared
+from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
 from cpanbridge.supervisor.reports import reports, totals
 from cpanbridge.supervisor.reports.reports import RECENT
@@ -26,16 +27,16 @@ Number = int | float
 
 
 class Works:
-    """A daemon's shared memory after a day of work, without the daemon."""
+    """A daemon's shared memory, and what its workers write into it, without the daemon."""
 
     def __init__(self, **settings: Any) -> None:
         limits = settings.pop("limits", Limits(max_memory_mb=1000))
         self.settings = Settings(limits=limits, listen=["/tmp/a.sock", "/tmp/b.sock"], **settings)
         self.shared = Shared.create(4, self.settings.limits, used=2)
-        self.wakeups = [Wakeups.hang() for _ in range(4)]
+        self.wakeups = [Wakeups.create() for _ in range(4)]
         self.gates = [Gate(self.shared, slot, self.wakeups) for slot in range(2)]
         self.statistics = [StatisticsWriter(self.shared, slot) for slot in range(2)]
-        self.rosters = [
+        self.tables = [
             ConnectionTableWriter(self.shared.statistics[slot].connection_table)
             for slot in range(2)
         ]
@@ -47,49 +48,49 @@ class Works:
             os.close(descriptor)
 
     def connect(self, worker: int) -> int:
-        """A client comes; its entry in the roster."""
+        """A client is accepted; returns its entry in the connection table."""
         gate = self.gates[worker]
-        assert gate.attempt(gate.reserve, connection=True) is True
-        return self.rosters[worker].enter(gate.opened(), time.monotonic_ns())
+        assert gate.attempt(gate.open, connection=True) is True
+        return self.tables[worker].enter(gate.accepted(), time.monotonic_ns())
 
     def begin(self, worker: int, entry: int) -> None:
         """Its request begins to run."""
         gate = self.gates[worker]
-        assert gate.attempt(gate.admitted, connection=False) is True
-        self.rosters[worker].runs(entry)
+        assert gate.attempt(gate.admit, connection=False) is True
+        self.tables[worker].runs(entry)
 
     def number_of(self, name: str) -> int:
         with self.shared.lock:
             return self.shared.names.number_of(name)
 
     def end(self, worker: int, entry: int, name: str, ms: int, error: str | None = None) -> None:
-        """And ends, well or with an error."""
+        """Its request ends, with an error or without."""
         number, now = self.number_of(name), time.monotonic_ns()
         if error is not None:
             self.statistics[worker].error(number, ms * 10**6, error)
         self.statistics[worker].ran(number, error is None, ms * 10**6, now)
         self.gates[worker].finished(error is None)
-        self.rosters[worker].ran(entry, now)
+        self.tables[worker].ran(entry, now)
 
     def leave(self, worker: int, entry: int) -> None:
-        """The client goes."""
-        self.rosters[worker].leave(entry)
+        """The client closes its connection."""
+        self.tables[worker].leave(entry)
         self.gates[worker].closed()
 
     def serve(self, worker: int, name: str, ms: int, error: str | None = None) -> None:
-        """A one-shot client's whole life."""
+        """A one-shot client: connected, served, closed."""
         entry = self.connect(worker)
         self.begin(worker, entry)
         self.end(worker, entry, name, ms, error)
         self.leave(worker, entry)
 
     def measured(self, kind: Kind, value: float) -> None:
-        """The monitor has seen this."""
+        """The monitor has measured this value."""
         self.shared.header.values[kind] = round(value * SCALE)
         self.shared.header.sampled_at = time.monotonic_ns()
 
     def worked(self) -> "Works":
-        """99 calls of three functions, one of which fails now and then; one runs, one rests."""
+        """100 calls of three functions, three of which failed; one more runs, one client is idle."""
         for call in range(90):
             self.serve(call % 2, "stats.mean", 10)
         for call in range(9):
@@ -98,7 +99,7 @@ class Works:
         self.begin(0, running)
         self.begin(1, resting)
         self.end(1, resting, "test.ping", 1)
-        self.rosters[1].is_doing(resting, IDLE)
+        self.tables[1].is_doing(resting, IDLE)
         statistics = self.statistics[1]
         statistics.refused()
         statistics.event(SecurityEvent("module_not_allowed", "no module os", 4711, 1000))
@@ -311,7 +312,7 @@ def test_a_daemon_that_has_done_nothing_has_the_same_fields(works: Works) -> Non
     assert set(performance.values()) == {0}
 
 
-def test_info_tells_the_whole_configuration(works: Works) -> None:
+def test_info_has_the_whole_configuration(works: Works) -> None:
     info = reports.info(works.worked().shared, works.settings, MODULES)
     configuration = info["configuration"]
     assert {"max_connections", "max_request_size", "connection_timeout", "cleanup_interval"} <= set(
@@ -363,7 +364,7 @@ def test_the_numbers_are_those_of_the_whole_daemon(works: Works) -> None:
     }
 
 
-def test_what_several_reports_tell_is_the_same_in_all(works: Works) -> None:
+def test_numbers_that_several_reports_have_agree(works: Works) -> None:
     shared, settings = works.worked().shared, works.settings
     metrics = reports.metrics(shared, settings, MODULES)
     stats = reports.stats(shared, settings)
@@ -390,7 +391,7 @@ def test_what_several_reports_tell_is_the_same_in_all(works: Works) -> None:
     assert stats["performance_summary"].keys() == performance.keys()
 
 
-def test_another_process_tells_the_same(works: Works) -> None:
+def test_another_process_reports_the_same(works: Works) -> None:
     shared = works.worked().shared
     other = Shared.attach(os.dup(shared.fd))
     for name in ("workers", "performance_metrics", "security_summary", "connection_summary"):
@@ -430,13 +431,13 @@ def test_slots_that_were_never_used_are_not_listed(works: Works) -> None:
     assert [each["worker"] for each in reports.workers(works.shared)] == [0, 1, 2]
 
 
-def test_a_worker_is_told_with_what_it_ran_last(works: Works) -> None:
+def test_a_worker_is_reported_with_its_last_functions(works: Works) -> None:
     (first, second) = reports.workers(works.worked().shared)
     assert first["recent_functions"] == ["db.query", "stats.mean"]
     assert second["recent_functions"] == ["test.ping", "db.query", "stats.mean"]
 
 
-def test_the_gate_is_told_with_who_waits(works: Works) -> None:
+def test_the_gate_is_reported_with_what_waits(works: Works) -> None:
     shared = works.shared
     shared.header.backlog = 5
     shared.slots[0].accept_waits_for = WAITS_FOR_RATE
@@ -449,7 +450,7 @@ def test_the_gate_is_told_with_who_waits(works: Works) -> None:
     assert (gate["worker_deaths"], gate["workers_retired_for_memory"]) == (4, 2)
 
 
-def test_limits_that_a_reload_has_changed_are_told_as_they_hold(works: Works) -> None:
+def test_limits_that_a_reload_has_changed_are_reported(works: Works) -> None:
     limits = Limits(max_connections=7, max_concurrent_requests=5, max_requests_per_minute=3)
     with works.shared.lock:
         works.shared.apply_limits(limits)
@@ -457,8 +458,8 @@ def test_limits_that_a_reload_has_changed_are_told_as_they_hold(works: Works) ->
     assert gate["max_connections"] == 7
     assert gate["max_concurrent_requests"] == 5
     assert gate["max_requests_per_minute"] == 3
-    told = reports.connections(works.shared, works.settings)["connection_limits"]
-    assert told["max_concurrent"] == 7
+    report = reports.connections(works.shared, works.settings)["connection_limits"]
+    assert report["max_concurrent"] == 7
     limit = {reading.kind: reading.limit for reading in totals.readings(works.shared)}
     assert limit == {
         Kind.MEMORY: 1024,
@@ -472,16 +473,16 @@ def test_limits_that_a_reload_has_changed_are_told_as_they_hold(works: Works) ->
 # -- connections, errors, events --
 
 
-def test_each_connection_is_told_with_what_it_does(
+def test_each_connection_is_reported_with_what_it_does(
     works: Works, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     works = works.worked()
     now = time.monotonic_ns() + 1000 * SECOND
     clock = types.SimpleNamespace(monotonic_ns=lambda: now, time=lambda: 1_700_000_000.0)
     monkeypatch.setattr(reports, "time", clock)
-    told = reports.connections(works.shared, works.settings)
-    (running, resting) = told["connections"]
-    assert told["stale_connections"] == 1  # the one that runs is not its client's fault
+    report = reports.connections(works.shared, works.settings)
+    (running, resting) = report["connections"]
+    assert report["stale_connections"] == 1  # not the one whose request runs
     assert (running["status"], resting["status"]) == ("running", "stale")
     assert (running["requests_count"], resting["requests_count"]) == (1, 1)
     for each in (running, resting):
@@ -494,8 +495,8 @@ def test_no_two_connections_ever_have_the_same_id(works: Works) -> None:
     seen = []
     for _ in range(5):
         entries = [(worker, works.connect(worker)) for worker in (0, 1, 0)]
-        told = reports.connections(works.shared, works.settings)["connections"]
-        seen += [each["connection_id"] for each in told]
+        listed = reports.connections(works.shared, works.settings)["connections"]
+        seen += [each["connection_id"] for each in listed]
         for worker, entry in entries:
             works.leave(worker, entry)
     assert len(set(seen)) == len(seen) == 15
@@ -511,19 +512,19 @@ def test_recent_errors_are_the_newest_of_all_workers(works: Works) -> None:
     assert errors[0]["timestamp"] == pytest.approx(time.time(), abs=600)
 
 
-def test_the_error_of_a_function_that_has_just_got_its_name_is_told(
+def test_the_error_of_a_function_that_has_just_been_named_is_reported(
     works: Works, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another worker's function fails for its first time while the report is being made."""
     names = works.shared.names.all
 
-    def look_before_it_is_there() -> Any:
+    def read_before_it_is_named() -> Any:
         found = names()
         monkeypatch.undo()
         works.serve(1, "late.comer", 5, "an error")
         return found
 
-    monkeypatch.setattr(works.shared.names, "all", look_before_it_is_there)
+    monkeypatch.setattr(works.shared.names, "all", read_before_it_is_named)
     assert reports.recent_errors(works.shared) in (
         [],
         [
@@ -537,7 +538,7 @@ def test_the_error_of_a_function_that_has_just_got_its_name_is_told(
     )
 
 
-def test_recent_events_say_who_did_what(works: Works) -> None:
+def test_recent_events_have_kind_message_and_process(works: Works) -> None:
     works.statistics[0].event(
         SecurityEvent("permission_denied", "system.shutdown\nis not", 17, 1001)
     )
@@ -548,7 +549,7 @@ def test_recent_events_say_who_did_what(works: Works) -> None:
     assert (first["pid"], first["uid"]) == (17, 1001)
 
 
-def test_functions_beyond_the_tables_end_have_a_name_too(works: Works) -> None:
+def test_functions_beyond_the_end_of_the_table_have_a_common_name(works: Works) -> None:
     works.statistics[0].error(0, 1, "an error")
     assert reports.recent_errors(works.shared)[0]["module_function"] == OTHERS
 
@@ -589,7 +590,7 @@ def test_a_wall_clock_that_was_set_back_an_hour_makes_no_age_negative(
     for (name, old), (_, new) in zip(before, after, strict=True):
         assert new >= 0 or name == "pid", name
         if name in ("last_activity", "last_cleanup", "last_resource_check"):
-            assert back - 600 < new <= back  # by the clock as it stands now
+            assert back - 600 < new <= back  # by the wall clock as it is now
         elif "seconds" in name or name in ("uptime", "idle_time"):
             assert old <= new < old + 600, name
 
@@ -605,7 +606,7 @@ def test_a_wall_clock_that_was_set_back_an_hour_makes_no_age_negative(
         (100 * 86_400 + 1, "2400h 0m 1s"),
     ],
 )
-def test_durations_are_told_in_hours_minutes_and_seconds(seconds: float, text: str) -> None:
+def test_durations_are_in_hours_minutes_and_seconds(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
@@ -635,13 +636,13 @@ def test_counts_that_are_read_while_they_change_are_never_below_zero(works: Work
         assert counts.connections >= 0
 
 
-def test_rates_of_nothing_are_zero(works: Works) -> None:
+def test_rates_without_requests_are_zero(works: Works) -> None:
     counts = totals.count(works.shared)
     assert (counts.error_rate, counts.average_seconds, counts.finished) == (0, 0, 0)
 
 
-def test_a_reply_that_is_on_its_way_is_in_every_report_already(works: Works) -> None:
-    """A client finds what it has done itself."""
+def test_a_request_is_in_every_report_before_its_reply_is_sent(works: Works) -> None:
+    """A client that asks for a report finds its own call in it."""
     entry = works.connect(0)
     works.begin(0, entry)
     works.end(0, entry, "m.f", 5)

@@ -1,4 +1,4 @@
-"""The loop: every handler and timer is called when it should be, and none that was taken away."""
+"""The loop calls every handler and timer when it should, and none that was removed."""
 
 import os
 import time
@@ -52,7 +52,7 @@ def test_a_descriptor_that_another_handler_closed_is_not_handled() -> None:
         handled.append(mine)
         loop.forget(other)
         os.close(other)
-        # The number is another descriptor's now, which is not ready.
+        # The number is another file's now, which is not ready.
         assert os.dup2(quiet[0], other) == other
         loop.watch(other, lambda: handled.append(-1))
 
@@ -68,7 +68,7 @@ def test_a_descriptor_that_another_handler_closed_is_not_handled() -> None:
         os.close(descriptor)
 
 
-def test_watching_again_changes_handler_and_events() -> None:
+def test_watching_again_replaces_handler_and_events() -> None:
     loop = Loop()
     read_end, write_end = os.pipe()
     seen: list[str] = []
@@ -80,7 +80,9 @@ def test_watching_again_changes_handler_and_events() -> None:
     os.close(write_end)
 
 
-def test_a_step_that_fails_is_logged_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_fails_is_logged_and_the_next_ones_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     loop = Loop()
     ran: list[str] = []
     loop.after(0.0, lambda: [][0])
@@ -91,7 +93,7 @@ def test_a_step_that_fails_is_logged_and_the_others_go_on(caplog: pytest.LogCapt
     assert "IndexError" in caplog.text
 
 
-def test_a_step_that_fails_again_and_again_is_no_busy_loop() -> None:
+def test_a_step_that_keeps_failing_ends_the_loop() -> None:
     loop = Loop()
     read_end, write_end = os.pipe()
     loop.watch(write_end, lambda: [][0], WRITE)

@@ -1,4 +1,4 @@
-"""The log: one record is one line and one write, whatever is in it and wherever it goes."""
+"""The log: one record is one line and one write, whatever it contains."""
 
 import errno
 import json
@@ -21,13 +21,13 @@ from cpanbridge.supervisor.system.logs import (
     JsonFormatter,
     LineFormatter,
     LogError,
-    PlainFormatter,
+    MessageFormatter,
 )
 
-# What a terminal or a reader of lines could take for something else than text.
+# What a terminal or a reader of lines would not take for text.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 NASTY = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) + "\u2028\u2029"
-FORMATTERS = [LineFormatter, JsonFormatter, PlainFormatter]
+FORMATTERS = [LineFormatter, JsonFormatter, MessageFormatter]
 
 
 class Log:
@@ -142,7 +142,7 @@ def test_an_exceptions_text_cannot_pass_for_a_line_of_the_log(new_log: NewLog) -
 
 @pytest.mark.parametrize("formatter", FORMATTERS)
 @pytest.mark.parametrize("text", ["a \udc80 b", "\ud800"])
-def test_what_cannot_be_encoded_is_shown_escaped(
+def test_a_character_that_cannot_be_encoded_is_escaped(
     new_log: NewLog, formatter: type[logging.Formatter], text: str
 ) -> None:
     log = new_log(formatter())
@@ -181,8 +181,8 @@ def test_a_log_that_cannot_be_written_raises_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", write)
         log.logger.error("lost")
-    log.logger.error("heard")
-    assert "heard" in log.written().decode()
+    log.logger.error("written")
+    assert "written" in log.written().decode()
 
 
 def test_a_full_disk_raises_nothing() -> None:
@@ -194,13 +194,13 @@ def test_a_full_disk_raises_nothing() -> None:
     logger.error("lost as well")
 
 
-# -- configure, in a process of its own because it replaces standard error --
+# -- configure, in a child process because it replaces standard error --
 
 
 def run_configured(arguments: str, code: str) -> subprocess.CompletedProcess[str]:
     program = (
         "import logging, os, sys\n"
-        "from cpanbridge.supervisor import logs\n"
+        "from cpanbridge.supervisor.system import logs\n"
         f"logs.configure(logs.LogSettings({arguments}))\n"
         "log = logging.getLogger('cpanbridge.worker')\n"
         "security = logging.getLogger('cpanbridge.security')\n"
@@ -233,7 +233,7 @@ def test_a_log_file_takes_all_output_of_the_process(tmp_path: Path) -> None:
     assert lines[2:] == ["printed", "from a child"]
 
 
-def test_security_events_go_to_their_own_file_alone(tmp_path: Path) -> None:
+def test_security_events_go_only_to_their_own_file(tmp_path: Path) -> None:
     file = tmp_path / "security.log"
     done = run_configured(
         f"'stderr', {str(file)!r}, 'text', False", "security.warning('%s', '{}'); log.info('a')"
@@ -255,7 +255,7 @@ def test_json_format_is_json_on_every_line() -> None:
 
 
 @pytest.mark.parametrize("name", ["none/d.log", ""])
-def test_a_file_that_cannot_be_opened_is_told(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_opened_is_reported(tmp_path: Path, name: str) -> None:
     code = f"'{tmp_path}/{name}', '-', 'text', False"
     done = run_configured(code, "")
     assert LogError.__name__ in done.stderr
@@ -282,8 +282,8 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_a_reader_that_has_stopped_holds_up_nobody(new_log: NewLog, size: int) -> None:
-    log = new_log(PlainFormatter())
+def test_a_reader_that_has_stopped_blocks_no_writer(new_log: NewLog, size: int) -> None:
+    log = new_log(MessageFormatter())
 
     def write() -> None:
         for _ in range(10_000):

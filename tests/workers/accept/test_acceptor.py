@@ -1,4 +1,4 @@
-"""The thread at the door hears of everything, and lets others know of whom it does not let in."""
+"""The leading thread finds every client, and wakes other workers for those that it cannot accept."""
 
 import contextlib
 import errno
@@ -6,399 +6,233 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from conftest import take_down
+from conftest import close_wakeups
 from plain_client import until
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.workers.accept import acceptor
-from cpanbridge.workers.accept.acceptor import Acceptor
-from cpanbridge.workers.accept.deference import Deference
-from cpanbridge.workers.accept.restraint import Restraint
+from cpanbridge.workers.accept.acceptor import MOST_IN_A_ROW, Acceptor
+from cpanbridge.workers.accept.listen_queue import ListenQueue
+from cpanbridge.workers.accept.ready_clients import ReadyClients
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.keepalive import KeepAlive
 
 
-class House:
-    """A worker's door, the bells of this worker and of another one, and clients of all kinds."""
+class Worker:
+    """One worker's acceptor, its gate, and the wake-ups of this worker and of another one."""
 
-    def __init__(self, listeners: Sequence[socket.socket] = ()) -> None:
-        self.wakeups = [Wakeups.hang(), Wakeups.hang()]
+    def __init__(
+        self, listeners: Sequence[socket.socket] = (), rejecter: Any = None, **limits: Any
+    ) -> None:
+        self.wakeups = [Wakeups.create(), Wakeups.create()]
         self.keep_alive = KeepAlive()
         self.may_be_held_up = False
-        self.shared = Shared.create(2, Limits())
-        self.shared.header.last_door = 1
-        self.deference = Deference(self.shared, 0)
+        self.shared = Shared.create(2, Limits(**limits))
+        self.gate = Gate(self.shared, 0, self.wakeups)
+        self.outgoing = self.no_clients()
+        self.ready: ReadyClients[None] = ReadyClients(
+            self.no_clients(), self.outgoing, self.keep_alive, lambda data, arrived: None
+        )
+        self.queue = ListenQueue(listeners, self.ready.descriptor, self.gate)
         self.acceptor: Acceptor[None] = Acceptor(
-            listeners=listeners,
-            gate=Gate(self.shared, 0, self.wakeups),
-            prepare=lambda data, arrived: None,
-            may_be_held_up=lambda: self.may_be_held_up,
-            incoming=self.nobody(),
-            outgoing=self.nobody(),
-            keep_alive=self.keep_alive,
-            restraint=Restraint(self.nobody()),
-            deference=self.deference,
+            self.queue,
+            self.ready,
+            self.gate,
+            lambda data, arrived: None,
+            lambda: self.may_be_held_up,
+            rejecter,
         )
         self.thread: threading.Thread | None = None
         self.arrivals: list[Any] = []
 
-    def nobody(self) -> Any:
-        """A side from which nobody comes."""
+    def no_clients(self) -> Any:
+        """A source of hand-offs that has none."""
         return SimpleNamespace(
             descriptor=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
             waiting=False,
             settle=lambda most: None,
-            away=0,
+            on_their_way=0,
         )
 
-    def send_thread(self) -> None:
-        """Have a thread wait at the door for one arrival."""
+    def lead(self) -> None:
+        """Have a thread look for one client."""
         self.thread = threading.Thread(
             target=lambda: self.arrivals.append(self.acceptor.next()), daemon=True
         )
         self.thread.start()
 
-    def others_are_told(self) -> bool:
-        """Whether the other worker's main thread was rung since the last look."""
-        wakeup = self.wakeups[1].watch
+    def sleeps(self) -> bool:
+        """Whether that thread waits for a client."""
+        assert self.thread is not None
+        function = Path(f"/proc/self/task/{self.thread.native_id}/wchan").read_text()
+        return function in ("do_epoll_wait", "ep_poll")
+
+    def other_was_woken(self) -> bool:
+        """Whether the other worker's main thread was woken since the last check."""
+        wakeup = self.wakeups[1].main
         if not select.select([wakeup], [], [], 0)[0]:
             return False
         return os.eventfd_read(wakeup) > 0
+
+    def next_of_kind(self) -> str:
+        """Find the next client, and close it: which side it came from."""
+        arrival = self.acceptor.next()
+        assert arrival is not None
+        if arrival.client is None:
+            os.close(arrival.descriptor)
+            self.gate.closed()
+            return "accepted"
+        return "kept"
 
     def close(self) -> None:
         self.acceptor.close()
         if self.thread is not None:
             self.thread.join(20)
             assert not self.thread.is_alive()
-        take_down(self.wakeups)
+        for arrival in self.arrivals:
+            if arrival is not None:
+                os.close(arrival.descriptor)
+        close_wakeups(self.wakeups)
+
+
+NewWorker = Callable[..., Worker]
+
+
+@pytest.fixture
+def new_worker(listener: socket.socket) -> Iterator[NewWorker]:
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments: Any, **limits: Any) -> Worker:
+            worker = Worker(*(arguments or ([listener],)), **limits)
+            stack.callback(worker.close)
+            return worker
+
+        yield make
 
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        listener.setblocking(False)
-        yield listener
+    with listening(tmp_path / "s") as made:
+        yield made
 
 
-def come(listener: socket.socket) -> socket.socket:
-    """A client that has connected and waits."""
-    remote = socket.socket(socket.AF_UNIX)
-    remote.connect(listener.getsockname())
-    return remote
+def listening(path: Path) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    made.bind(str(path))
+    made.listen()
+    made.setblocking(False)
+    return made
 
 
-def sleeps(house: House) -> bool:
-    """Whether the thread at the door waits for somebody to come."""
-    assert house.thread is not None
-    function = Path(f"/proc/self/task/{house.thread.native_id}/wchan").read_text()
-    return function in ("do_epoll_wait", "ep_poll")
+def connect(listener: socket.socket) -> socket.socket:
+    """A client that waits in the listen queue."""
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(listener.getsockname())
+    return client
 
 
-def asleep(listener: socket.socket, count: int) -> list[House]:
-    """So many workers with one listener, whose threads have come to the door in this order."""
-    houses = [House([listener]) for _ in range(count)]
-    for house in houses:
-        house.send_thread()
-        until(lambda house=house: sleeps(house))
-    return houses
+def kept_client(worker: Worker) -> tuple[ClientSocket, socket.socket]:
+    """A connection that rests, and the client's end of it."""
+    ours, theirs = socket.socketpair()
+    client = ClientSocket(ours.detach(), 0)
+    worker.keep_alive.add(client)
+    return client, theirs
 
 
-def watch_who_looks(houses: Sequence[House]) -> set[House]:
-    """Who looks outside from now on. They find nobody, and are let go when their door is closed."""
-    looked: set[House] = set()
-
-    def look(house: House) -> acceptor._Nobody:
-        looked.add(house)
-        until(lambda: house.acceptor._closed)
-        return acceptor._Nobody.OUTSIDE
-
-    for house in houses:
-        house.acceptor._accept_next = lambda house=house: look(house)  # type: ignore
-    return looked
+# -- which workers are woken --
 
 
 def test_of_idle_workers_one_is_woken_for_a_client_and_of_busy_ones_all(
-    listener: socket.socket,
+    new_worker: NewWorker, listener: socket.socket
 ) -> None:
-    houses = [House([listener]) for _ in range(6)]
-    busy = set(houses[:2])
-    for house in busy:
-        house.may_be_held_up = True
-    for house in houses:
-        house.send_thread()
-    until(lambda: all(map(sleeps, houses)))
-    looked = watch_who_looks(houses)
-    with come(listener):
-        until(lambda: len(looked) >= 3)
-        assert busy < looked
-        assert sum(map(sleeps, houses)) == 3
-    for house in houses:
-        house.close()
+    workers = [new_worker() for _ in range(6)]
+    busy = set(workers[:2])
+    woken: set[Worker] = set()
+
+    def accept(worker: Worker) -> None:
+        woken.add(worker)
+        until(lambda: worker.acceptor._is_closed)
+
+    for worker in workers:
+        worker.may_be_held_up = worker in busy
+        worker.lead()
+    until(lambda: all(worker.sleeps() for worker in workers))
+    for worker in workers:
+        worker.acceptor._accept = lambda worker=worker: accept(worker)  # type: ignore
+    with connect(listener):
+        until(lambda: len(woken) >= 3)
+        assert busy < woken
+        assert sum(worker.sleeps() for worker in workers) == 3
+        for worker in workers:
+            worker.acceptor.close()
 
 
-def test_who_has_a_client_that_stays_is_woken_last(listener: socket.socket) -> None:
-    houses = asleep(listener, 3)
-    looked = watch_who_looks(houses)
-    command: list[House] = []
-    houses[0].acceptor.queue_up_again()
-    with contextlib.ExitStack() as clients:
-        for number in range(3):
-            clients.enter_context(come(listener))
-            until(lambda number=number: len(looked) > number)
-            command.append(next(iter(looked - set(command))))
-    for house in houses:
-        house.close()
-    assert command == [houses[1], houses[2], houses[0]]
-
-
-def test_who_cannot_be_told_in_turn_is_told_of_everybody(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    houses = asleep(listener, 2)
-    own = houses[1].acceptor
-
-    class Full:
-        """An epoll, of which no other can be had any more."""
-
-        unregister = own._outside._told_in_turn.unregister
-
-        @staticmethod
-        def register(listener: socket.socket, events: int) -> None:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    monkeypatch.setattr(own._outside, "_told_in_turn", Full())
-    own.queue_up_again()
-    own.queue_up_again()
-    until(lambda: not select.select([own._wakeup], [], [], 0)[0] and sleeps(houses[1]))
-    with come(listener), come(listener):
-        for house in houses:
-            until(lambda house=house: house.arrivals)
-            os.close(house.arrivals[0].descriptor)
-    for house in houses:
-        house.close()
+def lead_deaf(worker: Worker) -> None:
+    """Have a thread lead that the kernel does not wake for a client: it wakes another worker."""
+    worker.queue._exclusive = select.epoll()
+    worker.queue._exclusive.register(worker.ready.descriptor, select.EPOLLIN)
+    worker.lead()
+    until(worker.sleeps)
 
 
 @pytest.mark.parametrize("is_shut", [False, True])
-def test_a_client_of_whom_only_another_worker_was_told_is_found(
-    listener: socket.socket, is_shut: bool
+def test_a_client_for_whom_only_another_worker_was_woken_is_found(
+    new_worker: NewWorker, listener: socket.socket, is_shut: bool
 ) -> None:
-    house = House([listener])
-    house.acceptor._outside._told_in_turn = (
-        house.acceptor._interrupts
-    )  # the other one is the one to be told
-    house.send_thread()
-    until(lambda: sleeps(house))
-    house.acceptor.look_out()
-    assert not select.select([house.acceptor._wakeup], [], [], 0)[0]  # nobody is there
-    with come(listener):
+    worker = new_worker()
+    lead_deaf(worker)
+    worker.acceptor.check_listen_queue()
+    until(worker.sleeps)
+    assert not worker.arrivals
+    with connect(listener):
         if is_shut:
-            house.acceptor.shut()
-            until(lambda: house.acceptor.is_shut)
-        house.acceptor.look_out()
+            worker.acceptor.shut()
+            until(lambda: worker.acceptor.is_shut)
+        worker.acceptor.check_listen_queue()
         if not is_shut:
-            until(lambda: house.arrivals)
-            os.close(house.arrivals[0].descriptor)
-        house.close()
-    assert (house.arrivals == [None]) is is_shut
+            until(lambda: worker.arrivals)
+        worker.acceptor.close()
+        until(lambda: worker.arrivals)
+    assert (worker.arrivals == [None]) is is_shut
 
 
-def test_a_client_is_found_by_who_has_just_looked_and_does_not_sleep_yet(
-    listener: socket.socket,
+def test_a_worker_that_was_woken_and_whose_threads_all_serve_wakes_the_others(
+    new_worker: NewWorker, listener: socket.socket
 ) -> None:
-    house = House([listener])
-    clients: list[socket.socket] = []
-    wait = house.acceptor._outside.wait
+    worker = new_worker()
+    client, theirs = kept_client(worker)
+    with theirs, contextlib.ExitStack() as stack:
+        wait = worker.queue.wait
 
-    def come_and_be_looked_for(*, always: bool) -> Any:
-        if not clients:
-            house.acceptor._outside._told_in_turn = house.acceptor._interrupts
-            clients.append(come(listener))
-            house.acceptor.look_out()
-        return wait(always=always)
+        def both_come(*, exclusive: bool) -> Any:
+            stack.enter_context(connect(listener))
+            theirs.send(b"x")
+            ready = wait(exclusive=exclusive)
+            worker.acceptor._accept = lambda: None  # type: ignore  # no room for it
+            return ready
 
-    house.acceptor._outside.wait = come_and_be_looked_for  # type: ignore[method-assign]
-    house.send_thread()
-    until(lambda: house.arrivals)
-    os.close(house.arrivals[0].descriptor)
-    clients[0].close()
-    house.close()
+        worker.queue.wait = both_come  # type: ignore[method-assign]
+        assert worker.next_of_kind() == "kept"
+        assert not worker.other_was_woken()
+        worker.acceptor.no_thread_left()
+        assert worker.other_was_woken()
+        worker.acceptor.no_thread_left()
+        assert not worker.other_was_woken()  # once for each time that it was woken
+    client.close()
 
 
-def test_who_leaves_a_client_to_another_worker_comes_back(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+def test_a_client_that_cannot_be_accepted_for_want_of_descriptors_is_left_to_others(
+    new_worker: NewWorker, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = House([listener])
-    own = house.shared.slots[0]
-    away = [0.2, 0.0]
-    monkeypatch.setattr(house.deference, "seconds_away", lambda: away.pop(0))
-    own.looks_again = 1  # as after a client
-    house.send_thread()
-    until(lambda: sleeps(house))
-    assert not own.looks_again
-    with come(listener):
-        until(lambda: house.arrivals)
-        os.close(house.arrivals[0].descriptor)
-    assert not away
-    assert (own.looks_again, house.shared.header.last_door) == (1, 0)
-    house.acceptor.left()
-    assert not own.looks_again
-    house.close()
-
-
-def test_who_leaves_a_client_to_another_worker_hears_the_bell(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    house = House([listener])
-    away = [60.0]
-    monkeypatch.setattr(house.deference, "seconds_away", lambda: away.pop(0))
-    house.send_thread()
-    until(lambda: sleeps(house))
-    with come(listener):
-        until(lambda: not away and sleeps(house))
-        house.acceptor.look_again()
-        until(lambda: house.arrivals)
-        os.close(house.arrivals[0].descriptor)
-    house.close()
-
-
-def test_who_has_just_let_somebody_in_overlooks_nobody(listener: socket.socket) -> None:
-    house = House([listener])
-    with come(listener), come(listener):
-        house.acceptor._outside.relies_on_others = True
-        arrival = house.acceptor.next()
-        assert arrival is not None
-        os.close(arrival.descriptor)
-        house.acceptor.look_out()
-        assert not select.select([house.acceptor._wakeup], [], [], 0)[0]  # it will look by itself
-    house.close()
-
-
-def test_clients_of_all_listeners_are_let_in_by_turns(tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        listeners = []
-        for name in ("a", "b"):
-            listeners.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
-            listeners[-1].bind(str(tmp_path / name))
-            listeners[-1].listen()
-            listeners[-1].setblocking(False)
-        for _ in range(2):
-            for listener in listeners:
-                stack.enter_context(come(listener))
-        house = House(listeners)
-        names = []
-        for _ in range(4):
-            arrival = house.acceptor.next()
-            assert arrival is not None
-            with socket.socket(fileno=arrival.descriptor) as remote:
-                names.append(Path(remote.getsockname()).name)
-        house.close()
-    assert names == ["a", "b", "a", "b"]
-
-
-def test_who_is_told_of_everybody_leaves_nobody_to_another_worker(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    house = House([listener])
-    house.may_be_held_up = True
-    monkeypatch.setattr(house.deference, "seconds_away", lambda: 60.0)
-    house.send_thread()
-    until(lambda: sleeps(house))
-    with come(listener):
-        until(lambda: house.arrivals)
-        os.close(house.arrivals[0].descriptor)
-    assert house.shared.header.last_door == 0
-    house.close()
-
-
-class Both:
-    """A client that waits outside and one that has rested, who come while nobody is awake.
-
-    With `stays_away` the one outside is to be left to another worker, and the other one comes then.
-    """
-
-    def __init__(self, house: House, listener: socket.socket, *, stays_away: bool = False) -> None:
-        self.house = house
-        ours, self.rests = socket.socketpair()
-        self.client = ClientSocket(ours.detach(), 0)
-        self.outside: list[socket.socket] = []
-        house.keep_alive.rest(self.client)
-        wait = house.acceptor._outside.wait
-
-        def come_then_wait(*, always: bool) -> Any:
-            if not self.outside:
-                self.outside.append(come(listener))
-                if not stays_away:
-                    self.rests.send(b"x")
-            return wait(always=always)
-
-        def come_then_stay_away() -> float:
-            self.rests.send(b"x")
-            return 60.0
-
-        house.acceptor._outside.wait = come_then_wait  # type: ignore[method-assign]
-        if stays_away:
-            house.deference.seconds_away = come_then_stay_away  # type: ignore[method-assign]
-
-    def close(self) -> None:
-        for each in (*self.outside, self.rests):
-            each.close()
-        self.client.close()
-        self.house.close()
-
-
-@pytest.mark.parametrize("stays_away", [False, True])
-def test_of_two_who_come_at_once_the_one_outside_is_let_in_first(
-    listener: socket.socket, stays_away: bool
-) -> None:
-    both = Both(House([listener]), listener, stays_away=stays_away)
-    first, second = both.house.acceptor.next(), both.house.acceptor.next()
-    assert first is not None
-    assert second is not None
-    assert first.client is None
-    assert second.client is both.client
-    os.close(first.descriptor)
-    both.house.acceptor.left()
-    assert not both.house.others_are_told()  # nobody is left outside
-    both.close()
-
-
-@pytest.mark.parametrize("stays_away", [False, True])
-@pytest.mark.parametrize("why", ["no room", "others first"])
-def test_a_client_that_waits_outside_while_all_threads_are_busy_is_left_to_others(
-    listener: socket.socket, why: str, stays_away: bool
-) -> None:
-    house = House([listener])
-    both = Both(house, listener, stays_away=stays_away)
-    if why == "no room":
-        house.acceptor._reserve = lambda: not both.outside  # type: ignore[method-assign]
-    else:
-        house.acceptor._restraint.holds_back = lambda: bool(both.outside)  # type: ignore
-    arrival = house.acceptor.next()
-    assert arrival is not None
-    assert arrival.client is both.client  # who waited inside
-    assert not house.others_are_told()
-    house.acceptor.left()
-    assert house.others_are_told()
-    house.acceptor.left()
-    assert not house.others_are_told()
-    both.close()
-
-
-def test_a_client_that_cannot_be_let_in_for_want_of_descriptors_is_left_to_others(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    house = House([listener])
+    worker = new_worker()
     tries = 0
 
     def accept(_: int) -> int:
@@ -407,41 +241,156 @@ def test_a_client_that_cannot_be_let_in_for_want_of_descriptors_is_left_to_other
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(syscalls, "accept", accept)
-    house.send_thread()
+    worker.lead()
     until(lambda: tries > 1)
-    assert not house.others_are_told()  # nobody is there
-    with come(listener):
-        until(house.others_are_told)
+    assert not worker.other_was_woken()  # no client is there
+    with connect(listener):
+        until(worker.other_was_woken)
         before = tries
         until(lambda: tries > before + 2)
-        assert not house.others_are_told()  # not all the time
-        house.close()
+        assert not worker.other_was_woken()  # not all the time
+        worker.acceptor.close()
+        until(lambda: worker.arrivals)
+    assert worker.gate._shared.connections() == 0
 
 
-@pytest.mark.parametrize("read_first", [False, True], ids=["before", "after"])
-def test_a_door_that_closes_while_the_bell_is_silenced_is_left(
-    monkeypatch: pytest.MonkeyPatch, read_first: bool
+# -- in turn --
+
+
+def test_clients_of_all_listeners_are_accepted_in_turn(
+    new_worker: NewWorker, tmp_path: Path
 ) -> None:
-    """The main thread shuts it, and closes it just when the other one reads that it was shut."""
-    lonely = House().acceptor
-    closed = threading.Event()
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(listening(tmp_path / name)) for name in ("a", "b")]
+        for _ in range(2):
+            for listener in listeners:
+                stack.enter_context(connect(listener))
+        worker = new_worker(listeners)
+        names = []
+        for _ in range(4):
+            arrival = worker.acceptor.next()
+            assert arrival is not None
+            with socket.socket(fileno=arrival.descriptor) as client:
+                names.append(Path(client.getsockname()).name)
+    assert names == ["a", "b", "a", "b"]
 
-    def read(descriptor: int) -> int:
-        if closed.is_set():
-            return os.eventfd_read(descriptor)
-        closed.set()
-        if not read_first:
-            lonely.close()
-        count = os.eventfd_read(descriptor)
-        if read_first:
-            lonely.close()
-        return count
 
-    fake = SimpleNamespace(**{**vars(os), "eventfd_read": read})
-    monkeypatch.setattr(acceptor, "os", cast(Any, fake))
-    lonely.shut()
-    left = threading.Thread(target=lonely.next, daemon=True)
-    left.start()
-    left.join(20)
-    assert closed.is_set()
-    assert not left.is_alive()
+def test_neither_side_keeps_the_other_waiting(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    """New clients and those that have kept their connections, both without a pause."""
+    worker = new_worker()
+    kept = [kept_client(worker) for _ in range(3 * MOST_IN_A_ROW)]
+    with contextlib.ExitStack() as stack:
+        for _ in range(3 * MOST_IN_A_ROW):
+            stack.enter_context(connect(listener))
+        for _, theirs in kept:
+            stack.enter_context(theirs)
+            theirs.send(b"x")
+        kinds = [worker.next_of_kind() for _ in range(6 * MOST_IN_A_ROW)]
+    turns = [kinds[at : at + MOST_IN_A_ROW] for at in range(0, len(kinds), MOST_IN_A_ROW)]
+    assert [set(turn) for turn in turns] == [{"accepted"}, {"kept"}] * 3
+    for client, _ in kept:
+        client.close()
+
+
+def test_a_client_is_found_although_others_are_on_their_way_to_their_owners(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    worker = new_worker()
+    worker.outgoing.on_their_way = 2
+    held: list[float | None] = []
+    wait = worker.ready.wait
+    worker.ready.wait = lambda seconds=None: (held.append(seconds), wait(seconds))[1]  # type: ignore
+    with connect(listener), connect(listener):
+        assert [worker.next_of_kind() for _ in range(2)] == ["accepted"] * 2
+    assert len(held) == 2  # each time after a moment that the owner has to accept it
+    worker.outgoing.on_their_way = 1
+    with connect(listener):
+        assert worker.next_of_kind() == "accepted"
+    assert len(held) == 2
+
+
+# -- rejecting --
+
+
+class Rejecter:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.has_place = True
+        self.taken: list[tuple[Any, Obstacle]] = []
+
+    def take(self, client: Any, obstacle: Obstacle) -> None:
+        self.taken.append((client, obstacle))
+
+
+def test_a_client_without_room_goes_to_the_rejecter_and_takes_none(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    rejecter = Rejecter()
+    worker = new_worker([listener], rejecter, max_connections=1)
+    with connect(listener), connect(listener):
+        first = worker.acceptor.next()
+        assert first is not None
+        worker.lead()
+        until(lambda: rejecter.taken)
+        ((client, obstacle),) = rejecter.taken
+        client.close()
+        assert obstacle.reason == "connections"
+        assert worker.shared.connections() == 1
+        os.close(first.descriptor)
+        worker.gate.closed()
+        with connect(listener):
+            until(lambda: worker.arrivals)
+    assert len(rejecter.taken) == 1
+
+
+def test_a_client_that_connects_just_before_room_is_given_back_is_not_rejected(
+    new_worker: NewWorker, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejecter = Rejecter()
+    worker = new_worker([listener], rejecter, max_connections=1)
+    assert worker.gate.open_any()
+    attempt, tries = worker.gate.attempt, []
+
+    def give_back_after_two(take: Any, *, connection: bool) -> Any:
+        tries.append(attempt(take, connection=connection))
+        if len(tries) == 2:
+            worker.gate.closed()
+        return tries[-1]
+
+    monkeypatch.setattr(worker.gate, "attempt", give_back_after_two)
+    with connect(listener):
+        assert worker.next_of_kind() == "accepted"
+    assert len(tries) == 3
+    assert not rejecter.taken
+
+
+# -- the end --
+
+
+def test_a_thread_that_waits_for_room_sees_that_it_is_to_shut(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    worker = new_worker([listener], max_connections=1)
+    assert worker.gate.open_any()
+    worker.lead()
+    until(lambda: worker.shared.counters.waiting.value == 1)
+    worker.acceptor.shut()
+    until(lambda: worker.acceptor.is_shut)
+    worker.acceptor.close()
+    until(lambda: worker.arrivals)
+    assert worker.arrivals == [None]
+
+
+def test_clients_that_are_left_are_given_out_for_an_answer(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    worker = new_worker()
+    with connect(listener):
+        arrival = worker.acceptor.take_leftover(until=float("inf"))
+        assert arrival is not None
+        os.close(arrival.descriptor)
+        assert worker.acceptor.take_leftover(until=float("inf")) is None
+    assert worker.shared.connections() == 1  # the first one's

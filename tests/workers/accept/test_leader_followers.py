@@ -1,4 +1,4 @@
-"""Threads come one by one as calls need them, and the door is never left alone."""
+"""Threads are started as calls need them, and one of them always leads."""
 
 import queue
 import select
@@ -13,43 +13,43 @@ from plain_client import until
 from cpanbridge.workers.accept.leader_followers import ThreadPool
 
 
-class Visit(NamedTuple):
+class Job(NamedTuple):
     """An arrival of the tests: whether it is expected to be quick, and what serving it does."""
 
     quick: bool
     serve: Callable[[], object]
 
 
-class Hall:
-    """A crew whose door is a queue. The test plays the worker's main thread, in `tend`."""
+class Fixture:
+    """A thread pool that fetches from a queue. `tend` does what the worker's main thread does."""
 
     def __init__(self, limit: int) -> None:
-        self.arrivals: queue.SimpleQueue[Visit | None] = queue.SimpleQueue()
+        self.arrivals: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.started: set[threading.Thread] = set()
-        self.threads: ThreadPool[Visit] = ThreadPool(
-            limit, self.fetch, lambda visit: visit.quick, self.serve
+        self.threads: ThreadPool[Job] = ThreadPool(
+            limit, self.fetch, lambda job: job.quick, self.serve
         )
-        self.at_door = 0
-        self.most_at_door = 0
+        self.leading = 0
+        self.most_leading = 0
         self.over = threading.Event()
 
-    def fetch(self) -> Visit | None:
-        self.at_door += 1
-        self.most_at_door = max(self.most_at_door, self.at_door)
-        visit = self.arrivals.get()
-        self.at_door -= 1
-        return visit
+    def fetch(self) -> Job | None:
+        self.leading += 1
+        self.most_leading = max(self.most_leading, self.leading)
+        job = self.arrivals.get()
+        self.leading -= 1
+        return job
 
-    def serve(self, visit: Visit) -> None:
+    def serve(self, job: Job) -> None:
         self.started.add(threading.current_thread())
-        visit.serve()
+        job.serve()
 
     def tend(self) -> None:
         while not self.over.is_set():
-            self.over.wait(min(0.01, self.threads.look_after_door()))
+            self.over.wait(min(0.01, self.threads.watch_leader()))
 
     def send(self, *, quick: bool, serve: Callable[[], object] = lambda: None) -> threading.Event:
-        """Let somebody arrive; the event tells when they have been served."""
+        """Add a job; the event tells when it has been served."""
         served = threading.Event()
 
         def run() -> None:
@@ -58,7 +58,7 @@ class Hall:
             finally:
                 served.set()
 
-        self.arrivals.put(Visit(quick, run))
+        self.arrivals.put(Job(quick, run))
         return served
 
     def hold(self, gate: threading.Event, *, quick: bool = False) -> tuple[threading.Event, ...]:
@@ -74,164 +74,164 @@ class Hall:
 
 
 @pytest.fixture
-def hall(request: pytest.FixtureRequest) -> Iterator[Hall]:
-    hall = Hall(getattr(request, "param", 100))
-    tender = threading.Thread(target=hall.tend, daemon=True)
+def pool(request: pytest.FixtureRequest) -> Iterator[Fixture]:
+    pool = Fixture(getattr(request, "param", 100))
+    tender = threading.Thread(target=pool.tend, daemon=True)
     tender.start()
-    hall.threads.start()
-    yield hall
-    hall.arrivals.put(None)
-    hall.over.set()
+    pool.threads.start()
+    yield pool
+    pool.arrivals.put(None)
+    pool.over.set()
     tender.join(10)
 
 
-def test_quick_arrivals_are_served_by_one_thread(hall: Hall) -> None:
+def test_quick_arrivals_are_served_by_one_thread(pool: Fixture) -> None:
     for _ in range(500):
-        assert hall.send(quick=True).wait(20)
+        assert pool.send(quick=True).wait(20)
     # On a busy machine a quick one may be overtaken now and then: two or three, not one each.
-    assert len(hall.started) <= 5
+    assert len(pool.started) <= 5
 
 
-def test_slow_arrivals_one_after_another_need_no_more_than_two_threads(hall: Hall) -> None:
+def test_slow_arrivals_one_after_another_need_no_more_than_two_threads(pool: Fixture) -> None:
     for _ in range(200):
-        assert hall.send(quick=False).wait(20)
-        until(lambda: hall.threads.serving == 0)
-    assert len(hall.started) <= 4
+        assert pool.send(quick=False).wait(20)
+        until(lambda: pool.threads.serving == 0)
+    assert len(pool.started) <= 4
 
 
-def test_a_slow_arrival_makes_another_thread_come(hall: Hall) -> None:
+def test_a_slow_arrival_makes_another_thread_come(pool: Fixture) -> None:
     gate = threading.Event()
-    begun, ended = hall.hold(gate)
+    begun, ended = pool.hold(gate)
     assert begun.wait(20)
-    assert hall.send(quick=False).wait(20)
+    assert pool.send(quick=False).wait(20)
     assert not ended.is_set()
     gate.set()
     assert ended.wait(20)
 
 
-def test_there_are_as_many_threads_as_slow_arrivals(hall: Hall) -> None:
+def test_there_are_as_many_threads_as_slow_arrivals(pool: Fixture) -> None:
     gate = threading.Event()
-    held = [hall.hold(gate) for _ in range(30)]
+    held = [pool.hold(gate) for _ in range(30)]
     for begun, _ in held:
         assert begun.wait(20)
-    assert hall.threads.serving == 30
-    assert len(hall.started) == 30
+    assert pool.threads.serving == 30
+    assert len(pool.started) == 30
     gate.set()
     for _, ended in held:
         assert ended.wait(20)
-    until(lambda: hall.threads.serving == 0)
+    until(lambda: pool.threads.serving == 0)
 
 
-def test_only_one_thread_is_at_the_door(hall: Hall) -> None:
+def test_only_one_thread_leads(pool: Fixture) -> None:
     gate = threading.Event()
-    held = [hall.hold(gate, quick=n % 2 == 0) for n in range(20)]
+    held = [pool.hold(gate, quick=n % 2 == 0) for n in range(20)]
     for begun, _ in held:
         assert begun.wait(20)
     gate.set()
     for _, ended in held:
         assert ended.wait(20)
     for n in range(200):
-        hall.send(quick=n % 3 == 0)
-    until(hall.arrivals.empty)
-    assert hall.most_at_door == 1
+        pool.send(quick=n % 3 == 0)
+    until(pool.arrivals.empty)
+    assert pool.most_leading == 1
 
 
-@pytest.mark.parametrize("hall", [3], indirect=True)
-def test_no_more_than_the_limit_are_served_at_a_time(hall: Hall) -> None:
+@pytest.mark.parametrize("pool", [3], indirect=True)
+def test_no_more_than_the_limit_are_served_at_a_time(pool: Fixture) -> None:
     gate = threading.Event()
-    held = [hall.hold(gate, quick=n == 1) for n in range(3)]
+    held = [pool.hold(gate, quick=n == 1) for n in range(3)]
     for begun, _ in held:
         assert begun.wait(20)
-    extra_begun, extra_ended = hall.hold(gate)
+    extra_begun, extra_ended = pool.hold(gate)
     # Nobody is left to fetch it, however long one looks after the door.
     for _ in range(20):
-        hall.threads.look_after_door()
+        pool.threads.watch_leader()
         assert not extra_begun.wait(0.01)
-    assert hall.arrivals.qsize() == 1
+    assert pool.arrivals.qsize() == 1
     gate.set()
     assert extra_ended.wait(20)
-    assert len(hall.started) <= 3
+    assert len(pool.started) <= 3
 
 
-def test_the_door_is_taken_over_from_a_quick_one_that_hangs(hall: Hall) -> None:
+def test_a_follower_is_promoted_when_a_job_served_in_place_takes_long(pool: Fixture) -> None:
     gate = threading.Event()
-    begun, ended = hall.hold(gate, quick=True)
+    begun, ended = pool.hold(gate, quick=True)
     assert begun.wait(20)
-    assert hall.send(quick=True).wait(20)
+    assert pool.send(quick=True).wait(20)
     assert not ended.is_set()
     gate.set()
     assert ended.wait(20)
-    assert hall.send(quick=True).wait(20)
-    until(lambda: hall.threads.serving == 0)
+    assert pool.send(quick=True).wait(20)
+    until(lambda: pool.threads.serving == 0)
 
 
-def test_the_main_thread_is_told_to_look_when_a_thread_keeps_the_door() -> None:
-    hall = Hall(10)
-    assert hall.threads.look_after_door() > 0.1  # nothing to look after
-    hall.threads.start()
+def test_the_main_thread_is_woken_when_the_leader_serves_in_place() -> None:
+    pool = Fixture(10)
+    assert pool.threads.watch_leader() > 0.1  # nothing to look after
+    pool.threads.start()
     gate = threading.Event()
-    begun, _ = hall.hold(gate, quick=True)
+    begun, _ = pool.hold(gate, quick=True)
     assert begun.wait(20)
-    assert until(lambda: _readable(hall.threads.attention))
-    assert hall.threads.look_after_door() <= 0.1  # soon again
+    assert until(lambda: _readable(pool.threads.attention))
+    assert pool.threads.watch_leader() <= 0.1  # soon again
     gate.set()
-    hall.arrivals.put(None)
+    pool.arrivals.put(None)
 
 
 def _readable(descriptor: int) -> bool:
     return bool(select.select([descriptor], [], [], 0)[0])
 
 
-def test_an_exception_while_serving_costs_no_thread(hall: Hall) -> None:
+def test_an_exception_while_serving_costs_no_thread(pool: Fixture) -> None:
     def fault() -> None:
         raise RuntimeError("a fault of the daemon's own")
 
     for quick in (True, False) * 20:
-        assert hall.send(quick=quick, serve=fault).wait(20)
-    assert hall.send(quick=False).wait(20)
-    until(lambda: hall.threads.serving == 0)
+        assert pool.send(quick=quick, serve=fault).wait(20)
+    assert pool.send(quick=False).wait(20)
+    until(lambda: pool.threads.serving == 0)
 
 
-def test_parked_threads_are_called_back_rather_than_new_ones_made(hall: Hall) -> None:
+def test_idle_threads_are_promoted_before_new_ones_are_started(pool: Fixture) -> None:
     for _ in range(20):
         gate = threading.Event()
-        held = [hall.hold(gate) for _ in range(5)]
+        held = [pool.hold(gate) for _ in range(5)]
         for begun, _ in held:
             assert begun.wait(20)
         gate.set()
         for _, ended in held:
             assert ended.wait(20)
-        until(lambda: hall.threads.serving == 0)
-    assert len(hall.started) <= 8
+        until(lambda: pool.threads.serving == 0)
+    assert len(pool.started) <= 8
 
 
-def test_at_the_end_it_is_idle_once_the_last_has_been_served(hall: Hall) -> None:
+def test_it_has_finished_once_the_last_job_has_been_served(pool: Fixture) -> None:
     gate = threading.Event()
-    begun, _ = hall.hold(gate)
+    begun, _ = pool.hold(gate)
     assert begun.wait(20)
-    hall.arrivals.put(None)
-    assert not hall.threads.wait_until_idle(0.05)
+    pool.arrivals.put(None)
+    assert not pool.threads.wait_until_finished(0.05)
     gate.set()
     began = time.monotonic()
-    assert hall.threads.wait_until_idle(20)
+    assert pool.threads.wait_until_finished(20)
     assert time.monotonic() - began < 19
 
 
-def test_a_door_that_is_closed_does_not_wait_for_who_keeps_it(hall: Hall) -> None:
-    hall.over.set()  # the main thread looks after nothing while it drains
+def test_closing_does_not_wait_for_a_leader_that_serves(pool: Fixture) -> None:
+    pool.over.set()  # the main thread looks after nothing while it drains
     gate = threading.Event()
-    begun, ended = hall.hold(gate, quick=True)
+    begun, ended = pool.hold(gate, quick=True)
     assert begun.wait(20)
-    hall.threads.close_door()
-    assert hall.threads.wait_until_door_is_left(20)
-    assert not hall.threads.wait_until_idle(0)
+    pool.threads.close()
+    assert pool.threads.wait_until_no_leader(20)
+    assert not pool.threads.wait_until_finished(0)
     gate.set()
     assert ended.wait(20)
-    assert hall.threads.wait_until_idle(20)
+    assert pool.threads.wait_until_finished(20)
 
 
 def test_a_thread_that_could_not_be_started_is_made_up_for(
-    hall: Hall, monkeypatch: pytest.MonkeyPatch
+    pool: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = threading.Thread.start
     failures: list[threading.Thread] = []
@@ -244,9 +244,9 @@ def test_a_thread_that_could_not_be_started_is_made_up_for(
 
     monkeypatch.setattr(threading.Thread, "start", fail_once)
     gate = threading.Event()
-    begun, ended = hall.hold(gate)
+    begun, ended = pool.hold(gate)
     assert begun.wait(20)
     assert failures
-    assert hall.send(quick=False).wait(20), "nobody went to the door again"
+    assert pool.send(quick=False).wait(20), "nobody went to the door again"
     gate.set()
     assert ended.wait(20)

@@ -13,7 +13,7 @@ from plain_client import read_to_end, request, until
 
 from cpanbridge.supervisor.gate import MOST_REJECTED as PLACES
 from cpanbridge.supervisor.gate import Obstacle
-from cpanbridge.supervisor.memory.layout import WAITS_FOR_CONNECTION, WAITS_FOR_RATE
+from cpanbridge.supervisor.memory.fields import WAITS_FOR_CONNECTION, WAITS_FOR_RATE
 from cpanbridge.workers.accept import rejecter as turnstile_module
 from cpanbridge.workers.accept.rejecter import Rejecter
 

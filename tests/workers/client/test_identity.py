@@ -1,4 +1,4 @@
-"""Which process a client is: told by the kernel, and never mistaken for a later one."""
+"""Which process a client is: as the kernel says, and never mistaken for a later one."""
 
 import gc
 import os
@@ -29,7 +29,7 @@ def sleeper(sleepers: list[subprocess.Popen[bytes]]) -> int:
 
 
 def descriptors() -> int:
-    gc.collect()  # what other tests have left is not to be closed in the middle of this one
+    gc.collect()  # what other tests have left must not be closed during this one
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -40,11 +40,11 @@ def test_a_process_is_known_by_pid_and_start_time(
     pid = sleeper(sleepers)
     process = identities.process(pid)
     assert process == ClientProcess(pid, start_time(pid) or -1)
-    monkeypatch.setattr(identity, "start_time", lambda _: pytest.fail("asked for again"))
+    monkeypatch.setattr(identity, "start_time", lambda _: pytest.fail("it is read again"))
     assert identities.process(pid) == process
 
 
-def test_a_process_that_has_ended_is_nobody_even_when_it_was_known(
+def test_a_process_that_has_ended_is_not_found_though_it_was_cached(
     sleepers: list[subprocess.Popen[bytes]],
 ) -> None:
     identities = Identities()
@@ -72,7 +72,7 @@ def test_a_pid_that_was_given_to_another_process_is_another_client(
     assert new != old or start_time(second) == old.start
 
 
-def test_only_so_many_are_remembered_and_none_leaks_a_descriptor(
+def test_only_so_many_are_cached_and_none_leaks_a_descriptor(
     sleepers: list[subprocess.Popen[bytes]],
 ) -> None:
     identities = Identities()
@@ -83,7 +83,7 @@ def test_only_so_many_are_remembered_and_none_leaks_a_descriptor(
     assert identities.process(sleepers[0].pid) is not None
 
 
-def test_without_a_descriptor_a_process_is_known_all_the_same(
+def test_without_a_descriptor_a_process_is_still_identified(
     sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lacks(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""System calls made without giving up the interpreter lock: the same as the usual ones."""
+"""System calls made without releasing the interpreter lock: they do the same as the usual ones."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ import pytest
 
 from cpanbridge.workers.client import syscalls
 
-FOR_GOOD = 1000.0  # seconds; no thread would take turns on its own
+FOR_GOOD = 1000.0  # seconds; no thread would be made to release the lock
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_sends_what_there_is_room_for(pair: tuple[socket.socket, socket.socket])
     assert received == sent
 
 
-def test_sending_to_who_has_left_is_an_error_and_no_signal(
+def test_sending_to_a_closed_socket_is_an_error_and_no_signal(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = pair
@@ -123,7 +123,7 @@ def test_no_descriptor_is_an_error_with_its_number() -> None:
         assert caught.value.errno == errno.EBADF
 
 
-def test_tells_which_of_those_that_it_watches_are_ready() -> None:
+def test_a_ready_set_has_the_watched_descriptors_that_are_readable() -> None:
     with contextlib.ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(5)]
         for each in pairs:
@@ -133,15 +133,15 @@ def test_tells_which_of_those_that_it_watches_are_ready() -> None:
         ready = syscalls.ReadySet(epoll, most=3)
         for ours, _ in pairs:
             syscalls.watch(epoll.fileno(), ours.fileno())
-        assert ready.look() == []
+        assert ready.poll() == []
         for _, theirs in pairs:
             theirs.send(b"x")
-        first, second = ready.look(), ready.look()
+        first, second = ready.poll(), ready.poll()
         assert (len(first), len(second)) == (3, 3)
         assert set(first) | set(second) == {ours.fileno() for ours, _ in pairs}
         for ours, _ in pairs[1:]:
             syscalls.unwatch(epoll.fileno(), ours.fileno())
-        assert ready.look() == [pairs[0][0].fileno()]
+        assert ready.poll() == [pairs[0][0].fileno()]
         with pytest.raises(FileExistsError):
             syscalls.watch(epoll.fileno(), pairs[0][0].fileno())
         with pytest.raises(FileNotFoundError):
@@ -160,7 +160,7 @@ def test_no_other_thread_gets_the_interpreter_meanwhile(
         begun.set()
         while not over:
             turns += 1
-            time.sleep(0)  # gives the interpreter lock up
+            time.sleep(0)  # releases the interpreter lock
 
     counter = threading.Thread(target=count)
     before = sys.getswitchinterval()
@@ -171,7 +171,7 @@ def test_no_other_thread_gets_the_interpreter_meanwhile(
     sys.setswitchinterval(FOR_GOOD)
     try:
         seen = turns
-        while turns < seen + 2:  # from its next turn on the counter asks for the lock as rarely
+        while turns < seen + 2:  # from its next turn on the counter requests the lock as rarely
             time.sleep(0)
         seen = turns
         for _ in range(1000):

@@ -1,4 +1,4 @@
-"""A client on its way to another worker is always one side's, whoever is killed when."""
+"""A client on its way to another worker is always one side's, whichever process is killed when."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
-from conftest import take_down
+from conftest import close_wakeups
 from killing import kill_at
 
 from cpanbridge.supervisor.config import Limits
@@ -19,7 +19,7 @@ from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import CLAIMS
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.transfer import Fate, MovingClient, Transfer
+from cpanbridge.workers.client.transfer import MovingClient, ReturnReason, Transfer
 from cpanbridge.workers.handoff import outgoing
 from cpanbridge.workers.handoff.incoming import Incoming
 from cpanbridge.workers.handoff.message import MOST_INLINE
@@ -29,7 +29,7 @@ SENDER, RECEIVER = 0, 1
 DATA = b'{"module": "m", "function": "f"}'
 
 
-class ClientProcess(NamedTuple):
+class Connection(NamedTuple):
     """A connection: the worker's end, and the end of the process that calls."""
 
     near: socket.socket
@@ -42,8 +42,9 @@ class ClientProcess(NamedTuple):
         until: float = math.inf,
         input_may_have_ended: bool = True,
     ) -> ClientSocket:
-        """The client as its sender has it, when it is about to be put into the postbox."""
+        """The client as its sender has it, when it is about to be put into the queue."""
         shared.slots[SENDER].opened += 1
+        shared.header.connections += 1
         client = ClientSocket(self.near.fileno(), 0, _socket=self.near)
         moving = MovingClient(self.near.fileno(), data, 123, 4, 5.5, input_may_have_ended)
         client.transfer = Transfer(moving, shared.owner(RECEIVER), until, known=True)
@@ -56,12 +57,12 @@ class ClientProcess(NamedTuple):
         return self.far.recv(100)
 
 
-class House:
-    """Two workers' memory and bells, and clients."""
+class TwoWorkers:
+    """Two workers' memory and wake-ups, and clients."""
 
     def __init__(self) -> None:
         self.shared = Shared.create(2, Limits())
-        self.wakeups = [Wakeups.hang() for _ in self.shared.slots]
+        self.wakeups = [Wakeups.create() for _ in self.shared.slots]
         self.gates = [Gate(self.shared, slot, self.wakeups) for slot in (SENDER, RECEIVER)]
         self.taken: list[ClientSocket] = []
         self.outgoing = Outgoing(self.shared, SENDER, self.wakeups, self._let_go)
@@ -76,27 +77,27 @@ class House:
         """Leave nothing open."""
         for queue in (self.incoming._queue, *self.outgoing._queues.values()):
             queue.detach()
-        take_down(self.wakeups)
+        close_wakeups(self.wakeups)
         os.close(self.outgoing.descriptor)
         os.close(self.shared.fd)
 
     def dies(self, slot: int) -> None:
         """What the master does when a worker has ended."""
         self.shared.clear(self.shared.slots[slot])
-        handoff_sockets.throw_away(self.wakeups[slot].take)
+        handoff_sockets.discard_all(self.wakeups[slot].take)
 
 
 @pytest.fixture
-def house() -> Iterator[House]:
-    house = House()
-    yield house
-    house.close()
+def workers() -> Iterator[TwoWorkers]:
+    workers = TwoWorkers()
+    yield workers
+    workers.close()
 
 
 @pytest.fixture
-def remote() -> Iterator[ClientProcess]:
+def remote() -> Iterator[Connection]:
     near, far = socket.socketpair()
-    yield ClientProcess(near, far)
+    yield Connection(near, far)
     near.close()
     far.close()
 
@@ -110,58 +111,58 @@ def serve(found: tuple[MovingClient, int] | None) -> None:
             remote.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("may_be_dismissed", [True, False])
+@pytest.mark.parametrize("input_may_have_ended", [True, False])
 @pytest.mark.parametrize("size", [len(DATA), MOST_INLINE, MOST_INLINE + 1, 3_000_000])
 def test_a_client_arrives_with_all_that_is_known_of_it(
-    house: House, remote: ClientProcess, size: int, input_may_have_ended: bool
+    workers: TwoWorkers, remote: Connection, size: int, input_may_have_ended: bool
 ) -> None:
     data = os.urandom(size)
-    client = remote.transfer(house.shared, data, input_may_have_ended=input_may_have_ended)
-    house.outgoing.put(client)
-    assert house.outgoing.count == 1
-    found = house.incoming.next()
+    client = remote.transfer(workers.shared, data, input_may_have_ended=input_may_have_ended)
+    workers.outgoing.put(client)
+    assert workers.outgoing.count == 1
+    found = workers.incoming.next()
     assert found is not None
     moving, number = found
     assert moving[1:] == (data, 123, 4, 5.5, input_may_have_ended)
     assert number == 1
-    house.outgoing.settle()
-    assert house.taken == [client]
-    assert house.outgoing.count == 0
-    assert house.shared.connections() == 1
+    workers.outgoing.settle()
+    assert workers.taken == [client]
+    assert workers.outgoing.count == 0
+    assert workers.shared.connections() == 1
     serve(found)
     assert remote.hears() == b"served"
 
 
 def test_a_client_is_the_senders_again_when_it_is_withdrawn(
-    house: House, remote: ClientProcess
+    workers: TwoWorkers, remote: Connection
 ) -> None:
-    client = remote.transfer(house.shared, until=time.monotonic() - 1)
-    house.outgoing.put(client)
-    house.outgoing.look_after()
-    assert house.outgoing.next_back() is client
+    client = remote.transfer(workers.shared, until=time.monotonic() - 1)
+    workers.outgoing.put(client)
+    workers.outgoing.look_after()
+    assert workers.outgoing.next_returned() is client
     assert client.transfer is not None
-    assert client.transfer.fate is Fate.TOO_LATE
-    assert house.incoming.next() is None
-    assert house.taken == []
-    assert house.shared.connections() == 1
+    assert client.transfer.return_reason is ReturnReason.TOO_LATE
+    assert workers.incoming.next() is None
+    assert workers.taken == []
+    assert workers.shared.connections() == 1
     assert remote.hears() is None
 
 
 def test_a_client_for_a_worker_that_had_the_slot_before_goes_back(
-    house: House, remote: ClientProcess
+    workers: TwoWorkers, remote: Connection
 ) -> None:
-    client = remote.transfer(house.shared)
-    house.incoming._incarnation += 1
-    house.outgoing.put(client)
-    assert house.incoming.next() is None
-    house.outgoing.settle()
-    assert house.outgoing.next_back() is client
-    assert house.shared.connections() == 1
+    client = remote.transfer(workers.shared)
+    workers.incoming._incarnation += 1
+    workers.outgoing.put(client)
+    assert workers.incoming.next() is None
+    workers.outgoing.settle()
+    assert workers.outgoing.next_returned() is client
+    assert workers.shared.connections() == 1
 
 
 @pytest.fixture
-def crowd() -> Iterator[list[ClientProcess]]:
-    remotes = [ClientProcess(*socket.socketpair()) for _ in range(CLAIMS + 50)]
+def crowd() -> Iterator[list[Connection]]:
+    remotes = [Connection(*socket.socketpair()) for _ in range(CLAIMS + 50)]
     yield remotes
     for each in remotes:
         each.near.close()
@@ -169,89 +170,91 @@ def crowd() -> Iterator[list[ClientProcess]]:
 
 
 def test_of_one_that_is_closed_while_it_is_put_in_nothing_gets_there(
-    house: House, remote: ClientProcess, monkeypatch: pytest.MonkeyPatch
+    workers: TwoWorkers, remote: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its number may be another client's by then."""
-    client = remote.transfer(house.shared, b"x" * (MOST_INLINE + 1))
+    client = remote.transfer(workers.shared, b"x" * (MOST_INLINE + 1))
 
     def in_memory(data: bytes) -> int:
-        assert house.outgoing.withdraw_all() == [client]
+        assert workers.outgoing.withdraw_all() == [client]
         client.close()
         return os.open(os.devnull, os.O_RDONLY)
 
     monkeypatch.setattr(outgoing, "in_memory", in_memory)
-    house.outgoing.put(client)
-    assert not select.select([house.incoming.descriptor], [], [], 0)[0]
-    assert house.outgoing.count == 0
+    workers.outgoing.put(client)
+    assert not select.select([workers.incoming.descriptor], [], [], 0)[0]
+    assert workers.outgoing.count == 0
 
 
 @pytest.mark.parametrize("size", [len(DATA), MOST_INLINE])
 def test_more_clients_than_there_is_room_for_are_put_in_when_there_is(
-    house: House, crowd: list[ClientProcess], size: int
+    workers: TwoWorkers, crowd: list[Connection], size: int
 ) -> None:
     for remote in crowd:  # nobody waits here for the receiver
-        house.outgoing.put(remote.transfer(house.shared, b" " * size))
-    assert house.outgoing.count == len(crowd)
+        workers.outgoing.put(remote.transfer(workers.shared, b" " * size))
+    assert workers.outgoing.count == len(crowd)
     for _ in crowd:
-        house.outgoing.look_after()
-        while (found := house.incoming.next()) is not None:
+        workers.outgoing.look_after()
+        while (found := workers.incoming.next()) is not None:
             serve(found)
-            house.gates[RECEIVER].closed()
-    house.outgoing.settle()
-    assert len(house.taken) == len(crowd)
-    assert house.outgoing.count == 0
-    assert house.shared.connections() == 0
+            workers.gates[RECEIVER].closed()
+    workers.outgoing.settle()
+    assert len(workers.taken) == len(crowd)
+    assert workers.outgoing.count == 0
+    assert workers.shared.connections() == 0
     assert [remote.hears() for remote in crowd] == [b"served"] * len(crowd)
 
 
 def test_clients_that_there_is_no_room_for_come_back_as_those_on_their_way_do(
-    house: House, crowd: list[ClientProcess]
+    workers: TwoWorkers, crowd: list[Connection]
 ) -> None:
     until = time.monotonic() + 0.3
-    clients = [remote.transfer(house.shared, until=until) for remote in crowd]
+    clients = [remote.transfer(workers.shared, until=until) for remote in crowd]
     for client in clients:
-        house.outgoing.put(client)
-    house.outgoing.look_after()
-    assert house.outgoing.next_back() is None
+        workers.outgoing.put(client)
+    workers.outgoing.look_after()
+    assert workers.outgoing.next_returned() is None
     time.sleep(max(0.0, until - time.monotonic()))
-    house.outgoing.look_after()
-    back = [house.outgoing.next_back() for _ in clients]
+    workers.outgoing.look_after()
+    back = [workers.outgoing.next_returned() for _ in clients]
     assert set(back) == set(clients)
-    assert {client.transfer.fate for client in clients if client.transfer} == {Fate.TOO_LATE}
-    assert house.incoming.next() is None
-    assert house.outgoing.count == 0
+    assert {client.transfer.return_reason for client in clients if client.transfer} == {
+        ReturnReason.TOO_LATE
+    }
+    assert workers.incoming.next() is None
+    assert workers.outgoing.count == 0
 
 
 def test_a_receiver_killed_at_any_step_has_the_client_or_leaves_it_to_its_sender() -> None:
     step, outcomes = 0, set()
     killed = True
     while killed:
-        house, pair = House(), socket.socketpair()
-        remote = ClientProcess(*pair)
-        client = remote.transfer(house.shared)
-        house.outgoing.put(client)
-        incoming, gate = house.incoming, house.gates[RECEIVER]
+        workers, pair = TwoWorkers(), socket.socketpair()
+        remote = Connection(*pair)
+        client = remote.transfer(workers.shared)
+        workers.outgoing.put(client)
+        incoming, gate = workers.incoming, workers.gates[RECEIVER]
 
         def receive(incoming: Incoming = incoming, gate: Gate = gate) -> None:
             serve(incoming.next())
             gate.closed()
 
         killed = kill_at(step, receive)
-        house.dies(RECEIVER)
-        house.outgoing.look_after()
-        if house.taken:
-            assert house.taken == [client]
-            assert house.outgoing.next_back() is None
-            assert house.shared.connections() == 0
+        workers.dies(RECEIVER)
+        workers.outgoing.look_after()
+        if workers.taken:
+            assert workers.taken == [client]
+            assert workers.outgoing.next_returned() is None
+            assert workers.shared.connections() == 0
             assert remote.hears() in (b"", b"served")
         else:
-            assert house.outgoing.next_back() is client
-            assert house.shared.connections() == 1
+            assert workers.outgoing.next_returned() is client
+            assert workers.shared.connections() == 1
             assert remote.hears() is None
-        outcomes.add(bool(house.taken))
+        outcomes.add(bool(workers.taken))
         remote.near.close()
         remote.far.close()
-        house.close()
+        workers.close()
         step += 1
     assert step > 20
     assert outcomes == {False, True}
@@ -262,36 +265,36 @@ def test_a_sender_killed_at_any_step_leaves_no_client_that_nobody_counts() -> No
     outcomes: set[object] = set()
     killed = True
     while killed:
-        house, pair = House(), socket.socketpair()
-        remote = ClientProcess(*pair)
-        client = remote.transfer(house.shared)
-        killed = kill_at(step, partial(house.outgoing.put, client))
+        workers, pair = TwoWorkers(), socket.socketpair()
+        remote = Connection(*pair)
+        client = remote.transfer(workers.shared)
+        killed = kill_at(step, partial(workers.outgoing.put, client))
         remote.near.close()
         # The receiver may come before the master sees that the sender has ended, or after it.
         for receiver_first in (True, False):
             if not receiver_first:
-                house.dies(SENDER)
-            found = house.incoming.next()
+                workers.dies(SENDER)
+            found = workers.incoming.next()
             if found is not None:
                 assert receiver_first
                 outcomes.add("taken")
                 serve(found)
-                house.gates[RECEIVER].closed()
-        assert house.shared.connections() == 0
+                workers.gates[RECEIVER].closed()
+        assert workers.shared.connections() == 0
         heard = remote.hears()
         assert heard in (b"", b"served")
         outcomes.add(heard)
         remote.far.close()
-        house.close()
+        workers.close()
         step += 1
     assert step > 10
     assert outcomes == {"taken", b"", b"served"}
 
 
 def test_the_main_thread_is_told_of_one_that_waits_though_it_has_just_looked(
-    house: House, remote: ClientProcess, monkeypatch: pytest.MonkeyPatch
+    workers: TwoWorkers, remote: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outgoing = house.outgoing
+    outgoing = workers.outgoing
 
     def no_room(*_: object) -> bool:
         for _look in range(3):  # the thread was held up, and the main thread saw nobody yet
@@ -302,7 +305,7 @@ def test_the_main_thread_is_told_of_one_that_waits_though_it_has_just_looked(
     outgoing.look_after()
     monkeypatch.setattr(outgoing, "_offer", no_room)
     outgoing._watched = True
-    outgoing.put(remote.transfer(house.shared))
-    assert os.eventfd_read(house.wakeups[SENDER].watch) == 1
+    outgoing.put(remote.transfer(workers.shared))
+    assert os.eventfd_read(workers.wakeups[SENDER].main) == 1
     assert outgoing.count == 1
     assert outgoing.look_after() < math.inf

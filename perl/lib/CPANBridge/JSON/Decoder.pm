@@ -1,7 +1,7 @@
 package CPANBridge::JSON::Decoder;
 
-# One pass over the bytes with \G matches on $_, whose position they all move. Strings and simple
-# numbers in arrays and objects, which are most of all data, are taken in the container's own loop.
+# One pass over the bytes with \G matches on $_, which all advance its position. Strings and simple
+# numbers in arrays and objects, which are most of the data, are decoded in the container's own loop.
 
 use 5.010;
 use strict;
@@ -28,7 +28,7 @@ my $SAFE_DIGITS   = length($LARGEST) - 2;
 # Before 5.30, Perl's own conversion could be wrong in the last digit of a float.
 use constant READS_EXACTLY => $] >= 5.030;
 
-# Numbers that 0 + makes what they are, and that neither sign nor size make a special case.
+# Numbers that 0 + converts exactly, and that are no special case by sign or size.
 my $SIMPLE = READS_EXACTLY
     ? qr/-?[1-9][0-9]{0,8}(?:\.[0-9]+)?|0(?:\.[0-9]+)?/
     : qr/-?[1-9][0-9]{0,8}|0/;
@@ -108,7 +108,7 @@ sub _object {
     my %pairs;
     return \%pairs if /\G[ \t\r\n]*\}/gc;
     while (1) {
-        # The key and colon, and a value and what follows it where the value is a simple one.
+        # The key and colon, and a simple value with what follows it.
         if (/\G[ \t\r\n]*"([^"\\\x00-\x1f]*)"[ \t\r\n]*:[ \t\r\n]*
             (?:(?:"([^"\\\x00-\x1f]*)"|($SIMPLE)|(true|false|null))[ \t\r\n]*([\},]))?/gcxo)
         {
@@ -157,8 +157,8 @@ sub _number {
     return $float == 0 && $integer eq '-0' ? $NEGATIVE_ZERO : $float;
 }
 
-# Where Perl's own conversion won't do: strtod heeds the locale, and leaves the rest at a full stop where
-# that has a comma.
+# For numbers that Perl's own conversion gets wrong: strtod uses the locale, and stops at a full stop if
+# the locale has a decimal comma.
 sub _float {
     my ($text) = @_;
     if (!READS_EXACTLY) {
@@ -168,7 +168,7 @@ sub _float {
     return 0 + $text;
 }
 
-# A string that has escapes (or an error), from after its opening quote. The way to the closing one
+# A string that has escapes (or an error), from after its opening quote. The distance to the closing one
 # is counted rather than matched: before 5.30, a repeated group ends after 32766 rounds.
 sub _escaped_string {
     my $start = pos;
@@ -228,7 +228,7 @@ float's range.
 
 =item has_surrogates($bytes)
 
-Whether bytes that Perl takes for UTF-8 have a surrogate, or something beyond Unicode, in them.
+Whether bytes that Perl accepts as UTF-8 contain a surrogate, or a code point beyond Unicode.
 
 =back
 

@@ -1,7 +1,7 @@
 package CPANBridge::JSON::Encoder;
 
-# Nothing is tracked for error messages while encoding: only when something turns out to have no
-# JSON form, a second and slower walk finds where it is. That keeps the usual case fast.
+# Nothing is tracked for error messages while encoding: only if a value has no
+# JSON form, a second and slower walk finds its place. That keeps the usual case fast.
 
 use 5.010;
 use strict;
@@ -16,11 +16,11 @@ use Scalar::Util qw(blessed refaddr);
 
 our $VERSION = '0.4.0';
 
-# Data nested deeper than this is watched for references to what encloses it.
+# Data nested deeper than this is checked for references to what encloses it.
 use constant WATCHED_DEPTH => 200;
 use constant MAX_DEPTH     => 100_000;
 
-# A string that is sent as it stands and can't be a number, a boolean, a glob, Inf or NaN. Most are.
+# A string that is sent unchanged and cannot be a number, a boolean, a glob, Inf or NaN: most strings.
 my $PLAIN_START = qr/[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ]/;
 my $PLAIN       = qr/\A$PLAIN_START[ !#-\[\]-~]*\z/;
 my $PLAIN_KEY   = qr/\A[ !#-\[\]-~]*\z/;
@@ -36,10 +36,10 @@ for my $code (0 .. 0x1f) {
 
 my $INFINITY = 9**9**9;
 
-# Before 5.30, Perl reads some numbers with errors in the last digit, and can't tell what its text of one is.
+# Before 5.30, Perl reads some numbers with errors in the last digit, so reading a number's text back proves nothing.
 use constant READS_EXACTLY => $] >= 5.030;
 
-# A number's text that is its JSON as well, if it is read back as the same number. Zero has a sign.
+# A number's text that is also its JSON, if it is read back as the same number. Zero has a sign.
 my $PLAIN_NUMBER = READS_EXACTLY
     ? qr/\A-?(?:[1-9][0-9]*(?:\.[0-9]+)?|0\.[0-9]+)\z/
     : qr/\A-?[1-9][0-9]*\z/;
@@ -47,11 +47,11 @@ my $PLAIN_NUMBER = READS_EXACTLY
 # Up to here, floats that are whole numbers are sent as integers: 2**53.
 use constant MAX_WHOLE => 9007199254740992;
 
-# How deep the walk is, and what it is inside of (from WATCHED_DEPTH on).
+# The depth of the walk, and its enclosing containers (from WATCHED_DEPTH on).
 our ($Depth, $Inside) = (0);
 
-# The objects being sent, by address: a reference to what TO_JSON made of one, or the error that it ended with.
-# Where something is refused, the second walk takes it from here: TO_JSON is not called again.
+# The objects being sent, by address: a reference to the result of TO_JSON, or the error that it ended with.
+# If a value is refused, the second walk takes it from here: TO_JSON is not called again.
 our $Converted;
 
 # JSON as bytes in UTF-8. Dies with a CPANBridge::Error of type InvalidParams that names the place.
@@ -153,7 +153,7 @@ sub _is_big_integer {
         && !$reference->isa('Math::BigFloat');
 }
 
-# What an object's TO_JSON makes of it.
+# The result of an object's TO_JSON.
 sub _converted {
     my ($reference) = @_;
     my $class = blessed $reference;
@@ -187,8 +187,8 @@ sub _string {
     return qq("$string");
 }
 
-# Whether a scalar was made as a number. From 5.36 on Perl keeps that apart from a number that was
-# printed; before, a number that was used as a string counts as one, as in all JSON modules.
+# Whether a scalar was made as a number. From 5.36 on, a number that was printed is still one to Perl;
+# before, a number that was used as a string counts as a string, as in all JSON modules.
 *_is_number = defined &builtin::created_as_number
     ? \&builtin::created_as_number
     : sub {
@@ -196,7 +196,7 @@ sub _string {
         return $flags & (B::SVp_IOK() | B::SVp_NOK()) && !($flags & B::SVp_POK());
     };
 
-# Perl's own text of a number where it is read back as the same number, or else 17 digits, which
+# Perl's own text of a number if it is read back as the same number, or else 17 digits, which
 # always are.
 sub _float {
     my ($number, $text) = @_;
@@ -248,7 +248,7 @@ sub _locate {
         local $inside->{ refaddr $value} = 1;
         return _try(sub { _converted($value) }, $path) if !$value->can('TO_JSON');
         my $converted = $Converted->{ refaddr $value};
-        return if !$converted;    # not what was refused, nor around it
+        return if !$converted;    # neither the refused value nor a container of it
         _refuse_at($path, $converted->message) if CPANBridge::Error::is_internal($converted);
         return _locate(${$converted}, $path, $inside, $depth + 1);
     }
@@ -270,7 +270,7 @@ sub _refuse_at {
     _refuse("$path cannot be sent: $reason");
 }
 
-# A key as one would write it in Perl, in ASCII and not too long.
+# A key as Perl source, in ASCII and not too long.
 sub _quoted {
     my ($key) = @_;
     $key = substr($key, 0, 40) . '...' if length $key > 43;
@@ -298,6 +298,6 @@ C<$name> for what C<$data> is called.
 
 =back
 
-What is sent as what is told in L<CPANBridge/DATA>.
+L<CPANBridge/DATA> has the rules.
 
 =cut

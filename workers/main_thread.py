@@ -1,0 +1,244 @@
+"""A worker's main thread: it watches, and runs no module code.
+
+It watches for the master's death (the lifeline pipe ends), for signals, for the time, and for what
+client threads and other workers ask of it. So a module that hangs cannot keep the worker from
+seeing that it is to exit.
+
+The worker accepts its first client when the master puts its whole generation in service (an
+eventfd). TERM says that it is to exit; its slot says how. If the daemon stops, clients that wait
+are told so; if it goes on, they are left to the other workers. In both cases the worker accepts no
+more, finishes what runs, and exits. QUIT exits at once, USR1 reopens the log, USR2 writes to it
+what each thread is at. INT and HUP reach the whole process group of a terminal; they are for the
+master, which tells its workers what to do.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import random
+import selectors
+import signal
+import socket
+import threading
+import time
+
+from cpanbridge.supervisor.memory.fields import (
+    COMMAND_RETIRE,
+    COMMAND_STOP,
+    RETIREMENT_HANGS,
+    RETIREMENT_NONE,
+    RETIREMENT_WORN,
+)
+from cpanbridge.supervisor.processes.context import WorkerContext
+from cpanbridge.workers import boot
+from cpanbridge.workers.modules.registry import Registry
+from cpanbridge.workers.service import Service
+
+LOGGER = logging.getLogger("cpanbridge.worker")
+
+TICK_SECONDS = 1.0
+LAST_WORDS_SECONDS = 0.5
+
+
+def _with_jitter(requests: int) -> int:
+    """Up to a tenth more, so that workers that began together are not retired together."""
+    return requests + random.randrange(requests // 10 + 1)
+
+
+class MainThread:
+    """The main thread of a worker whose modules are imported."""
+
+    def __init__(self, context: WorkerContext, service: Service, registry: Registry) -> None:
+        self._context = context
+        self._service = service
+        self._registry = registry
+        self._limits = context.settings.limits
+        self._slot = context.shared.slots[context.slot]
+        self._wakeup = context.wakeups[context.slot].main
+        self._cleanups = context.shared.header.cleanups  # that were asked for before
+        self._most_requests = _with_jitter(context.settings.max_requests)
+        self._exiting = self._closed = False
+        self._exit_by = math.inf  # CLOCK_MONOTONIC seconds; once it is to exit
+        self._title = ""
+        self._next_tick = 0.0
+        self._cleanup_thread: threading.Thread | None = None
+        self._next_cleanup = time.monotonic() + self._limits.cleanup_interval
+
+    def watch(self) -> None:
+        """Serve until told to exit, or the master is gone; return when what ran has finished."""
+        signals, wakeup = socket.socketpair()
+        for end in (signals, wakeup):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # heard through the wake-up descriptor
+        context, service = self._context, self._service
+        events = (*service.attention, self._wakeup)  # eventfds that only wake this thread
+        selector = selectors.DefaultSelector()
+        selector.register(signals, selectors.EVENT_READ)
+        for descriptor in (context.lifeline, context.opening, *events):
+            selector.register(descriptor, selectors.EVENT_READ)
+        while not self._has_finished():
+            ready = {key.fileobj for key, _ in selector.select(self._until_next_check())}
+            for event in ready.intersection(events):
+                assert isinstance(event, int)
+                os.eventfd_read(event)
+            if self._wakeup in ready:
+                service.check_listen_queue()
+                self._look_for_cleanup()
+            if service.broken:
+                self._retire(self._graceful_end())
+            if context.opening in ready:
+                selector.unregister(context.opening)
+                service.start()
+                self._slot.serves = not self._exiting
+            if context.lifeline in ready:
+                LOGGER.error("Worker %d: the master is gone, exiting", context.slot)
+                self._close_queues()
+                self._stop(self._graceful_end())
+                break
+            if signals in ready and signal.SIGTERM in signals.recv(4096):
+                exit_by = self._slot.exit_by / 1e9 or math.inf
+                if self._slot.command == COMMAND_STOP:
+                    self._stop(exit_by)
+                    break
+                retired = self._slot.command == COMMAND_RETIRE
+                self._retire(exit_by if retired else self._graceful_end())
+        service.wait_for_rejected(min(1.0, self._exit_by - time.monotonic()))
+        self._run_hooks("shutdown", self._exit_by - time.monotonic())
+
+    def _until_next_check(self) -> float:
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_SECONDS
+            self._tick(now)
+        seconds = min(self._service.check(), self._next_tick - now)
+        if self._service.hangs:
+            self._ask_to_be_retired(RETIREMENT_HANGS)
+        if self._exiting:
+            seconds = min(seconds, self._exit_by - time.monotonic())
+        return max(0.0, seconds)
+
+    def _tick(self, now: float) -> None:
+        self._show_title()
+        self._service.check_listen_queue()
+        admitted = self._slot.admitted - self._slot.admitted_before
+        if self._most_requests and admitted >= self._most_requests:
+            self._ask_to_be_retired(RETIREMENT_WORN)
+        if now >= self._next_cleanup:
+            self._next_cleanup = now + self._limits.cleanup_interval
+            self._start_cleanup()
+
+    def _show_title(self) -> None:
+        most = self._service.most_threads
+        busy = min(self._service.serving, most)
+        context = self._context
+        title = f"worker {context.slot} gen {context.generation} busy {busy}/{most}"
+        if title != self._title:
+            self._title = title
+            boot.show_title(title)
+
+    def _ask_to_be_retired(self, request: int) -> None:
+        slot = self._slot
+        before = slot.retirement_request
+        # A worn worker that hangs besides is killed sooner: that is another request.
+        if before == RETIREMENT_NONE or (request, before) == (RETIREMENT_HANGS, RETIREMENT_WORN):
+            slot.retirement_request = request
+            os.eventfd_write(self._context.retirement_request, 1)
+
+    # -- exiting --
+
+    def _graceful_end(self) -> float:
+        return time.monotonic() + self._limits.graceful_timeout
+
+    def _close_queues(self) -> None:
+        """No worker will accept from these queues again; let clients see that at once.
+
+        Unless this worker's generation has never been in service: then another master still is.
+        """
+        context = self._context
+        if context.lent:
+            return  # the service manager's: its next daemon serves the clients that wait there
+        if context.generation <= context.shared.header.generation:
+            for listener in context.listeners:
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)
+
+    def _retire(self, exit_by: float) -> None:
+        """Accept no more; the daemon goes on, so clients that wait are left to other workers."""
+        self._exit_by = exit_by
+        if not self._exiting:
+            self._exiting = True
+            self._slot.serves = 0
+            self._service.drain()
+
+    def _has_finished(self) -> bool:
+        """Whether a worker that retires may exit: nothing runs any more, or its time is over."""
+        if not self._exiting:
+            return False
+        service = self._service
+        if service.is_drained:
+            self._close()
+        if service.accepts_none:
+            self._slot.shut = 1
+        if self._closed and service.has_finished():
+            return True
+        if time.monotonic() < self._exit_by:
+            return False
+        self._slot.serves = 0
+        self._say_what_is_cut(service.cut(LAST_WORDS_SECONDS))
+        return True
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._service.close()
+
+    def _stop(self, exit_by: float) -> None:
+        """The daemon ends: finish what runs, and tell all other clients so."""
+        self._exit_by = exit_by
+        self._slot.serves = 0
+        self._say_what_is_cut(self._service.stop(exit_by))
+
+    def _say_what_is_cut(self, connections: int) -> None:
+        if connections:
+            LOGGER.warning(
+                "Worker %d: %d connections still busy at the end of their time, cutting them",
+                self._context.slot,
+                connections,
+            )
+
+    # -- the modules' hooks --
+
+    def _look_for_cleanup(self) -> None:
+        """Close stale connections, if a client has asked the daemon to."""
+        asked = self._context.shared.header.cleanups
+        if asked != self._cleanups:
+            self._cleanups = asked
+            self._service.drainer.close_stale()
+
+    def _start_cleanup(self) -> None:
+        if self._cleanup_thread is None or not self._cleanup_thread.is_alive():
+            self._cleanup_thread = self._hook_thread("cleanup_stale_resources")
+            self._cleanup_thread.start()
+
+    def _run_hooks(self, name: str, seconds: float) -> None:
+        thread = self._hook_thread(name)
+        thread.start()
+        thread.join(max(1.0, min(seconds, self._limits.graceful_timeout)))
+        if thread.is_alive():
+            LOGGER.warning("Worker %d: a %s() hook does not return", self._context.slot, name)
+
+    def _hook_thread(self, name: str) -> threading.Thread:
+        """A thread, so that a hook that hangs keeps no signal from being heard."""
+
+        def run_all() -> None:
+            if name == "shutdown":
+                self._service.close_sessions()
+            for module, hook in self._registry.hooks(name):
+                try:
+                    hook()
+                except BaseException:
+                    LOGGER.exception("%s.%s() failed", module, name)
+
+        return threading.Thread(target=run_all, name=name, daemon=True)

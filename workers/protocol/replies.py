@@ -1,0 +1,123 @@
+r"""Replies: one JSON object each, which the framed form sends after its length (see framing.py).
+
+In the one-shot form replies are pure ASCII (`to_ascii`), because deployed clients decode them
+twice.
+"""
+
+import platform
+import time
+from json.encoder import encode_basestring_ascii
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from cpanbridge.supervisor.system.log_text import printable
+from cpanbridge.supervisor.version import __version__
+from cpanbridge.workers.protocol.framing import MAX_FRAME
+from cpanbridge.workers.protocol.refusal import Refusal
+from cpanbridge.workers.protocol.requests import Request
+
+PYTHON_VERSION = platform.python_version()
+
+
+class _ExecutionInfo(msgspec.Struct):
+    """How a call went. `timestamp` is Unix time in seconds when the reply was made."""
+
+    daemon_version: str
+    python_version: str
+    timestamp: float
+    duration_ms: float
+    worker: int
+
+
+class _Success(msgspec.Struct):
+    """The reply to a call that returned."""
+
+    result: Any
+    module: str
+    function: str
+    request_id: str | None
+    execution_info: _ExecutionInfo
+    success: bool = True
+
+
+class _DaemonInfo(msgspec.Struct):
+    """The daemon that answers, in a failure."""
+
+    version: str = __version__
+    python_version: str = PYTHON_VERSION
+
+
+class _Failure(msgspec.Struct):
+    """The reply to a call that failed or was refused."""
+
+    error: str
+    error_type: str
+    request_id: str | None
+    daemon_info: _DaemonInfo
+    success: bool = False
+    traceback: str | UnsetType = UNSET  # with `debug` on
+    retry_after: float | UnsetType = UNSET  # seconds; with the error type Overloaded
+
+
+_encode_reply = msgspec.json.Encoder(enc_hook=str).encode
+_DAEMON_INFO = _DaemonInfo()
+
+
+def encode_success(request: Request, result: object, duration_ms: float, worker: int) -> bytes:
+    """The reply with a function's result.
+
+    JSON's own types as they are; dates and times as ISO 8601, Decimal and UUID as strings, bytes
+    as base64, sets and tuples as arrays, dataclasses as objects, NaN and infinities as null, any
+    other object as `str(object)`. Raises Refusal (UnencodableResult) for what has no JSON form.
+    """
+    info = _ExecutionInfo(__version__, PYTHON_VERSION, time.time(), duration_ms, worker)
+    reply = _Success(result, request.module, request.function, request.request_id, info)
+    try:
+        encoded = _encode_reply(reply)
+    except BaseException as error:  # str() of a foreign object may raise anything
+        message = (
+            f"Result of {request.module}.{request.function} cannot be encoded as JSON: "
+            f"{type(error).__name__}: {message_of(error)}"
+        )
+        raise Refusal("UnencodableResult", message, request.request_id) from error
+    if len(encoded) > MAX_FRAME:
+        message = f"Result of {request.module}.{request.function} is over {MAX_FRAME} bytes"
+        raise Refusal("UnencodableResult", message, request.request_id)
+    return encoded
+
+
+def message_of(error: BaseException) -> str:
+    """An exception's message; a placeholder when its `__str__` raises."""
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message cannot be shown)"
+
+
+def encode_failure(
+    message: str,
+    kind: str,
+    request_id: str | None,
+    *,
+    traceback: str | None = None,
+    retry_after: float | None = None,
+) -> bytes:
+    """The reply that says what went wrong. Lone surrogates in the texts are shown escaped."""
+    failure = _Failure(printable(message), kind, request_id, _DAEMON_INFO)
+    if traceback is not None:
+        failure.traceback = printable(traceback)
+    if retry_after is not None:
+        failure.retry_after = retry_after
+    return _encode_reply(failure)
+
+
+def to_ascii(reply: bytes) -> bytes:
+    r"""The same JSON with every character beyond ASCII as `\uXXXX`."""
+    if reply.isascii():
+        return reply
+    # The standard library escapes in C. It escapes backslashes and quotes as well, which are JSON's
+    # own here, so both are put back. In this order each pair becomes what it was.
+    escaped = encode_basestring_ascii(reply.decode())[1:-1]
+    return escaped.replace("\\\\", "\\").replace('\\"', '"').encode()
