@@ -18,7 +18,7 @@ from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.lifecycle.configuration import Configuration
 from cpanbridge.supervisor.lifecycle.handover import Handover
 from cpanbridge.supervisor.lifecycle.mastership import Mastership
-from cpanbridge.supervisor.lifecycle.reload import Reloader, OnDone
+from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.lifecycle.takeover import Takeover
 from cpanbridge.supervisor.lifecycle.upgrade import Inherited
 from cpanbridge.supervisor.listening.sockets import Sockets

@@ -7,8 +7,8 @@ requests. Then it is idle (`client/keepalive.py`), and no thread waits for it.
 
 The rules for a client that is slow or gone: a request must be complete in time, see
 `client/reader.py`; a client must take some of a reply every `read_timeout`; a framed connection may
-be idle for `idle_timeout`. Room for a request is given back before the reply is sent, so a slow reader
-holds nothing but its own connection.
+be idle for `idle_timeout`. Room for a request is given back before the reply is sent, so a slow
+reader holds nothing but its own connection.
 """
 
 import logging

@@ -73,7 +73,7 @@ class Service:
         ready = ReadyClients(self._incoming, self._outgoing, keep_alive, calls.prepare)
         self._rejecter = Rejecter(calls.reject) if settings.overload == "reject" else None
         self._acceptor: Acceptor[Call] = Acceptor(
-            ListenQueue(context.listeners, ready.descriptor, gate),
+            ListenQueue(context.listeners, ready.epoll, shared, slot, gate),
             ready,
             gate,
             calls.prepare,

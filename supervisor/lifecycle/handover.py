@@ -10,7 +10,7 @@ import os
 import signal
 
 from cpanbridge.supervisor.lifecycle.mastership import Mastership
-from cpanbridge.supervisor.lifecycle.reload import Reloader, OnDone
+from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.lifecycle.upgrade import Estate, Successor
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system.event_loop import Loop

@@ -99,8 +99,8 @@ class Reloader:
     def begin(self, on_done: OnDone) -> None:
         """Read the configuration and change over to it.
 
-        `on_done` is called once, in this call or later: with None when the new generation serves, or
-        with the reason why nothing has changed.
+        `on_done` is called once, now or later: with None when the new generation serves, or with
+        the reason why nothing has changed.
         """
         self._waiting.append(on_done)
         if self._attempt is not None:

@@ -108,6 +108,11 @@ class Header(ctypes.Structure):
         # 1: a worker has died, and the counters above may still count what it held. Set by the
         # master, cleared by who counts anew under the gate's lock.
         ("recount", ctypes.c_int64),
+        # Written by leading threads, without a lock: the last store counts.
+        (
+            "awake_acceptor",
+            ctypes.c_int64,
+        ),  # 1 + the slot of a worker: see listen_queue.py; 0: none
         # Written under the gate's lock.
         ("runs", ctypes.c_int64),  # without a rate limit: see rate_window.py
         ("functions", ctypes.c_int64),  # names in the table: see function_stats.py

@@ -217,6 +217,8 @@ class Shared:
         slot.queued = 0
         slot.sessions = 0
         slot.memory = 0
+        if self.header.awake_acceptor == 1 + self.slots.index(slot):
+            self.header.awake_acceptor = 0
         self.header.recount = 1  # after the stores above, which it makes count
         self.statistics[self.slots.index(slot)].connection_table.clear()
 

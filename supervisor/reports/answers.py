@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 from cpanbridge.supervisor.control.server import ControlConnection, ControlServer
-from cpanbridge.supervisor.lifecycle.reload import Reloader, OnDone
+from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.reports import numbers, status

@@ -22,6 +22,7 @@ other things between them. Called in the master.
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import time
@@ -33,7 +34,7 @@ import psutil
 
 PSS_SHARE = 0.01  # of the time between two samples
 PSS_SECONDS = 10.0  # sharing with others may change while the RSS stays as it is
-NEVER = 0.0
+NEVER = -math.inf
 _PR_SET_CHILD_SUBREAPER = 36
 
 

@@ -165,7 +165,7 @@ class Acceptor(Generic[C]):
         gate = self._gate
         if gate.attempt(gate.open, connection=True) is not True:
             self._ready.settle()  # clients that others have claimed may be what takes the room
-            stop = self._ready.descriptor
+            stop = self._ready.epoll.fileno()
             if gate.wait_and_take(gate.open, stop, connection=True) is None:
                 return None
         descriptor = self._accept_one()
@@ -238,6 +238,7 @@ class Acceptor(Generic[C]):
 
         Called in the thread that begins to serve, or in the main thread.
         """
+        self._listen_queue.will_not_accept()
         if self._woken_for_client:
             self._woken_for_client = False
             self._gate.wake_other_workers()

@@ -1,11 +1,17 @@
 """The listen queues: waiting for clients, and which of the workers the kernel wakes for one.
 
-1. Of the workers that have nothing to do, the kernel wakes one for each client (EPOLLEXCLUSIVE),
-   always the one that has been in its list longest: if it woke all, most would find no client.
+1. Of the workers that have nothing to do, the kernel wakes one for each client (EPOLLEXCLUSIVE): if
+   it woke all, most would find no client. It is always the one that has been in its list longest.
 2. A worker that runs calls, or has threads of a module's, is woken besides, and never in place of
    an idle one: a module may keep the interpreter lock, and the client would wait for that.
-3. A worker that was woken and cannot accept wakes the others, as the master does when one has died;
-   and every worker checks the queues once a second, in case the one that was woken does not run.
+3. A worker that is woken again and again for clients that the worker which accepted last, and is
+   still awake, would find by itself, stays away for `AWAY_SECONDS` each time.
+
+A lone client that calls without a pause is back before the worker that has answered it waits again,
+so the kernel wakes another one for each call, and the two race. That costs half of its calls.
+
+A worker that was woken and cannot accept wakes the others, as the master does when one has died;
+and every worker checks the queues once a second, in case the one that was woken does not run.
 """
 
 import select
@@ -15,10 +21,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client import syscalls
 
 _EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epoll_ctl(2)
 _WAKE_OTHERS_EVERY = 1.0
+AWAY_SECONDS = 0.004
+TIMES_IN_A_ROW = 40  # fewer, and of two clients one would be left to the other one's worker
 
 
 class Ready(NamedTuple):
@@ -35,12 +44,24 @@ class ListenQueue:
     thread has something else to do.
     """
 
-    def __init__(self, listeners: Sequence[socket.socket], internal: int, gate: Gate) -> None:
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        internal: select.epoll,
+        shared: Shared,
+        slot: int,
+        gate: Gate,
+    ) -> None:
         self._listeners = list(listeners)  # in the order in which they are tried
         self._internal = internal
+        self._header = shared.header
+        self._slots = shared.slots
+        self._me = 1 + slot
         self._gate = gate
         self._exclusive = self._watch(_EXCLUSIVE)
         self._always = self._watch(select.EPOLLIN)
+        self._times_not_needed = 0  # in a row
+        self._left_to = (0, 0)  # the worker that a client was left to, and what it had accepted
         self._others_woken = -_WAKE_OTHERS_EVERY
 
     def _watch(self, events: int) -> select.epoll:
@@ -55,11 +76,35 @@ class ListenQueue:
 
         With `exclusive` the kernel may wake another worker for a client instead of this one.
         """
-        told = {fd for fd, _ in (self._exclusive if exclusive else self._always).poll()}
-        return Ready(bool(told - {self._internal}), self._internal in told)
+        events = (self._exclusive if exclusive else self._always).poll()
+        internal = any(descriptor == self._internal.fileno() for descriptor, _ in events)
+        if exclusive and not internal and self._is_not_needed():
+            return Ready(False, bool(self._internal.poll(AWAY_SECONDS)))
+        return Ready(len(events) > internal, internal)
+
+    def _is_not_needed(self) -> bool:
+        """Whether to leave the client to the worker that accepted last, which is awake.
+
+        Not if that one runs a call, or exits; and it is left no second client, whatever keeps it,
+        before it has accepted the first.
+        """
+        awake = self._header.awake_acceptor
+        if not awake or awake == self._me:
+            return False
+        other = self._slots[awake - 1]
+        if other.running or not other.is_staying:
+            self._times_not_needed = 0
+            return False
+        self._times_not_needed += 1
+        left_to = awake, other.accepted
+        if self._times_not_needed <= TIMES_IN_A_ROW or left_to == self._left_to:
+            return False
+        self._left_to = left_to
+        return True
 
     def accept(self) -> int | None:
         """A waiting client's descriptor; None when none waits. Raises OSError."""
+        self.will_not_accept()
         for turn, listener in enumerate(self._listeners):
             try:
                 client = syscalls.accept(listener.fileno())
@@ -67,8 +112,17 @@ class ListenQueue:
                 continue
             if len(self._listeners) > 1:  # the next one is tried first at the next call
                 self._listeners.append(self._listeners.pop(turn))
+            self._header.awake_acceptor = self._me
             return client
         return None
+
+    def will_not_accept(self) -> None:
+        """This worker does not accept again before it waits.
+
+        Called also in the thread that begins to serve, when no thread is left to lead.
+        """
+        if self._header.awake_acceptor == self._me:
+            self._header.awake_acceptor = 0
 
     def leave_to_others(self) -> None:
         """This worker cannot accept for now: wake the others, but not all the time.

@@ -38,10 +38,7 @@ class Arrival(msgspec.Struct, Generic[C]):
 
 
 class ReadyClients(Generic[C]):
-    """Called by the leading thread, but for what says otherwise.
-
-    `descriptor` is readable when there is one, or after `wake`.
-    """
+    """Called by the leading thread, but for what says otherwise."""
 
     def __init__(
         self, incoming: Incoming, outgoing: Outgoing, keep_alive: KeepAlive, prepare: Prepare[C]
@@ -52,14 +49,13 @@ class ReadyClients(Generic[C]):
         self._prepare = prepare
         self._receiver = syscalls.Receiver()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll = select.epoll()
+        self.epoll = select.epoll()  # readable when there is one, or after `wake`
         watched = (
             *(self._wakeup, incoming.descriptor, outgoing.descriptor, keep_alive.descriptor),
         )
         for descriptor in watched:
-            self._epoll.register(descriptor, select.EPOLLIN)
-        self._ready = syscalls.ReadySet(self._epoll, len(watched))
-        self.descriptor = self._epoll.fileno()
+            self.epoll.register(descriptor, select.EPOLLIN)
+        self._ready = syscalls.ReadySet(self.epoll, len(watched))
 
     @property
     def pending(self) -> bool:
@@ -80,8 +76,8 @@ class ReadyClients(Generic[C]):
         os.eventfd_write(self._wakeup, 1)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until `descriptor` is readable."""
-        self._epoll.poll(seconds)
+        """Wait until `epoll` is readable."""
+        self.epoll.poll(seconds)
 
     def next(self) -> Arrival[C] | None:
         """The next one, each kind in its turn. Raises OSError when no descriptor is left."""

@@ -67,7 +67,7 @@ def ran(shared: Shared, name: str, ms: int, times: int, failures: int = 0) -> No
         succeeded = call >= failures
         if not succeeded:
             statistics.error(number, ms * 10**6, f"error {call}")
-        statistics.ran(number, succeeded, ms * 10**6, health.time.monotonic_ns())
+        statistics.ran(number, succeeded, ms * 10**6, shared.header.sampled_at)
         slot.admitted += 1
         slot.succeeded += succeeded
         slot.failed += not succeeded

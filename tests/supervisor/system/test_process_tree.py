@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import time
+import types
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -211,7 +212,13 @@ def test_a_new_process_is_measured_in_its_first_sample(new_process: NewProcess) 
     assert tree.sample([child.pid]).by_root[child.pid] > 60 * MB
 
 
-def test_memory_that_processes_share_after_a_fork_is_counted_once(new_process: NewProcess) -> None:
+@pytest.mark.parametrize("uptime", [5, 10**6])
+def test_memory_that_processes_share_after_a_fork_is_counted_once(
+    new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, uptime: float
+) -> None:
+    booted = time.monotonic() - uptime
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() - booted)
+    monkeypatch.setattr(process_tree, "time", clock)
     root = new_process()
     tree = Tree(root.pid)
     before = tree.sample([])
@@ -531,6 +538,18 @@ def test_cpu_is_that_of_all_processes(new_process: NewProcess) -> None:
     spent = sum(each.cpu for each in processes) - before
     assert spent >= 0.9
     assert used(tree) == about(spent, 3)
+
+
+def test_cpu_of_a_new_child_counts_in_its_first_sample(new_process: NewProcess) -> None:
+    root = new_process()
+    tree = Tree(root.pid)
+    used(tree)
+    before = root.cpu
+    child = new_process(root)
+    child.burn(0.3)
+    spent = root.cpu + child.cpu - before
+    assert spent >= 0.3
+    assert used(tree) == about(spent, 2)
 
 
 def test_the_seconds_are_those_since_the_last_sample(new_process: NewProcess) -> None:

@@ -41,7 +41,7 @@ class Worker:
         self.ready: ReadyClients[None] = ReadyClients(
             self.no_clients(), self.outgoing, self.keep_alive, lambda data, arrived: None
         )
-        self.queue = ListenQueue(listeners, self.ready.descriptor, self.gate)
+        self.queue = ListenQueue(listeners, self.ready.epoll, self.shared, 0, self.gate)
         self.acceptor: Acceptor[None] = Acceptor(
             self.queue,
             self.ready,
@@ -178,7 +178,7 @@ def test_of_idle_workers_one_is_woken_for_a_client_and_of_busy_ones_all(
 def lead_deaf(worker: Worker) -> None:
     """Have a thread lead that the kernel does not wake for a client: it wakes another worker."""
     worker.queue._exclusive = select.epoll()
-    worker.queue._exclusive.register(worker.ready.descriptor, select.EPOLLIN)
+    worker.queue._exclusive.register(worker.ready.epoll, select.EPOLLIN)
     worker.lead()
     until(worker.sleeps)
 
