@@ -5,6 +5,7 @@ What is said from the main thread is sent without waiting for the client to read
 
 import logging
 import time
+from dataclasses import dataclass
 
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.workers.accept.ready_clients import Arrival
@@ -22,42 +23,34 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 LEFTOVER_SECONDS = 0.2
 
 
+@dataclass(eq=False)
 class Endings:
     """One worker's. Called in the thread that serves the client, but for what says otherwise."""
 
-    def __init__(
-        self,
-        gate: Gate,
-        calls: Calls,
-        drainer: ConnectionDrainer,
-        keep_alive: KeepAlive,
-        outgoing: Outgoing,
-        dispatcher: Dispatcher,
-    ) -> None:
-        self._gate = gate
-        self._calls = calls
-        self._drainer = drainer
-        self._keep_alive = keep_alive
-        self._outgoing = outgoing
-        self._dispatcher = dispatcher
+    gate: Gate
+    calls: Calls
+    drainer: ConnectionDrainer
+    keep_alive: KeepAlive
+    outgoing: Outgoing
+    dispatcher: Dispatcher
 
     def close(self, client: ClientSocket) -> None:
         """End a connection, and give its room back."""
-        self._calls.connection_table.leave(client.entry)
+        self.calls.connection_table.leave(client.entry)
         try:
             if client.framed:
-                self._drainer.remove(client)
-                self._keep_alive.forget(client)
+                self.drainer.remove(client)
+                self.keep_alive.forget(client)
             client.close()
         except OSError:
             LOGGER.exception("A module has closed a client's socket")
         finally:
             if not client.released:
-                self._gate.closed()
+                self.gate.closed()
 
     def not_run(self) -> bytes:
         """The reply to a request that is not run, because the worker exits."""
-        return self._calls.not_run(daemon_ends=self._drainer.daemon_ends)
+        return self.calls.not_run(daemon_ends=self.drainer.daemon_ends)
 
     def say_shutting_down(self, client: ClientSocket, seconds: float) -> None:
         """Answer a client of which nothing was read yet, in the form that it speaks."""
@@ -77,23 +70,23 @@ class Endings:
         however soon its own time is over.
         """
         waiting = []
-        while (client := self._outgoing.next_returned()) is not None:
+        while (client := self.outgoing.next_returned()) is not None:
             if not self._was_refused(client):
                 waiting.append(client)
         for client in waiting:
-            self._outgoing.return_client(client)
+            self.outgoing.return_client(client)
 
     def _was_refused(self, client: ClientSocket) -> bool:
         transfer = client.transfer
         assert transfer is not None
-        if self._dispatcher.may_still_run(transfer):  # first: this is called again and again
+        if self.dispatcher.may_still_run(transfer):  # first: this is called again and again
             return False
         data, arrived = transfer.moving.data, transfer.moving.arrived
-        call = self._calls.prepare(data, arrived)
-        refusal = self._dispatcher.why_not(call, transfer) if call is not None else None
+        call = self.calls.prepare(data, arrived)
+        refusal = self.dispatcher.why_not(call, transfer) if call is not None else None
         if refusal is None:
             return False
-        reply = self._calls.refuse(refusal, client)
+        reply = self.calls.refuse(refusal, client)
         framed = is_framed(data)
         client.duplicated = True
         client.send_last(to_frame(reply) + NO_MORE_REQUESTS if framed else to_ascii(reply))
@@ -105,15 +98,15 @@ class Endings:
 
         Kept connections that rest, and clients that other workers have not taken.
         """
-        while (client := self._keep_alive.pop_any()) is not None:
+        while (client := self.keep_alive.pop_any()) is not None:
             client.send_last(NO_MORE_REQUESTS)
             self.close(client)
-        for client in self._outgoing.withdraw_all():
+        for client in self.outgoing.withdraw_all():
             self.end_returned(client)
 
     def end_all_returned(self) -> None:
         """End the clients that were returned so far."""
-        while (client := self._outgoing.next_returned()) is not None:
+        while (client := self.outgoing.next_returned()) is not None:
             self.end_returned(client)
 
     def end_returned(self, client: ClientSocket) -> None:
@@ -126,7 +119,7 @@ class Endings:
 
     def end_leftover(self, arrival: Arrival[Call], seconds: float) -> None:
         """Tell a client that was left in the listen queue that nothing is run any more."""
-        entry = self._calls.connection_table.enter(arrival.number, time.monotonic_ns())
+        entry = self.calls.connection_table.enter(arrival.number, time.monotonic_ns())
         client = ClientSocket(arrival.descriptor, entry)
         try:
             self.say_shutting_down(client, seconds)

@@ -11,7 +11,7 @@ use CPANBridge::Exchange;
 use CPANBridge::SocketPath;
 use Scalar::Util qw(looks_like_number);
 
-our $VERSION = '0.4.0';
+our $VERSION = '0.5.0';
 
 use constant MAX_CALLER => 200;
 

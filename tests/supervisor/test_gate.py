@@ -29,8 +29,8 @@ from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.rate_window import WINDOW_NS
 
 
-class House:
-    """Shared memory, bells and a gate for each of some workers, all in this process."""
+class Workers:
+    """Shared memory, wake-ups and a gate for each of some workers, all in this process."""
 
     def __init__(self, workers: int = 2, **limits: Any) -> None:
         self.limits = Limits(**({"max_requests_per_minute": 0} | limits))
@@ -62,135 +62,135 @@ class House:
 
 
 @pytest.fixture
-def new_house() -> Iterator[Callable[..., House]]:
+def new_workers() -> Iterator[Callable[..., Workers]]:
     with contextlib.ExitStack() as stack:
 
-        def make(workers: int = 2, **limits: Any) -> House:
-            house = House(workers, **limits)
-            stack.callback(house.close)
-            return house
+        def make(workers: int = 2, **limits: Any) -> Workers:
+            workers = Workers(workers, **limits)
+            stack.callback(workers.close)
+            return workers
 
         yield make
 
 
-NewHouse = Callable[..., House]
+NewWorkers = Callable[..., Workers]
 
 
 def enter(
-    house: House, gate: Gate, take: Callable[[], Literal[True]], *, connection: bool
+    workers: Workers, gate: Gate, take: Callable[[], Literal[True]], *, connection: bool
 ) -> object:
     """Take room as a worker does; None when told to stop before there was any."""
     outcome = gate.attempt(take, connection=connection)
     if not isinstance(outcome, Obstacle):
         return outcome
-    return gate.wait_and_take(take, house.stop, connection=connection)
+    return gate.wait_and_take(take, workers.stop, connection=connection)
 
 
 class Waiter(threading.Thread):
     """Enters the gate in a thread; `result` says whether it has got in."""
 
-    def __init__(self, house: House, gate: Gate, *, connection: bool) -> None:
+    def __init__(self, workers: Workers, gate: Gate, *, connection: bool) -> None:
         super().__init__(daemon=True)
-        self.house, self.gate, self.connection = house, gate, connection
+        self.workers, self.gate, self.connection = workers, gate, connection
         self.result: object = "still waiting"
         self.start()
 
     def run(self) -> None:
         take = self.gate.open if self.connection else self.gate.admit
-        entered = enter(self.house, self.gate, take, connection=self.connection)
+        entered = enter(self.workers, self.gate, take, connection=self.connection)
         self.result = "in" if entered else None
 
 
 # -- 1 and 2: connections and requests --
 
 
-def test_no_more_connections_than_allowed_over_all_workers(new_house: NewHouse) -> None:
-    house = new_house(3, max_connections=5)
-    results = [house.try_to_open(house.gates[n % 3]) for n in range(9)]
+def test_no_more_connections_than_allowed_over_all_workers(new_workers: NewWorkers) -> None:
+    workers = new_workers(3, max_connections=5)
+    results = [workers.try_to_open(workers.gates[n % 3]) for n in range(9)]
     assert results == [True] * 5 + [False] * 4
-    assert house.reason(connection=True) == "connections"
-    house.gates[2].closed()
-    assert house.try_to_open(house.gates[0])
-    assert not house.try_to_open(house.gates[1])
-    assert house.shared.connections() == 5
-    assert house.shared.header.peak_connections == 5
+    assert workers.reason(connection=True) == "connections"
+    workers.gates[2].closed()
+    assert workers.try_to_open(workers.gates[0])
+    assert not workers.try_to_open(workers.gates[1])
+    assert workers.shared.connections() == 5
+    assert workers.shared.header.peak_connections == 5
 
 
-def test_room_for_a_client_that_is_not_accepted_yet_is_taken(new_house: NewHouse) -> None:
-    house = new_house(2, max_connections=2)
-    first, second = house.gates
-    assert house.try_to_open(first)
+def test_room_for_a_client_that_is_not_accepted_yet_is_taken(new_workers: NewWorkers) -> None:
+    workers = new_workers(2, max_connections=2)
+    first, second = workers.gates
+    assert workers.try_to_open(first)
     assert first.attempt(first.open, connection=True) is True
-    assert house.reason(connection=True) == "connections"
+    assert workers.reason(connection=True) == "connections"
     assert not second.open_any()
-    waiter = Waiter(house, second, connection=True)
-    until(lambda: registered(house) == 1)
+    waiter = Waiter(workers, second, connection=True)
+    until(lambda: registered(workers) == 1)
     first.closed()  # no client came
     waiter.join(20)
     assert waiter.result == "in"
-    assert house.shared.connections() == 2
-    assert house.shared.header.peak_connections == 2
+    assert workers.shared.connections() == 2
+    assert workers.shared.header.peak_connections == 2
 
 
-def test_no_more_requests_than_allowed_over_all_workers(new_house: NewHouse) -> None:
-    house = new_house(3, max_concurrent_requests=4)
-    results = [house.try_to_admit(house.gates[n % 3]) for n in range(9)]
+def test_no_more_requests_than_allowed_over_all_workers(new_workers: NewWorkers) -> None:
+    workers = new_workers(3, max_concurrent_requests=4)
+    results = [workers.try_to_admit(workers.gates[n % 3]) for n in range(9)]
     assert results == [True] * 4 + [False] * 5
-    assert house.reason(connection=False) == "concurrency"
-    house.gates[1].finished(True)
-    assert house.try_to_admit(house.gates[0])
-    assert not house.try_to_admit(house.gates[2])
+    assert workers.reason(connection=False) == "concurrency"
+    workers.gates[1].finished(True)
+    assert workers.try_to_admit(workers.gates[0])
+    assert not workers.try_to_admit(workers.gates[2])
 
 
-def test_nobody_is_accepted_while_requests_have_no_room(new_house: NewHouse) -> None:
-    house = new_house(max_concurrent_requests=1, max_requests_per_minute=2)
-    assert house.try_to_admit(house.gates[0])
-    assert house.reason(connection=True) == "concurrency"
-    house.gates[0].finished(True)
-    assert house.try_to_admit(house.gates[0])
-    house.gates[0].finished(True)
-    assert house.reason(connection=True) == "rate"
+def test_nobody_is_accepted_while_requests_have_no_room(new_workers: NewWorkers) -> None:
+    workers = new_workers(max_concurrent_requests=1, max_requests_per_minute=2)
+    assert workers.try_to_admit(workers.gates[0])
+    assert workers.reason(connection=True) == "concurrency"
+    workers.gates[0].finished(True)
+    assert workers.try_to_admit(workers.gates[0])
+    workers.gates[0].finished(True)
+    assert workers.reason(connection=True) == "rate"
 
 
-def test_a_closed_verdict_lets_nobody_in_and_no_request_begin(new_house: NewHouse) -> None:
-    house = new_house()
-    house.shared.counters.overload_state.value = GATE_CLOSED
-    assert house.reason(connection=True) == "overload"
-    assert house.reason(connection=False) == "overload"
-    house.shared.counters.overload_state.value = GATE_OPEN
-    assert house.reason(connection=True) is None
-    assert house.reason(connection=False) is None
+def test_while_the_gate_is_closed_nothing_is_accepted_or_admitted(new_workers: NewWorkers) -> None:
+    workers = new_workers()
+    workers.shared.counters.overload_state.value = GATE_CLOSED
+    assert workers.reason(connection=True) == "overload"
+    assert workers.reason(connection=False) == "overload"
+    workers.shared.counters.overload_state.value = GATE_OPEN
+    assert workers.reason(connection=True) is None
+    assert workers.reason(connection=False) is None
 
 
-def test_a_worker_that_leaves_finishes_what_it_has_taken_up_whatever_the_verdict(
-    new_house: NewHouse,
+def test_a_worker_that_exits_finishes_what_it_has_while_the_gate_is_closed(
+    new_workers: NewWorkers,
 ) -> None:
-    house = new_house(max_concurrent_requests=1)
-    exiting, other = house.gates
-    house.shared.counters.overload_state.value = GATE_CLOSED
-    waiter = Waiter(house, exiting, connection=False)
-    until(lambda: registered(house) == 1)
+    workers = new_workers(max_concurrent_requests=1)
+    exiting, other = workers.gates
+    workers.shared.counters.overload_state.value = GATE_CLOSED
+    waiter = Waiter(workers, exiting, connection=False)
+    until(lambda: registered(workers) == 1)
     exiting.ignore_overload()
     waiter.join(20)
     assert waiter.result == "in"
-    assert not house.try_to_admit(exiting)  # the other limits are kept
+    assert not workers.try_to_admit(exiting)  # the other limits are kept
     exiting.finished(True)
-    assert not house.try_to_admit(other)
+    assert not workers.try_to_admit(other)
 
 
-def test_opening_the_verdict_wakes_all_who_wait_for_it(
-    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+def test_opening_the_gate_wakes_all_threads_that_wait_for_it(
+    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate_module, "OVERLOAD_RECHECK_MS", 60_000)
-    house = new_house(3)
-    set_overload_state(house.shared, house.wakeups, GATE_CLOSED)
-    waiters = [Waiter(house, gate, connection=c) for gate in house.gates for c in (True, False)]
-    until(lambda: registered(house) == 6)
-    set_overload_state(house.shared, house.wakeups, GATE_OPEN)
+    workers = new_workers(3)
+    set_overload_state(workers.shared, workers.wakeups, GATE_CLOSED)
+    waiters = [Waiter(workers, gate, connection=c) for gate in workers.gates for c in (True, False)]
+    until(lambda: registered(workers) == 6)
+    set_overload_state(workers.shared, workers.wakeups, GATE_OPEN)
     for waiter in waiters:
         waiter.join(20)
         assert waiter.result == "in"
-    assert house.shared.header.closings == 1
+    assert workers.shared.header.closings == 1
 
 
 # -- 3: the rate --
@@ -211,149 +211,151 @@ def test_in_any_60_seconds_at_most_so_many_are_admitted(
     clock = Clock()
     with monkeypatch.context() as patched:
         clock.install(patched, gate_module, shared_module, window_module)
-        house = House(2, max_requests_per_minute=window, max_concurrent_requests=1000)
+        workers = Workers(2, max_requests_per_minute=window, max_concurrent_requests=1000)
         try:
             admitted: list[int] = []
             for number, step in enumerate(steps):
                 clock.now += step
                 # Exact: refused only if the interval of 60 s that ends now is full.
                 room = sum(clock.now - at <= WINDOW_NS for at in admitted) < window
-                assert house.try_to_admit(house.gates[number % 2]) is room
+                assert workers.try_to_admit(workers.gates[number % 2]) is room
                 if room:
                     admitted.append(clock.now)
-                assert house.shared.admitted_in_window() == sum(
+                assert workers.shared.admitted_in_window() == sum(
                     clock.now - at < WINDOW_NS for at in admitted
                 )
         finally:
-            house.close()
+            workers.close()
 
 
 def test_a_refused_request_is_told_when_there_will_be_room(
-    monkeypatch: pytest.MonkeyPatch, new_house: NewHouse
+    monkeypatch: pytest.MonkeyPatch, new_workers: NewWorkers
 ) -> None:
     clock = Clock()
     clock.install(monkeypatch, gate_module, shared_module, window_module)
-    house = new_house(max_requests_per_minute=2)
+    workers = new_workers(max_requests_per_minute=2)
     first = clock.now
     for _ in range(2):
-        assert house.try_to_admit(house.gates[0])
+        assert workers.try_to_admit(workers.gates[0])
         clock.now += 1_000_000_000
-    with house.shared.lock:
-        obstacle = house.gates[1].obstacle(connection=True)
+    with workers.shared.lock:
+        obstacle = workers.gates[1].obstacle(connection=True)
     assert obstacle is not None
     assert obstacle.until == first + WINDOW_NS + 1
     clock.now = obstacle.until - 1
-    assert not house.try_to_admit(house.gates[1])
+    assert not workers.try_to_admit(workers.gates[1])
     clock.now = obstacle.until
-    assert house.try_to_admit(house.gates[1])
-    assert not house.try_to_admit(house.gates[0])
+    assert workers.try_to_admit(workers.gates[1])
+    assert not workers.try_to_admit(workers.gates[0])
 
 
 def test_without_a_rate_limit_nothing_is_refused_and_the_last_minute_is_counted(
-    new_house: NewHouse,
+    new_workers: NewWorkers,
 ) -> None:
-    house = new_house(max_requests_per_minute=0, max_concurrent_requests=10_000)
-    assert all(house.try_to_admit(house.gates[n % 2]) for n in range(5000))
-    assert house.shared.admitted_in_window() == 5000
+    workers = new_workers(max_requests_per_minute=0, max_concurrent_requests=10_000)
+    assert all(workers.try_to_admit(workers.gates[n % 2]) for n in range(5000))
+    assert workers.shared.admitted_in_window() == 5000
 
 
 # -- 5: waiting --
 
 
-def registered(house: House) -> int:
+def registered(workers: Workers) -> int:
     """How many threads are registered as waiting."""
     return sum(
-        bool(slot.accept_waits_for) + bool(slot.request_waits_for) for slot in house.shared.slots
+        bool(slot.accept_waits_for) + bool(slot.request_waits_for) for slot in workers.shared.slots
     )
 
 
-def ring(house: House) -> memoryview:
+def ring(workers: Workers) -> memoryview:
     """The times of the last admissions, as they stand in the memory."""
-    return house.shared.window._ring
+    return workers.shared.window._ring
 
 
-def queued(house: House) -> int:
+def queued(workers: Workers) -> int:
     """How many threads wait for a request's room."""
-    return sum(slot.queued for slot in house.shared.slots)
+    return sum(slot.queued for slot in workers.shared.slots)
 
 
 @pytest.mark.parametrize("connection", [True, False])
-def test_who_waits_is_let_in_when_another_worker_gives_room_back(
-    new_house: NewHouse, connection: bool
+def test_a_thread_that_waits_goes_on_when_another_worker_gives_room_back(
+    new_workers: NewWorkers, connection: bool
 ) -> None:
-    house = new_house(max_connections=1, max_concurrent_requests=1)
-    holder, other = house.gates
-    assert house.try_to_open(holder) if connection else house.try_to_admit(holder)
-    waiter = Waiter(house, other, connection=connection)
-    until(lambda: registered(house) == 1)
+    workers = new_workers(max_connections=1, max_concurrent_requests=1)
+    holder, other = workers.gates
+    assert workers.try_to_open(holder) if connection else workers.try_to_admit(holder)
+    waiter = Waiter(workers, other, connection=connection)
+    until(lambda: registered(workers) == 1)
     if connection:
         holder.closed()
     else:
         holder.finished(True)
     waiter.join(20)
     assert waiter.result == "in"
-    assert registered(house) == 0
+    assert registered(workers) == 0
 
 
 @pytest.mark.parametrize("connection", [True, False])
-def test_a_ring_that_was_lost_costs_no_turn(new_house: NewHouse, connection: bool) -> None:
-    house = new_house(max_connections=1, max_concurrent_requests=1)
-    holder, other = house.gates
-    assert house.try_to_open(holder) if connection else house.try_to_admit(holder)
-    waiter = Waiter(house, other, connection=connection)
-    until(lambda: registered(house) == 1)
-    house.shared.clear(house.shared.slots[0])  # as the master does: it rings no bell
+def test_a_wakeup_that_was_lost_costs_no_turn(new_workers: NewWorkers, connection: bool) -> None:
+    workers = new_workers(max_connections=1, max_concurrent_requests=1)
+    holder, other = workers.gates
+    assert workers.try_to_open(holder) if connection else workers.try_to_admit(holder)
+    waiter = Waiter(workers, other, connection=connection)
+    until(lambda: registered(workers) == 1)
+    workers.shared.clear(workers.shared.slots[0])  # as the master does: it wakes nobody
     waiter.join(20)
     assert waiter.result == "in"
 
 
-def test_all_who_wait_are_let_in_one_after_another(new_house: NewHouse) -> None:
-    house = new_house(4, max_concurrent_requests=1)
-    assert house.try_to_admit(house.gates[0])
-    waiters = [Waiter(house, gate, connection=False) for gate in house.gates for _ in range(5)]
-    until(lambda: queued(house) == 20)
-    assert registered(house) == 4  # one of each worker looks, whatever their number
-    house.gates[0].finished(True)
+def test_all_threads_that_wait_go_on_one_after_another(new_workers: NewWorkers) -> None:
+    workers = new_workers(4, max_concurrent_requests=1)
+    assert workers.try_to_admit(workers.gates[0])
+    waiters = [Waiter(workers, gate, connection=False) for gate in workers.gates for _ in range(5)]
+    until(lambda: queued(workers) == 20)
+    assert registered(workers) == 4  # one of each worker looks, whatever their number
+    workers.gates[0].finished(True)
     for _ in range(20):
         inside = until(lambda: [w for w in waiters if w.result == "in"])
         assert len(inside) == 1
-        assert house.shared.running() == 1
+        assert workers.shared.running() == 1
         inside[0].gate.finished(True)
         waiters.remove(inside[0])
-    until(lambda: queued(house) == registered(house) == 0)
+    until(lambda: queued(workers) == registered(workers) == 0)
 
 
-def test_who_waits_for_the_verdict_is_let_in_when_it_opens(new_house: NewHouse) -> None:
-    house = new_house()
-    house.shared.counters.overload_state.value = GATE_CLOSED
-    waiter = Waiter(house, house.gates[1], connection=True)
-    until(lambda: registered(house) == 1)
-    house.shared.counters.overload_state.value = GATE_OPEN
+def test_a_thread_that_waits_goes_on_when_the_gate_opens(new_workers: NewWorkers) -> None:
+    workers = new_workers()
+    workers.shared.counters.overload_state.value = GATE_CLOSED
+    waiter = Waiter(workers, workers.gates[1], connection=True)
+    until(lambda: registered(workers) == 1)
+    workers.shared.counters.overload_state.value = GATE_OPEN
     waiter.join(20)
     assert waiter.result == "in"
 
 
 @pytest.mark.parametrize("reason", ["connections", "concurrency", "rate", "overload"])
-def test_who_waits_leaves_when_told_to_stop(new_house: NewHouse, reason: str) -> None:
-    house = new_house(
+def test_a_thread_that_waits_returns_when_told_to_stop(
+    new_workers: NewWorkers, reason: str
+) -> None:
+    workers = new_workers(
         max_connections=1 if reason == "connections" else 100,
         max_concurrent_requests=1 if reason == "concurrency" else 100,
         max_requests_per_minute=1 if reason == "rate" else 0,
     )
     if reason == "connections":
-        assert house.try_to_open(house.gates[0])
+        assert workers.try_to_open(workers.gates[0])
     elif reason == "overload":
-        house.shared.counters.overload_state.value = GATE_CLOSED
+        workers.shared.counters.overload_state.value = GATE_CLOSED
     else:
-        assert house.try_to_admit(house.gates[0])
-    assert house.reason(connection=True) == reason
-    waiter = Waiter(house, house.gates[1], connection=True)
+        assert workers.try_to_admit(workers.gates[0])
+    assert workers.reason(connection=True) == reason
+    waiter = Waiter(workers, workers.gates[1], connection=True)
     if reason != "rate":
-        until(lambda: registered(house) == 1)
-    os.eventfd_write(house.stop, 1)
+        until(lambda: registered(workers) == 1)
+    os.eventfd_write(workers.stop, 1)
     waiter.join(20)
     assert waiter.result is None
-    assert registered(house) == 0
+    assert registered(workers) == 0
 
 
 def test_a_rate_slot_is_taken_when_it_comes_free_and_not_before(
@@ -361,50 +363,50 @@ def test_a_rate_slot_is_taken_when_it_comes_free_and_not_before(
 ) -> None:
     window_ns = 300_000_000
     monkeypatch.setattr(window_module, "WINDOW_NS", window_ns)
-    house = House(2, max_requests_per_minute=3)
+    workers = Workers(2, max_requests_per_minute=3)
     try:
         entered: list[int] = []
         for number in range(9):
-            gate = house.gates[number % 2]
-            assert enter(house, gate, gate.admit, connection=False)
-            entered.append(ring(house)[number % 4])
+            gate = workers.gates[number % 2]
+            assert enter(workers, gate, gate.admit, connection=False)
+            entered.append(ring(workers)[number % 4])
             gate.finished(True)
         for early, late in zip(entered, entered[3:], strict=False):
             assert late - early > window_ns
         # Within 1 ms on an idle machine; on a busy one the best of six must come near.
         assert min(b - a for a, b in zip(entered, entered[3:], strict=False)) < window_ns + 10**7
     finally:
-        house.close()
+        workers.close()
 
 
-def test_waiting_uses_no_processor_time(new_house: NewHouse) -> None:
-    house = new_house(max_concurrent_requests=1, max_requests_per_minute=1)
-    assert house.try_to_admit(house.gates[0])
-    waiter = Waiter(house, house.gates[1], connection=False)
-    until(lambda: registered(house) == 1)
+def test_waiting_uses_no_processor_time(new_workers: NewWorkers) -> None:
+    workers = new_workers(max_concurrent_requests=1, max_requests_per_minute=1)
+    assert workers.try_to_admit(workers.gates[0])
+    waiter = Waiter(workers, workers.gates[1], connection=False)
+    until(lambda: registered(workers) == 1)
     used, began = time.process_time(), time.monotonic()
     select.select([], [], [], 0.5)
     assert time.process_time() - used < 0.2 * (time.monotonic() - began)
-    os.eventfd_write(house.stop, 1)
+    os.eventfd_write(workers.stop, 1)
     waiter.join(20)
 
 
 # -- 6: killed at any instruction --
 
 
-def one_life(house: House) -> None:
+def one_life(workers: Workers) -> None:
     """Let a client in with its request, run it, and let it out."""
-    gate = house.gates[0]
-    assert enter(house, gate, gate.open, connection=True)
+    gate = workers.gates[0]
+    assert enter(workers, gate, gate.open, connection=True)
     gate.accepted()
-    assert enter(house, gate, gate.admit, connection=False)
+    assert enter(workers, gate, gate.admit, connection=False)
     gate.finished(True)
     gate.closed()
 
 
-def kept_life(house: House) -> None:
+def kept_life(workers: Workers) -> None:
     """The same without ever waiting, with a second request for which there is no room."""
-    gate = house.gates[0]
+    gate = workers.gates[0]
     assert gate.attempt(gate.open, connection=True) is True
     gate.accepted()
     assert gate.attempt(gate.admit, connection=False) is True
@@ -413,52 +415,54 @@ def kept_life(house: House) -> None:
     gate.closed()
 
 
-def age(house: House) -> None:
+def age(workers: Workers) -> None:
     """Let all admissions so far be over a minute old."""
-    for position in range(len(ring(house))):
-        ring(house)[position] -= 2 * WINDOW_NS
+    for position in range(len(ring(workers))):
+        ring(workers)[position] -= 2 * WINDOW_NS
 
 
-def assert_unharmed(house: House, admitted_before: int, aged: int = 0) -> None:
+def assert_unharmed(workers: Workers, admitted_before: int, aged: int = 0) -> None:
     """Cleared by the master, a slot holds nothing and the others go on at once."""
-    house.shared.clear(house.shared.slots[0])
-    assert (house.shared.connections(), house.shared.running()) == (0, 0)
-    assert registered(house) == 0
-    slot = house.shared.slots[0]
+    workers.shared.clear(workers.shared.slots[0])
+    assert (workers.shared.connections(), workers.shared.running()) == (0, 0)
+    assert registered(workers) == 0
+    slot = workers.shared.slots[0]
     assert slot.succeeded + slot.failed == slot.finished == slot.admitted
-    window = house.shared.admitted_in_window()
+    window = workers.shared.admitted_in_window()
     assert window in (admitted_before, admitted_before + 1)
-    assert house.shared.header.admissions == aged + window
+    assert workers.shared.header.admissions == aged + window
     began = time.monotonic()
-    gate = house.gates[1]
-    for number in range(house.limits.max_requests_per_minute - window):
-        assert house.try_to_open(gate), number
-        assert house.try_to_admit(gate), number
+    gate = workers.gates[1]
+    for number in range(workers.limits.max_requests_per_minute - window):
+        assert workers.try_to_open(gate), number
+        assert workers.try_to_admit(gate), number
         gate.finished(True)
         gate.closed()
-    assert not house.try_to_admit(gate)  # exactly so many: none was counted twice or lost
-    assert house.shared.admitted_in_window() == house.limits.max_requests_per_minute
+    assert not workers.try_to_admit(gate)  # exactly so many: none was counted twice or lost
+    assert workers.shared.admitted_in_window() == workers.limits.max_requests_per_minute
     assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("life", [one_life, kept_life])
 @pytest.mark.parametrize(("aged", "before"), [(0, 2), (8, 0)], ids=["new", "wrapped"])
 def test_a_process_killed_between_any_two_steps_of_an_admission_leaks_nothing(
-    aged: int, before: int, life: Callable[[House], None]
+    aged: int, before: int, life: Callable[[Workers], None]
 ) -> None:
     step, killed = 0, True
     while killed:
-        house = House(2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4)
+        workers = Workers(
+            2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4
+        )
         try:
             for _ in range(aged):
-                one_life(house)
-                age(house)
+                one_life(workers)
+                age(workers)
             for _ in range(before):
-                one_life(house)
-            killed = kill_at(step, lambda house=house: life(house))  # type: ignore[misc]
-            assert_unharmed(house, before, aged)
+                one_life(workers)
+            killed = kill_at(step, lambda workers=workers: life(workers))  # type: ignore[misc]
+            assert_unharmed(workers, before, aged)
         finally:
-            house.close()
+            workers.close()
         step += 1
     assert step > 50  # it was killed at many places indeed
 
@@ -466,25 +470,27 @@ def test_a_process_killed_between_any_two_steps_of_an_admission_leaks_nothing(
 def test_a_process_killed_while_it_finds_no_room_leaks_nothing() -> None:
     step, killed = 0, True
     while killed:
-        house = House(2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4)
+        workers = Workers(
+            2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4
+        )
         try:
-            other = house.gates[1]
-            assert house.try_to_open(other)
-            assert house.try_to_admit(other)
+            other = workers.gates[1]
+            assert workers.try_to_open(other)
+            assert workers.try_to_admit(other)
 
-            def reject(house: House = house) -> None:
-                gate = house.gates[0]
+            def reject(workers: Workers = workers) -> None:
+                gate = workers.gates[0]
                 assert isinstance(gate.attempt(gate.open, connection=True), Obstacle)
                 assert isinstance(gate.attempt(gate.admit, connection=False), Obstacle)
                 assert not gate.open_any()
 
             killed = kill_at(step, reject)
-            assert house.shared.slots[0].full <= 1
+            assert workers.shared.slots[0].full <= 1
             other.finished(True)
             other.closed()
-            assert_unharmed(house, admitted_before=1)
+            assert_unharmed(workers, admitted_before=1)
         finally:
-            house.close()
+            workers.close()
         step += 1
     assert step > 20
 
@@ -492,20 +498,22 @@ def test_a_process_killed_while_it_finds_no_room_leaks_nothing() -> None:
 def test_a_process_killed_while_it_waits_leaks_nothing() -> None:
     step, killed = 0, True
     while killed:
-        house = House(2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4)
+        workers = Workers(
+            2, max_connections=1, max_concurrent_requests=1, max_requests_per_minute=4
+        )
         try:
-            assert house.try_to_open(house.gates[1])
-            os.eventfd_write(house.stop, 1)  # so that the child does not wait for long
+            assert workers.try_to_open(workers.gates[1])
+            os.eventfd_write(workers.stop, 1)  # so that the child does not wait for long
 
-            def wait(house: House = house) -> None:
-                gate = house.gates[0]
-                assert enter(house, gate, gate.admit, connection=True) is None
+            def wait(workers: Workers = workers) -> None:
+                gate = workers.gates[0]
+                assert enter(workers, gate, gate.admit, connection=True) is None
 
             killed = kill_at(step, wait)
-            house.gates[1].closed()
-            assert_unharmed(house, admitted_before=0)
+            workers.gates[1].closed()
+            assert_unharmed(workers, admitted_before=0)
         finally:
-            house.close()
+            workers.close()
         step += 1
     assert step > 15
 
@@ -515,43 +523,45 @@ def test_a_process_killed_while_a_client_changes_hands_leaks_nothing(killed: str
     """The client is the sender's until it is taken, and counted by one of the two at least."""
     step, was_killed = 0, True
     while was_killed:
-        house = House(3, max_connections=1)
+        workers = Workers(3, max_connections=1)
         try:
-            sender, receiver, other = house.gates
-            assert house.try_to_open(sender)
+            sender, receiver, other = workers.gates
+            assert workers.try_to_open(sender)
             if killed == "receiver":
                 was_killed = kill_at(step, receiver.take_over)
-                assert not house.try_to_open(other)
-                house.shared.clear(house.shared.slots[1])  # so it was not taken: the ticket says so
-                assert house.shared.connections() == 1
+                assert not workers.try_to_open(other)
+                workers.shared.clear(
+                    workers.shared.slots[1]
+                )  # so it was not taken: the claim says so
+                assert workers.shared.connections() == 1
                 sender.closed()
             else:
                 receiver.take_over()
                 was_killed = kill_at(step, sender.closed)
-                assert not house.try_to_open(other)
-                house.shared.clear(house.shared.slots[0])
-                assert house.shared.connections() == 1
+                assert not workers.try_to_open(other)
+                workers.shared.clear(workers.shared.slots[0])
+                assert workers.shared.connections() == 1
                 receiver.closed()
-            assert house.shared.connections() == 0
-            assert house.try_to_open(other)
-            assert not house.try_to_open(other)
+            assert workers.shared.connections() == 0
+            assert workers.try_to_open(other)
+            assert not workers.try_to_open(other)
         finally:
-            house.close()
+            workers.close()
         step += 1
     assert step > 2
 
 
-def test_the_lock_of_a_killed_process_is_free_at_once(new_house: NewHouse) -> None:
-    house = new_house()
+def test_the_lock_of_a_killed_process_is_free_at_once(new_workers: NewWorkers) -> None:
+    workers = new_workers()
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with house.shared.lock:
+        with workers.shared.lock:
             os.write(write_end, b"x")
             while True:
                 signal.pause()
     os.read(read_end, 1)
-    waiter = Waiter(house, house.gates[1], connection=True)
+    waiter = Waiter(workers, workers.gates[1], connection=True)
     waiter.join(0.2)
     held = waiter.is_alive()  # as long as the lock is the child's
     os.kill(pid, signal.SIGKILL)
@@ -563,44 +573,44 @@ def test_the_lock_of_a_killed_process_is_free_at_once(new_house: NewHouse) -> No
     os.close(write_end)
 
 
-def test_processes_that_admit_at_the_same_time_lose_no_update(new_house: NewHouse) -> None:
-    house = new_house(4, max_requests_per_minute=1000, max_concurrent_requests=1000)
+def test_processes_that_admit_at_the_same_time_lose_no_update(new_workers: NewWorkers) -> None:
+    workers = new_workers(4, max_requests_per_minute=1000, max_concurrent_requests=1000)
     pids = []
     for slot in range(4):
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
                 admitted = 0
-                while house.try_to_admit(house.gates[slot]):
+                while workers.try_to_admit(workers.gates[slot]):
                     admitted += 1
-                os._exit(0 if admitted == house.shared.slots[slot].admitted else 2)
+                os._exit(0 if admitted == workers.shared.slots[slot].admitted else 2)
             os._exit(1)
         pids.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert statuses == [0] * 4
-    assert sum(slot.admitted for slot in house.shared.slots) == 1000
-    assert house.shared.header.admissions == 1000
-    times = list(ring(house)[:1000])
+    assert sum(slot.admitted for slot in workers.shared.slots) == 1000
+    assert workers.shared.header.admissions == 1000
+    times = list(ring(workers)[:1000])
     assert times == sorted(times)
 
 
-def test_totals_are_counted(new_house: NewHouse) -> None:
-    house = new_house()
-    gate, slot = house.gates[1], house.shared.slots[1]
+def test_totals_are_counted(new_workers: NewWorkers) -> None:
+    workers = new_workers()
+    gate, slot = workers.gates[1], workers.shared.slots[1]
     for succeeded in (True, True, False):
-        assert house.try_to_admit(gate)
+        assert workers.try_to_admit(gate)
         gate.finished(succeeded)
     assert (slot.finished, slot.succeeded, slot.failed) == (3, 2, 1)
 
 
 @pytest.mark.parametrize("connection", [True, False])
 def test_room_given_back_between_a_look_and_the_sleep_is_not_missed(
-    new_house: NewHouse, connection: bool, monkeypatch: pytest.MonkeyPatch
+    new_workers: NewWorkers, connection: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate_module, "LOST_WAKEUP_MS", 60_000)
-    house = new_house(max_concurrent_requests=1)
-    holder, other = house.gates
-    assert house.try_to_admit(holder)
+    workers = new_workers(max_concurrent_requests=1)
+    holder, other = workers.gates
+    assert workers.try_to_admit(holder)
     look, looks = other.obstacle, []
 
     def look_and_then_lose(*, connection: bool) -> Obstacle | None:
@@ -611,38 +621,38 @@ def test_room_given_back_between_a_look_and_the_sleep_is_not_missed(
         return obstacle
 
     monkeypatch.setattr(other, "obstacle", look_and_then_lose)
-    waiter = Waiter(house, other, connection=connection)
+    waiter = Waiter(workers, other, connection=connection)
     waiter.join(20)
     assert waiter.result == "in"
 
 
-def test_a_ring_for_the_door_is_not_taken_from_who_has_a_request(
-    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+def test_a_thread_that_accepts_takes_no_wakeup_from_one_that_has_a_request(
+    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate_module, "LOST_WAKEUP_MS", 60_000)
-    house = new_house(3, max_concurrent_requests=1)
-    assert house.try_to_admit(house.gates[0])
-    acceptor = Waiter(house, house.gates[1], connection=True)
-    request = Waiter(house, house.gates[2], connection=False)
-    until(lambda: registered(house) == 2)
-    house.gates[0].finished(True)
+    workers = new_workers(3, max_concurrent_requests=1)
+    assert workers.try_to_admit(workers.gates[0])
+    acceptor = Waiter(workers, workers.gates[1], connection=True)
+    request = Waiter(workers, workers.gates[2], connection=False)
+    until(lambda: registered(workers) == 2)
+    workers.gates[0].finished(True)
     request.join(20)
     assert request.result == "in"
-    house.gates[2].finished(True)
+    workers.gates[2].finished(True)
     acceptor.join(20)
     assert acceptor.result == "in"
 
 
-def test_rings_do_not_pile_up(new_house: NewHouse) -> None:
-    house = new_house()
-    with house.shared.lock:  # somebody waits, and is slow to wake
-        house.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
+def test_wakeups_do_not_pile_up(new_workers: NewWorkers) -> None:
+    workers = new_workers()
+    with workers.shared.lock:  # somebody waits, and is slow to wake
+        workers.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
     for _ in range(20):
-        assert house.try_to_admit(house.gates[0])
-        house.gates[0].finished(True)
-    os.eventfd_read(house.wakeups[1].request)
+        assert workers.try_to_admit(workers.gates[0])
+        workers.gates[0].finished(True)
+    os.eventfd_read(workers.wakeups[1].request)
     with pytest.raises(BlockingIOError):
-        os.eventfd_read(house.wakeups[1].request)
+        os.eventfd_read(workers.wakeups[1].request)
 
 
 # -- the counters --
@@ -660,16 +670,16 @@ OPERATIONS = ("open", "reserve", "nobody", "close", "admit", "finish", "hand ove
 def test_there_is_room_just_when_all_slots_together_leave_some(
     steps: list[tuple[str, int, int]],
 ) -> None:
-    house = House(3, max_connections=12, max_concurrent_requests=6)
+    workers = Workers(3, max_connections=12, max_concurrent_requests=6)
     try:
         connections, reserved, running = [0] * 3, [0] * 3, [0] * 3
         most, most_running = 12, 6
         for operation, who, number in steps:
-            gate = house.gates[who]
+            gate = workers.gates[who]
             has_request_room = sum(running) < most_running
             has_room = has_request_room and sum(connections) + sum(reserved) < most
             if operation == "open" and not reserved[who]:
-                assert house.try_to_open(gate) == has_room
+                assert workers.try_to_open(gate) == has_room
                 connections[who] += has_room
             elif operation == "reserve" and not reserved[who]:
                 found = gate.attempt(gate.open, connection=True)
@@ -682,19 +692,19 @@ def test_there_is_room_just_when_all_slots_together_leave_some(
                 gate.closed()
                 connections[who] -= 1
             elif operation == "admit":
-                assert house.try_to_admit(gate) == has_request_room
+                assert workers.try_to_admit(gate) == has_request_room
                 running[who] += has_request_room
             elif operation == "finish" and running[who]:
                 gate.finished(number % 2 == 0)
                 running[who] -= 1
             elif operation == "hand over" and connections[who]:
                 other = (who + 1) % 3
-                house.gates[other].take_over()
+                workers.gates[other].take_over()
                 gate.closed()
                 connections[who] -= 1
                 connections[other] += 1
             elif operation == "die":
-                house.shared.clear(house.shared.slots[who])
+                workers.shared.clear(workers.shared.slots[who])
                 connections[who] = reserved[who] = running[who] = 0
             elif operation == "limits":
                 most, most_running = number, 1 + number // 2
@@ -703,65 +713,65 @@ def test_there_is_room_just_when_all_slots_together_leave_some(
                     max_concurrent_requests=most_running,
                     max_requests_per_minute=0,
                 )
-                with house.shared.lock:
-                    house.shared.apply_limits(limits)
+                with workers.shared.lock:
+                    workers.shared.apply_limits(limits)
             taken = sum(connections) + sum(reserved)
-            assert house.shared.connections() == taken
-            if not house.shared.header.recount:  # or until the next decision
-                assert house.shared.header.connections == taken
-                assert house.shared.header.running == sum(running)
-            assert house.shared.running() == sum(running)
+            assert workers.shared.connections() == taken
+            if not workers.shared.header.recount:  # or until the next decision
+                assert workers.shared.header.connections == taken
+                assert workers.shared.header.running == sum(running)
+            assert workers.shared.running() == sum(running)
     finally:
-        house.close()
+        workers.close()
 
 
-def test_who_waits_in_a_slot_that_was_not_used_before_is_rung(
-    new_house: NewHouse, monkeypatch: pytest.MonkeyPatch
+def test_a_thread_in_a_slot_that_was_not_used_before_is_woken(
+    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate_module, "LOST_WAKEUP_MS", 60_000)
-    house = new_house(3, max_concurrent_requests=2)
-    house.shared.header.slots_used = 2
-    assert house.try_to_admit(house.gates[0])  # it has seen two slots
-    house.shared.header.slots_used = 3
-    assert house.try_to_admit(house.gates[2])
-    waiter = Waiter(house, house.gates[2], connection=False)
-    until(lambda: registered(house) == 1)
-    house.gates[0].finished(True)
+    workers = new_workers(3, max_concurrent_requests=2)
+    workers.shared.header.slots_used = 2
+    assert workers.try_to_admit(workers.gates[0])  # it has seen two slots
+    workers.shared.header.slots_used = 3
+    assert workers.try_to_admit(workers.gates[2])
+    waiter = Waiter(workers, workers.gates[2], connection=False)
+    until(lambda: registered(workers) == 1)
+    workers.gates[0].finished(True)
     waiter.join(20)
     assert waiter.result == "in"
 
 
 def test_a_thread_that_was_killed_while_it_waited_is_counted_no_longer(
-    new_house: NewHouse,
+    new_workers: NewWorkers,
 ) -> None:
-    house = new_house()
-    waiting = house.shared.counters.waiting
+    workers = new_workers()
+    waiting = workers.shared.counters.waiting
     with waiting.get_lock():
-        house.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
+        workers.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
         assert waiting.value == 1
-    house.shared.clear(house.shared.slots[1])
-    assert house.try_to_admit(house.gates[0])
+    workers.shared.clear(workers.shared.slots[1])
+    assert workers.try_to_admit(workers.gates[0])
     assert waiting.value == 0
 
 
-def test_the_counters_are_those_of_multiprocessing(new_house: NewHouse) -> None:
-    house = new_house(2)
-    gate, counters = house.gates[0], house.shared.counters
+def test_the_counters_are_those_of_multiprocessing(new_workers: NewWorkers) -> None:
+    workers = new_workers(2)
+    gate, counters = workers.gates[0], workers.shared.counters
     for counter in counters:
         assert type(counter) is type(multiprocessing.Value(ctypes.c_int64))
-    assert house.try_to_open(gate)
-    assert house.try_to_admit(gate)
+    assert workers.try_to_open(gate)
+    assert workers.try_to_admit(gate)
     assert [counter.value for counter in counters] == [1, 1, 1, 0, GATE_OPEN]
     with counters.connections.get_lock():
         counters.connections.value += 1  # as everybody who knows them would write
-    assert house.shared.header.connections == 2
+    assert workers.shared.header.connections == 2
 
 
 def test_a_counter_whose_lock_is_a_killed_processs_is_taken_within_a_second(
-    new_house: NewHouse,
+    new_workers: NewWorkers,
 ) -> None:
-    house = new_house()
-    running = house.shared.counters.running
+    workers = new_workers()
+    running = workers.shared.counters.running
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -777,8 +787,8 @@ def test_a_counter_whose_lock_is_a_killed_processs_is_taken_within_a_second(
         assert running.value == 1
     assert time.monotonic() - began < 1
     os.waitpid(pid, 0)
-    house.shared.clear(house.shared.slots[0])
-    assert house.try_to_admit(house.gates[1])
+    workers.shared.clear(workers.shared.slots[0])
+    assert workers.try_to_admit(workers.gates[1])
     assert running.value == 1  # counted anew from the slots: the dead process had admitted none
     os.close(read_end)
     os.close(write_end)

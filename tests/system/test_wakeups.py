@@ -41,10 +41,10 @@ def test_a_lone_client_does_not_wake_all_workers(new_daemon: NewDaemon) -> None:
 
 # -- the worker that was woken does not get to run --
 
-NO_LOOKS = "from cpanbridge.workers import crew\ncrew.LOOK_SECONDS = 3600.0\n"
+NO_LOOKS = "from cpanbridge.workers import main_thread\nmain_thread.TICK_SECONDS = 3600.0\n"
 NO_REPLACEMENT = (
-    "from cpanbridge.supervisor.processes import pool\n"
-    "pool.SETTLED_SECONDS = pool.PAUSE_AFTER_READY = 3600.0\n"
+    "from cpanbridge.supervisor.processes import starter\n"
+    "starter.SETTLED_SECONDS = starter.PAUSE_AFTER_READY = 3600.0\n"
 )
 HELD_SECONDS = 40  # longer than anybody here waits
 
@@ -96,9 +96,9 @@ def test_a_worker_with_a_modules_thread_is_not_woken_in_place_of_others(
     params = {"seconds": HELD_SECONDS, "file": str(file), "known": True}
     pid = daemon.call("probe", "hold_interpreter_aside", params)
     for _ in range(10):
-        called(daemon)  # so that its door is idle again
+        called(daemon)  # so that it accepts and is idle again
     with ExitStack() as stack:
-        # Who gets a kept connection goes to the end of the line: the other one, at last.
+        # Both are woken for each client, so the other one accepts at last.
         while True:
             kept = stack.enter_context(Framed(daemon.path))
             kept.send("probe", "worker_pid")

@@ -5,6 +5,7 @@ Called from the threads that serve clients.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cpanbridge.workers.accept.balancing import TAKE_SECONDS, Balancer
 from cpanbridge.workers.client.client_socket import ClientSocket
@@ -18,22 +19,15 @@ from cpanbridge.workers.sessions.session import Session, run_in
 from cpanbridge.workers.sessions.sessions import Sessions
 
 
+@dataclass(eq=False)
 class Placement:
     """One worker's decision for each call."""
 
-    def __init__(
-        self,
-        affinity: Affinity,
-        sessions: Sessions,
-        balancer: Balancer,
-        dispatcher: Dispatcher,
-        drainer: ConnectionDrainer,
-    ) -> None:
-        self._affinity = affinity
-        self._sessions = sessions
-        self._balancer = balancer
-        self._dispatcher = dispatcher
-        self._drainer = drainer
+    affinity: Affinity
+    sessions: Sessions
+    balancer: Balancer
+    dispatcher: Dispatcher
+    drainer: ConnectionDrainer
 
     def enter(
         self, call: Call, client: ClientSocket, data: Callable[[], bytes], stop: int
@@ -44,7 +38,7 @@ class Placement:
         HandedOver when another worker runs it; Refusal and Draining as `Affinity.join` does.
         """
         if call.target.owned_as is not None:
-            session = self._affinity.join(call, client, data, stop)
+            session = self.affinity.join(call, client, data, stop)
             run_in(session)
             return session
         if client.framed:
@@ -55,33 +49,33 @@ class Placement:
         """The call has ended."""
         if session is not None:
             run_in(None)
-            self._sessions.leave(session)
+            self.sessions.leave(session)
 
     def _spread(self, call: Call, client: ClientSocket, data: Callable[[], bytes]) -> None:
         """Hand a kept connection to a worker that has fewer. Raises HandedOver when it is."""
-        balancer = self._balancer
+        balancer = self.balancer
         if client.transfer is not None:
-            self._dispatcher.empty_queue_if_ended(client.transfer.owner)
+            self.dispatcher.empty_queue_if_ended(client.transfer.owner)
             client.transfer = None
             client.duplicated = True  # it may be in the queue still
             balancer.was_not_taken(time.monotonic())
             return
-        if not client.in_keep_alive or call.arrived < balancer.next_check or self._drainer.exiting:
+        if not client.in_keep_alive or call.arrived < balancer.next_check or self.drainer.exiting:
             return
         request = data()
         if len(request) > MOST_INLINE:
             return  # if it is not taken, a copy would stay in memory until it is discarded
-        if self._sessions.is_live(client.process):
+        if self.sessions.is_live(client.process):
             return
-        owner = balancer.worker_with_fewer(call.arrived, self._drainer.kept)
+        owner = balancer.worker_with_fewer(call.arrived, self.drainer.kept)
         if owner is None:
             return
-        with self._drainer.paused(client) as may_go:
+        with self.drainer.paused(client) as may_go:
             if not may_go:
                 return
             until = min(time.monotonic() + TAKE_SECONDS, call.arrived + patience(call))
-            moving = self._dispatcher.moving(
+            moving = self.dispatcher.moving(
                 call, client, request, input_may_have_ended=client.input_ended_before
             )
             client.transfer = Transfer(moving, owner, until, may_stay=True)
-        self._dispatcher.send(client)
+        self.dispatcher.send(client)

@@ -143,7 +143,7 @@ def test_no_more_than_the_limit_are_served_at_a_time(pool: Fixture) -> None:
     for begun, _ in held:
         assert begun.wait(20)
     extra_begun, extra_ended = pool.hold(gate)
-    # Nobody is left to fetch it, however long one looks after the door.
+    # No thread is left to fetch it, however often the leader is checked.
     for _ in range(20):
         pool.threads.watch_leader()
         assert not extra_begun.wait(0.01)
@@ -247,6 +247,6 @@ def test_a_thread_that_could_not_be_started_is_made_up_for(
     begun, ended = pool.hold(gate)
     assert begun.wait(20)
     assert failures
-    assert pool.send(quick=False).wait(20), "nobody went to the door again"
+    assert pool.send(quick=False).wait(20), "no thread leads again"
     gate.set()
     assert ended.wait(20)

@@ -12,7 +12,7 @@ use CPANBridge::Boolean;
 use CPANBridge::Error;
 use POSIX ();
 
-our $VERSION = '0.4.0';
+our $VERSION = '0.5.0';
 
 my %UNESCAPED = (
     '"' => '"', '\\' => '\\', '/' => '/', b => "\b",
