@@ -14,29 +14,8 @@ from collections.abc import Callable, Sequence
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
-from cpanbridge.supervisor.commands.common import FAILED, CommandError
-from cpanbridge.supervisor.control import client, one_call
-from cpanbridge.supervisor.lifecycle.upgrade import VARIABLE, UpgradeError
-from cpanbridge.supervisor.listening.instance import InstanceError
-from cpanbridge.supervisor.listening.listener import ListenError
-from cpanbridge.supervisor.system.logs import LogError
-from cpanbridge.supervisor.system.privileges import PrivilegeError
+from cpanbridge.supervisor.lifecycle.upgrade import VARIABLE
 from cpanbridge.supervisor.version import __version__
-from cpanbridge.workers.modules.loader import ModuleLoadError
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": daemon.run,
-    "start": daemon.start,
-    "stop": daemon.stop,
-    "reload": daemon.reload,
-    "upgrade": daemon.upgrade,
-    "restart": daemon.restart,
-    "status": show.status,
-    "metrics": show.metrics,
-    "top": show.top,
-    "check": show.check,
-    "call": show.call,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,23 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if VARIABLE in os.environ:
             return daemon.take_over(options)
-        status = COMMANDS[options.command](options)
+        status: int | None = options.run(options)
         sys.stdout.flush()
-        return status
-    except (
-        CommandError,
-        client.ControlError,
-        config.ConfigError,
-        InstanceError,
-        ListenError,
-        LogError,
-        ModuleLoadError,
-        one_call.CallError,
-        UpgradeError,
-        PrivilegeError,
-    ) as error:
+        return status or 0
+    except config.OperatorError as error:
         print(f"cpanbridged: {error}", file=sys.stderr)
-        return FAILED
+        return error.exit_status
     except BrokenPipeError:
         # The reader of the output has closed it. The command itself is done.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -112,27 +80,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cpanbridged {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, parents=[common], help=text, description=text)
+    def add(run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        """The subcommand of the function's name."""
+        command = commands.add_parser(run.__name__, parents=[common], help=text, description=text)
+        command.set_defaults(run=run)
+        return command
 
-    add("run", "Run in the foreground, until stopped (for systemd, containers).")
-    add("start", "Start in the background; returns when all workers are ready.")
-    add("stop", "Stop: running requests finish, up to limits.graceful_timeout.")
-    add("reload", "Switch to the configuration and modules as they are now, or change nothing.")
+    add(daemon.run, "Run in the foreground, until stopped (for systemd, containers).")
+    add(daemon.start, "Start in the background; returns when all workers are ready.")
+    add(daemon.stop, "Stop: running requests finish, up to limits.graceful_timeout.")
     add(
-        "upgrade",
+        daemon.reload, "Switch to the configuration and modules as they are now, or change nothing."
+    )
+    add(
+        daemon.upgrade,
         "Replace the master, without a break, by one of the code that is on disk now.",
     )
-    add("restart", "Stop, if it runs, and start again; a bad configuration changes nothing.")
-    status = add("status", "Show whether it runs, its load and its workers.")
+    add(
+        daemon.restart,
+        "Stop, if it runs, and start again; a bad configuration changes nothing.",
+    )
+    status = add(show.status, "Show whether it runs, its load and its workers.")
     status.add_argument("--json", action="store_true", help="as one JSON object")
-    metrics = add("metrics", "Print the numbers once, in Prometheus' text format.")
+    metrics = add(show.metrics, "Print the numbers once, in Prometheus' text format.")
     metrics.add_argument("--json", action="store_true", help="in the form of system.metrics")
-    top = add("top", "Show the numbers live; q ends, t and c sort the functions by time and calls.")
+    top = add(
+        show.top, "Show the numbers live; q ends, t and c sort the functions by time and calls."
+    )
     top.add_argument("--interval", type=_interval, default=1.0, help="seconds between updates (1)")
     top.add_argument("--once", action="store_true", help="print one screen; needs no terminal")
-    add("check", "Check the configuration and the imports, without starting.")
-    call = add("call", "Make one call and print its result as JSON.")
+    add(show.check, "Check the configuration and the imports, without starting.")
+    call = add(show.call, "Make one call and print its result as JSON.")
     call.add_argument("module", metavar="MODULE")
     call.add_argument("function", metavar="FUNCTION")
     call.add_argument("params", metavar="JSON", nargs="?", default="null")

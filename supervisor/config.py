@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ import psutil
 from msgspec import Meta
 
 from cpanbridge.supervisor.validation import ConfigError as ConfigError
+from cpanbridge.supervisor.validation import OperatorError as OperatorError
 from cpanbridge.supervisor.validation import checked
 
 DEFAULT_FILE = "/etc/cpanbridged.toml"
@@ -35,19 +36,41 @@ MAX_FUNCTION_NAME = 100
 # Up to here that byte stays below 9, the smallest byte that may begin a one-shot request.
 MAX_REQUEST_SIZE = 9 * 2**24 - 1
 
-Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
 # A worker ends by itself when its time is over, but its shutdown hooks have at least a second. A
 # worker that cannot end is killed so many seconds after its time.
 KILL_MARGIN = 3.0
+
+
+def _name(most: int) -> Meta:
+    rule = f"must be a letter followed by letters, digits and _, at most {most} characters"
+    return Meta(pattern=NAME_PATTERN, max_length=most, description=rule)
+
+
+# A description says what is allowed, where msgspec's message would not help an operator.
+Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=LONGEST_SECONDS)]
 SecondsOrNever = Annotated[float, Meta(ge=0, le=LONGEST_SECONDS)]
-ModuleName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_MODULE_NAME)]
-FunctionName = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=MAX_FUNCTION_NAME)]
-Path_ = Annotated[str, Meta(min_length=1)]
-Functions = list[FunctionName] | Literal["*"]
-Affinity = Literal["none", "client", "module"]
+Flag = Annotated[bool, Meta(description="must be true or false")]
+Text = Annotated[str, Meta(min_length=1)]
+ModuleName = Annotated[str, _name(MAX_MODULE_NAME)]
+FunctionName = Annotated[str, _name(MAX_FUNCTION_NAME)]
+Functions = Annotated[
+    list[FunctionName] | Literal["*"], Meta(description='must be "*" or a list of function names')
+]
+Affinity = Annotated[
+    Literal["none", "client", "module"], Meta(description='must be "none", "client" or "module"')
+]
+Sockets = Annotated[list[Text], Meta(min_length=1, description="must be a list of socket paths")]
+Mode = Annotated[
+    str,
+    Meta(pattern=r"^0?[0-7]{3}\Z", description='must be an octal mode such as "0600" or "0660"'),
+]
+User = Annotated[str, Meta(min_length=1, description="must be a user's name")]
+Group = Annotated[str, Meta(min_length=1, description="must be a group's name")]
+LogFormat = Annotated[Literal["text", "json"], Meta(description='must be "text" or "json"')]
+Overload = Annotated[Literal["wait", "reject"], Meta(description='must be "wait" or "reject"')]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,41 +103,41 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Module(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table `[modules.NAME]`: a Python module under the name that clients call it by."""
 
-    import_: Annotated[str, Meta(min_length=1)] = msgspec.field(name="import")
+    import_: Text = msgspec.field(name="import")
     functions: Functions
     affinity: Affinity = "none"
     request_timeout: SecondsOrNever | None = None
-    preload: bool | None = None
+    preload: Flag | None = None
 
 
 class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table `[[module_dirs]]`: each `*.py` in the folder is a module of its name."""
 
-    path: Path_
+    path: Text
     functions: Functions = "*"
     affinity: Affinity = "module"
     request_timeout: SecondsOrNever | None = None
-    preload: bool | None = None
+    preload: Flag | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings, checked."""
 
-    listen: Annotated[list[Path_], Meta(min_length=1)] | None = None
-    socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}\Z")] = "0600"
-    socket_group: Annotated[str, Meta(min_length=1)] | None = None
-    user: Annotated[str, Meta(min_length=1)] | None = None
-    group: Annotated[str, Meta(min_length=1)] | None = None
+    listen: Sockets | None = None
+    socket_mode: Mode = "0600"
+    socket_group: Text | None = None
+    user: User | None = None
+    group: Group | None = None
     workers: Annotated[int, Meta(ge=0, le=MAX_WORKERS)] = 0
     threads: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     max_requests: Count = 0
-    log_file: Path_ = "stderr"
-    security_log: Path_ = "-"
-    log_format: Literal["text", "json"] = "text"
-    debug: bool = False
-    overload: Literal["wait", "reject"] = "wait"
-    preload: bool = True
-    python_path: list[Path_] = msgspec.field(default_factory=list)
+    log_file: Text = "stderr"
+    security_log: Text = "-"
+    log_format: LogFormat = "text"
+    debug: Flag = False
+    overload: Overload = "wait"
+    preload: Flag = True
+    python_path: list[Text] = msgspec.field(default_factory=list)
     modules: dict[ModuleName, Module] = msgspec.field(default_factory=dict)
     module_dirs: list[ModuleDir] = msgspec.field(default_factory=list)
     limits: Limits = msgspec.field(default_factory=Limits)
@@ -150,22 +173,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Connections that one worker serves at a time: as set, or `max_connections`."""
         return self.threads or self.limits.max_connections
 
-
-# What is allowed at a key, where msgspec's message would not help an operator.
-_NAME_RULE = "must be a letter followed by letters, digits and _, at most {} characters"
-_RULES = {
-    "listen": "must be a list of socket paths",
-    "socket_mode": 'must be an octal mode such as "0600" or "0660"',
-    "log_format": 'must be "text" or "json"',
-    "overload": 'must be "wait" or "reject"',
-    "user": "must be a user's name",
-    "group": "must be a group's name",
-    "affinity": 'must be "none", "client" or "module"',
-    "functions": 'must be "*" or a list of function names',
-    "functions[]": _NAME_RULE.format(MAX_FUNCTION_NAME),
-    "debug": "must be true or false",
-    "preload": "must be true or false",
-}
 
 # The variables that are not named by the prefix and the key's last part.
 _ENVIRONMENT_NAMES = {"listen": "SOCKET", "limits.idle_timeout": "TIMEOUT"}
@@ -236,7 +243,7 @@ def load(
             raise ConfigError(f"--set {flag}: must be KEY=VALUE, such as limits.max_connections=50")
         _set(tables, key.strip(), text, "--set")
     settings = _convert(tables, source)
-    warnings.extend(_beyond_the_machine(tables, settings.limits))
+    warnings.extend(_beyond_the_machine(tables.get("limits", {}), settings.limits))
     together = settings.worker_count * settings.thread_count
     if together < settings.limits.max_connections:
         warnings.append(
@@ -247,16 +254,16 @@ def load(
     return Loaded(settings, source, warnings)
 
 
-def _beyond_the_machine(tables: Mapping[str, Any], limits: Limits) -> Iterator[str]:
-    """Warnings about limits that this machine can never reach."""
+def _beyond_the_machine(given: Container[str], limits: Limits) -> Iterator[str]:
+    """Warnings about given limits that this machine can never reach."""
     memory = psutil.virtual_memory().total >> 20
-    if _get(tables, "limits.max_memory_mb") is not None and limits.max_memory_mb > memory:
+    if "max_memory_mb" in given and limits.max_memory_mb > memory:
         yield (
             f"limits.max_memory_mb = {limits.max_memory_mb} is more memory than this machine has "
             f"({memory} MB): it will never be reached"
         )
     cores = os.cpu_count() or 1
-    if _get(tables, "limits.max_cpu_percent") is not None and limits.max_cpu_percent > 100 * cores:
+    if "max_cpu_percent" in given and limits.max_cpu_percent > 100 * cores:
         yield (
             f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine's "
             f"{cores} cores have ({100 * cores}): it will never be reached"
@@ -273,15 +280,6 @@ def _read(file: str) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 
-def _get(tables: Mapping[str, Any], key: str) -> Any:
-    value: Any = tables
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
-
-
 def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
     """Check one value, given as text, and store it under its key."""
     if key not in _SETTABLE:
@@ -293,7 +291,7 @@ def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
         )
     raw: Any = text.split(",") if key in ("listen", "python_path") else text
     label = source if source.startswith("environment") else f"{source} {key}"
-    value = checked(raw, _SETTABLE[key], label, key, _RULES, strict=False)
+    value = checked(raw, _SETTABLE[key], label, strict=False)
     table, _, name = key.rpartition(".")
     (tables.setdefault("limits", {}) if table else tables)[name] = value
 
@@ -306,23 +304,19 @@ def _convert(tables: dict[str, Any], source: str) -> Settings:
     modules = tables.get("modules")
     if isinstance(modules, dict):  # one by one, so that an error names the module
         tables["modules"] = {
-            name: checked(table, Module, f"{source}: modules.{name}", "modules", _RULES)
+            name: checked(table, Module, f"{source}: modules.{name}")
             for name, table in modules.items()
         }
         for name in modules:
             if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
-                rule = _NAME_RULE.format(MAX_MODULE_NAME)
+                rule = _name(MAX_MODULE_NAME).description
                 raise ConfigError(f"{source}: modules: the name {name!r} {rule}")
-    return checked(tables, Settings, f"{source}: ", "", _RULES)
+    return checked(tables, Settings, f"{source}: ")
 
 
-def _settable() -> dict[str, Any]:
-    """The keys that the environment and flags may set, with their types: all but tables."""
-    tables = ("modules", "module_dirs", "limits")
-    return {
-        **{f.name: f.type for f in msgspec.structs.fields(Settings) if f.name not in tables},
-        **{f"limits.{f.name}": f.type for f in msgspec.structs.fields(Limits)},
-    }
-
-
-_SETTABLE = _settable()
+# What the environment and flags may set, with its type: all but tables.
+_SETTABLE: dict[str, Any] = {
+    f.name: f.type
+    for f in msgspec.structs.fields(Settings)
+    if f.name not in ("modules", "module_dirs", "limits")
+} | {f"limits.{f.name}": f.type for f in msgspec.structs.fields(Limits)}

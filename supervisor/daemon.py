@@ -7,7 +7,6 @@ import msgspec
 
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded
 from cpanbridge.supervisor.lifecycle import upgrade
-from cpanbridge.supervisor.lifecycle.configuration import Configuration
 from cpanbridge.supervisor.lifecycle.reload import OnDone
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.sockets import Sockets
@@ -26,8 +25,7 @@ def serve(load: Load, mains: Mains, on_ready: OnDone) -> int:
     ListenError, InstanceError, LogError, PrivilegeError.
     """
     lent = listener.from_service_manager()
-    if lent:
-        load = partial(_at_lent_paths, load, [each.path for each in lent])
+    load = partial(_at_lent_paths, load, [each.path for each in lent])
     loaded = load()
     settings = loaded.settings
     sockets = Sockets()
@@ -41,7 +39,7 @@ def serve(load: Load, mains: Mains, on_ready: OnDone) -> int:
         for warning in loaded.warnings:
             logs.LOGGER.warning("%s", warning)
         rlimit.raise_limit(settings.limits, slot_capacity(settings.worker_count))
-        return Master(Configuration(load, loaded), sockets, mains, on_ready).run()
+        return Master(load, loaded, sockets, mains, on_ready).run()
     finally:
         sockets.give_back()
 
@@ -49,7 +47,7 @@ def serve(load: Load, mains: Mains, on_ready: OnDone) -> int:
 def _at_lent_paths(load: Load, paths: list[str]) -> Loaded:
     """Where `listen` is not set, take the paths of the service manager's sockets."""
     loaded = load()
-    if loaded.settings.listen is not None:
+    if not paths or loaded.settings.listen is not None:
         return loaded
     settings = msgspec.structs.replace(loaded.settings, listen=paths)
     return msgspec.structs.replace(loaded, settings=settings)
@@ -62,8 +60,7 @@ def take_over(load: Load, mains: Mains) -> int:
     """
     inherited = upgrade.inherit(int(os.environ.pop(upgrade.VARIABLE)))
     lent = [each.path for each in inherited.estate.sockets.listeners if each.lent]
-    if lent:
-        load = partial(_at_lent_paths, load, lent)
+    load = partial(_at_lent_paths, load, lent)
     if "WATCHDOG_PID" in os.environ:  # which was the old master's
         os.environ["WATCHDOG_PID"] = str(os.getpid())
     try:
@@ -74,7 +71,6 @@ def take_over(load: Load, mains: Mains) -> int:
         return 1
     sockets = Sockets(inherited.estate.sockets)
     try:
-        configuration = Configuration(load, loaded)
-        return Master(configuration, sockets, mains, lambda _: None, inherited).run()
+        return Master(load, loaded, sockets, mains, lambda _: None, inherited).run()
     finally:
         sockets.give_back()

@@ -20,10 +20,11 @@ The rate is exact: the ring holds the times of the last admissions, and a reques
 the entry `max_requests_per_minute` places back has left the window. Times are CLOCK_MONOTONIC:
 setting the machine's clock changes nothing.
 
-A thread that finds no room publishes in its slot what it waits for, checks once more, and sleeps on
-its worker's eventfd. Whoever gives such room back wakes all workers that wait for it. Two threads of
-a worker wait at most: the one that accepts, and one for all that have a request. A wake-up is only a
-hint to check again: one that is lost because its process was killed costs `LOST_WAKEUP_MS`.
+A thread that finds no room publishes in its slot what it waits for, checks once more, and sleeps
+on its worker's eventfd. Whoever gives such room back wakes all workers that wait for it. Two
+threads of a worker wait at most: the one that accepts, and one for all that have a request. A
+wake-up is only a hint to check again: one that is lost because its process was killed costs
+`LOST_WAKEUP_MS`.
 
 Called in the worker process, from any of its threads, but for what says otherwise.
 """
@@ -158,6 +159,8 @@ class Gate:
     def open_any(self) -> bool:
         """As `open`, whatever room there is for requests; False when there is none."""
         with self._lock:
+            if self._header.recount:
+                self._shared.recount()
             return self._connections.value < self._header.max_connections and self.open()
 
     def take_over(self) -> int:
@@ -214,11 +217,11 @@ class Gate:
         wake(self._wakeups.request)
 
     def wake_other_workers(self) -> None:
-        """Clients may wait in the listen queue that this worker does not accept."""
+        """Have all check the listen queue: this worker does not accept."""
         wake_main_threads(self._shared, self._all_wakeups)
 
     def wake_if_waiting(self, slot: int) -> None:
-        """If any thread waits at the gate, wake the main thread of a worker that can give room."""
+        """If any thread waits for room, wake the main thread of a worker that can give some."""
         if self._waiting.value:
             wake(self._all_wakeups[slot].main)
 

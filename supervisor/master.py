@@ -13,20 +13,18 @@ from functools import partial
 
 import setproctitle
 
-from cpanbridge.supervisor.config import KILL_MARGIN
+from cpanbridge.supervisor.config import KILL_MARGIN, Load, Loaded
 from cpanbridge.supervisor.gate import Wakeups
-from cpanbridge.supervisor.lifecycle.configuration import Configuration
 from cpanbridge.supervisor.lifecycle.handover import Handover
-from cpanbridge.supervisor.lifecycle.mastership import Mastership
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
-from cpanbridge.supervisor.lifecycle.takeover import Takeover
-from cpanbridge.supervisor.lifecycle.upgrade import Inherited
+from cpanbridge.supervisor.lifecycle.upgrade import Inherited, Predecessor
 from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.memory.layout import Shared, slot_capacity
 from cpanbridge.supervisor.monitor.monitor import Monitor
 from cpanbridge.supervisor.processes.context import Mains
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
+from cpanbridge.supervisor.processes.retirement import Retirement
 from cpanbridge.supervisor.processes.watchdog import Watchdog
 from cpanbridge.supervisor.reports.answers import Answers
 from cpanbridge.supervisor.system import logs
@@ -47,13 +45,14 @@ class Master:
 
     def __init__(
         self,
-        configuration: Configuration,
+        load: Load,
+        loaded: Loaded,
         sockets: Sockets,
         mains: Mains,
         on_ready: OnDone,
         inherited: Inherited | None = None,
     ) -> None:
-        settings = configuration.loaded.settings
+        settings = loaded.settings
         self._sockets = sockets
         self._on_ready = on_ready
         if inherited is None:
@@ -62,26 +61,26 @@ class Master:
             wakeups = [Wakeups.create() for _ in shared.slots]
             number = 1
         else:
-            shared, wakeups = inherited.shared, inherited.wakeups
+            shared, wakeups = inherited.shared, inherited.estate.pool.wakeups
             number = inherited.estate.generation
         self._loop = loop = Loop()
         self._pool = pool = WorkerPool(self, loop, shared, wakeups, mains)
-        self._reloader = Reloader(configuration, loop, shared, sockets, pool, number)
-        self._reloader.changed = self._configuration_changed
+        self._reloader = Reloader(load, loaded, sockets, pool, number, self._follow_generation)
+        retirement = Retirement(pool)
         listeners = [each.socket for each in sockets.listeners]
-        self._monitor = Monitor(
-            loop, shared, wakeups, settings.limits, listeners, pool.retirement.retire_for_memory
-        )
-        self._watchdog = Watchdog(loop, shared, pool)
+        # There is no memory for two: the replacement starts when the worker has ended.
+        retire = partial(retirement.retire_soon, replace_first=False)
+        self._monitor = Monitor(loop, shared, wakeups, settings.limits, listeners, retire)
+        self._watchdog = Watchdog(pool, retirement)
         self._service_manager = ServiceManager(loop, silent=inherited is not None)
-        control = Answers(self, self._reloader, pool, shared).server(loop)
-        self._mastership = Mastership(sockets, control, self._service_manager)
-        self._handover = Handover(loop, pool, self._reloader, self._mastership)
-        self._takeover: Takeover | None = None  # until the workers of this master serve
+        self._control = Answers(self, self._reloader, pool, shared).server(loop)
+        self._handover = Handover(
+            pool, self._reloader, sockets, self._control, self._service_manager
+        )
+        self._predecessor: Predecessor | None = None  # until the workers of this master serve
         if inherited is not None:
-            self._takeover = Takeover(
-                loop, inherited, pool, self._reloader, self._mastership, self._start_watching
-            )
+            events = self._taken_over, self._service_manager.speak
+            self._predecessor = Predecessor(inherited, pool, self._reloader, sockets, *events)
         self._signals = Signals(loop, self._handle)
         self._started = inherited is not None
         self._reload_when_started = False
@@ -90,14 +89,14 @@ class Master:
 
     def run(self) -> int:
         """Be the master until the daemon has stopped. Returns the exit status, 0 or 1."""
-        self._show_title()
+        self._follow_generation()
         self._signals.catch()
         self._service_manager.watch_dog()
         gc.freeze()  # workers share what exists now, as long as the collector does not write to it
-        if self._takeover is not None:
-            self._reloader.begin(self._taken_over)
+        if self._predecessor is not None:
+            self._reloader.begin(self._replaced_old_workers)
         else:
-            self._mastership.begin()
+            self._sockets.answer(self._control.listen)
             self._pool.spawn(self._reloader.generation)
         while not (self._handover.complete or (self._stopping and self._pool.is_gone())):
             self._loop.turn()
@@ -120,9 +119,7 @@ class Master:
             LOGGER.info("Stopping: running requests may take %g s", seconds)
             self._stop(seconds)
 
-    def handle_int(self) -> None:
-        """Ctrl-C on `cpanbridged run`: the same."""
-        self.handle_term()
+    handle_int = handle_term  # Ctrl-C on `cpanbridged run`
 
     def handle_quit(self) -> None:
         """Stop at once."""
@@ -182,31 +179,26 @@ class Master:
         """All workers have booted: the daemon is ready, or a reload can be completed."""
         if self._stopping:
             return
-        if self._takeover is not None and self._takeover.pending:
-            self._takeover.ready()
-            return
-        if self._started:
+        if self._predecessor is not None and self._predecessor.pending:
+            self._predecessor.ready()
+        elif self._started:
             self._reloader.ready(generation)
-            return
-        self._pool.put_in_service(generation)
-        self._started = True
-        self._start_watching()
-        LOGGER.info(
-            "cpanbridged %s ready: pid %d, %d workers, listening on %s",
-            __version__,
-            os.getpid(),
-            generation.wanted,
-            ", ".join(listener.path for listener in generation.listeners),
-        )
-        self._on_ready(None)
-        self._service_manager.ready(self._summary())
-        if self._reload_when_started:
-            self.handle_hup()
-
-    def _start_watching(self) -> None:
-        """This is the daemon's master from now on, and clients are served."""
-        self._monitor.start()
-        self._watchdog.start()
+        else:
+            self._pool.put_in_service(generation)
+            self._started = True
+            self._monitor.start()
+            self._watchdog.check()
+            LOGGER.info(
+                "cpanbridged %s ready: pid %d, %d workers, listening on %s",
+                __version__,
+                os.getpid(),
+                generation.wanted,
+                ", ".join(listener.path for listener in generation.listeners),
+            )
+            self._on_ready(None)
+            self._tell_ready()
+            if self._reload_when_started:
+                self.handle_hup()
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
         """A worker cannot boot: a reload fails, or the daemon does not start."""
@@ -216,17 +208,13 @@ class Master:
             self._exit_status = 1
             self._stop(None, reason)
 
-    def worker_gone(self) -> None:
-        """A worker has ended: a reload may wait for its slot."""
-        self._reloader.worker_gone()
-
     # -- reloading, stopping --
 
     def reload(self, on_done: OnDone) -> None:
         """Change over to the configuration as it is now; `on_done` is called once, see Reloader."""
         if self._stopping:
             self._reloader.refuse(on_done, "the daemon is stopping")
-        elif self.successor or (self._takeover is not None and self._takeover.pending):
+        elif self.successor or (self._predecessor is not None and self._predecessor.pending):
             self._service_manager.reloading()  # `systemctl reload` waits until it was, and is over
             self._reloader.refuse(partial(self._reloaded, on_done), "an upgrade is under way")
         elif not self._started:
@@ -237,23 +225,22 @@ class Master:
             self._reloader.begin(partial(self._reloaded, on_done))
 
     def _reloaded(self, on_done: OnDone, reason: str | None) -> None:
-        self._tell_ready(self._summary() if reason is None else f"Not reloaded: {reason}")
+        self._tell_ready(f"Not reloaded: {reason}" if reason is not None else None)
         on_done(reason)
 
-    def _tell_ready(self, status: str) -> None:
-        if not self._stopping:  # or the service manager would take the stop for over
-            self._service_manager.ready(status)
-
-    def _summary(self) -> str:
+    def _tell_ready(self, failure: str | None = None) -> None:
+        """Tell the service manager that the daemon serves, and what has failed."""
         generation = self._reloader.generation
-        return f"Serving with {generation.wanted} workers, generation {generation.number}"
+        serves = f"Serving with {generation.wanted} workers, generation {generation.number}"
+        if not self._stopping:  # or the service manager would take the stop for over
+            self._service_manager.ready(failure or serves)
 
-    def _configuration_changed(self) -> None:
-        """Another generation serves."""
-        settings = self._reloader.loaded.settings
-        self._monitor.limits = settings.limits
+    def _follow_generation(self) -> None:
+        """Another generation serves: its configuration holds."""
+        loaded = self._reloader.loaded
+        self._monitor.limits = loaded.settings.limits
         self._monitor.listeners = [each.socket for each in self._sockets.listeners]
-        self._show_title()
+        setproctitle.setproctitle(f"cpanbridged: master [{loaded.source}]")
 
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:
@@ -269,9 +256,6 @@ class Master:
     @property
     def _graceful_timeout(self) -> float:
         return self._reloader.loaded.settings.limits.graceful_timeout
-
-    def _show_title(self) -> None:
-        setproctitle.setproctitle(f"cpanbridged: master [{self._reloader.loaded.source}]")
 
     # -- upgrading --
 
@@ -302,14 +286,20 @@ class Master:
             return "process 1 of a container cannot be replaced; restart the container"
         return None
 
-    def _taken_over(self, reason: str | None) -> None:
+    def _taken_over(self) -> None:
+        """The daemon is this master's, with the workers of the old one."""
+        self._sockets.answer(self._control.listen)
+        self._monitor.start()
+        self._watchdog.check()
+
+    def _replaced_old_workers(self, reason: str | None) -> None:
         """The reload by which a new master replaces the old workers is over."""
-        assert self._takeover is not None
-        takeover, self._takeover = self._takeover, None
+        assert self._predecessor is not None
+        predecessor, self._predecessor = self._predecessor, None
         if reason is None:
-            self._tell_ready(self._summary())
-        elif takeover.pending:
-            takeover.refuse(reason)
+            self._tell_ready()
+        elif predecessor.pending:
+            predecessor.refuse(reason)
             self._exit_status = 1
             self._stop(None)
         elif not self._stopping:
@@ -332,7 +322,7 @@ class Master:
             return "stopping"
         if not self._started:
             return "starting"
-        if self.successor or self._takeover is not None:
+        if self.successor or self._predecessor is not None:
             return "upgrading"
         return "reloading" if self._reloader.coming is not None else "running"
 

@@ -5,8 +5,8 @@ the source, the key, the value and what is allowed. Imports nothing of the proje
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -23,69 +23,66 @@ _TYPE_NAMES = {
 }
 
 
-class ConfigError(Exception):
-    """A setting is wrong. The message is one line: source, key, value, and what is allowed."""
+class OperatorError(Exception):
+    """What an operator can do something about. The message is one line: what failed, what to do."""
+
+    exit_status = 1
 
 
-def checked(
-    value: Any,
-    kind: type[T],
-    label: str,
-    key: str,
-    rules: Mapping[str, str],
-    *,
-    strict: bool = True,
-) -> T:
+class ConfigError(OperatorError):
+    """A setting is wrong. The message has its source, key and value, and what is allowed."""
+
+
+def checked(value: Any, kind: type[T], label: str, *, strict: bool = True) -> T:
     """The value as `kind`. Raises ConfigError.
 
-    `label` names the source, and the key as it was written. `key` is the option; `rules` says for
-    the last part of an option's name what is allowed, where msgspec's message would not help, and
-    for its items under the name with "[]". Without `strict` a text stands for a number or boolean.
+    `label` names the source, and the key as it was written. A type's `Meta(description=...)` says
+    what is allowed there and below, where msgspec's message would not help an operator. Without
+    `strict` a text stands for a number or boolean.
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
         path = path.strip("`").removeprefix("$")
-        where = f"{label}{path}".replace(": .", ": ")
+        found, allowed, rule = _at(path, value, kind)
         if unknown := re.match(r"Object contains unknown field `(.*)`", message):
-            where = f"{label}{path}.{unknown[1]}".replace(": .", ": ")
-            allowed = ", ".join(_fields_at(kind, path))
-            raise ConfigError(f"{where}: unknown key; allowed: {allowed}") from None
-        found = _value_at(value, path)
-        shown = "" if isinstance(found, dict) else f" = {found!r}"
-        rule = _rule_for(key + path, rules) or _in_words(message)
-        raise ConfigError(f"{where}{shown}: {rule}") from None
+            path += f".{unknown[1]}"
+            names = (field.encode_name for field in msgspec.structs.fields(allowed))
+            problem = f": unknown key; allowed: {', '.join(names)}"
+        else:
+            shown = "" if isinstance(found, dict) else f" = {found!r}"
+            problem = f"{shown}: {rule or _in_words(message)}"
+        where = f"{label}{path}".replace(": .", ": ")
+        raise ConfigError(where + problem) from None
 
 
-def _steps(path: str) -> list[tuple[str, str]]:
-    """A msgspec path such as `.module_dirs[0].path`, in pairs of name and index; one is empty."""
-    return re.findall(r"([^.\[\]]+)|\[(\d+)\]", path)
+def _at(path: str, value: Any, kind: Any) -> tuple[Any, Any, str]:
+    """What stands at a msgspec path such as `.module_dirs[0].path`: the value, its type, its rule.
 
-
-def _fields_at(kind: Any, path: str) -> list[str]:
-    """The names that the struct at `path` below `kind` knows."""
-    for name, _ in _steps(path):
+    The rule is the description of the type, or of the nearest type above it.
+    """
+    kind, rule = _bare(kind)
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
         if name:
+            value = value[name]
             kind = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}[name]
         else:
+            value = value[int(index)]
             (kind,) = get_args(kind)  # of list[kind]
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
+        kind, own = _bare(kind)
+        rule = own or rule
+    return value, kind, rule
 
 
-def _value_at(value: Any, path: str) -> Any:
-    for name, index in _steps(path):
-        value = value[int(index)] if index and not isinstance(value, dict) else value[name or index]
-    return value
-
-
-def _rule_for(path: str, rules: Mapping[str, str]) -> str | None:
-    last = re.search(r"(\w+)(\[\d+\])?$", path)
-    if last is None:
-        return None
-    if last[2] and f"{last[1]}[]" in rules:
-        return rules[f"{last[1]}[]"]
-    return rules.get(last[1])
+def _bare(kind: Any) -> tuple[Any, str]:
+    """A type without its alternatives and constraints, and its description."""
+    rule = ""
+    while get_origin(kind) in (Annotated, Union, UnionType):
+        if get_origin(kind) is Annotated:
+            rule = rule or kind.__metadata__[0].description or ""
+        kind = get_args(kind)[0]
+    return kind, rule
 
 
 def _in_words(message: str) -> str:

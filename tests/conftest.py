@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 import hypothesis
 import psutil
 import pytest
-from plain_client import one_shot, until
+from plain_client import connect, one_shot, read_to_end, until
 
 COMMAND = str(Path(sys.executable).with_name("cpanbridged"))
 MODULES = Path(__file__).parent / "modules"
@@ -41,7 +42,7 @@ def halt(pid: int) -> None:
     """Stop a worker once it has nothing to do; it does nothing from then on."""
     until(lambda: is_idle(pid))
     os.kill(pid, signal.SIGSTOP)
-    # One thread is told and stops the others when it gets the processor; until then they go on.
+    # One thread receives the signal and stops the others when it gets the processor; until then they go on.
     until(lambda: _thread_states(pid) == {"T"})
 
 
@@ -57,6 +58,20 @@ def _thread_states(pid: int) -> set[str]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             states.add(stat.read_text().rpartition(")")[2].split()[0])
     return states
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of all threads of a process. Raises psutil.NoSuchProcess.
+
+    psutil finds them by reading all processes of the machine, which takes too long for a poll.
+    """
+    try:
+        lists = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/children")]
+    except (FileNotFoundError, ProcessLookupError):
+        lists = []
+    if not lists:
+        raise psutil.NoSuchProcess(pid)
+    return [int(child) for each in lists for child in each.split()]
 
 
 class Daemon:
@@ -149,9 +164,11 @@ class Daemon:
         return [pid for pid, title in self._children() if title.startswith(TEMPLATE)]
 
     def _children(self) -> Iterator[tuple[int, str]]:
-        for child in psutil.Process(self.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                yield child.pid, " ".join(child.cmdline())
+        for pid in children_of(self.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                title = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if title:  # a zombie has none
+                    yield pid, title.replace(b"\0", b" ").decode().strip()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -168,6 +185,21 @@ class Daemon:
     def log(self) -> str:
         """The log so far."""
         return self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
+
+    def ask(self, data: bytes) -> list[dict[str, Any]]:
+        """The master's replies to these bytes at its control socket, to the connection's end."""
+        with connect(f"{self.path}.ctl") as connection:
+            connection.sendall(data)
+            return [json.loads(line) for line in read_to_end(connection).splitlines()]
+
+    def control(self, command: str) -> dict[str, Any]:
+        """The result of a command, from the master itself, whatever workers and gate do."""
+        result: dict[str, Any] = self.ask(json.dumps({"command": command}).encode() + b"\n")[-1]
+        return result["result"]  # type: ignore[no-any-return]
+
+    def status(self) -> dict[str, Any]:
+        """What `cpanbridged status --json` prints of a running daemon, without that command."""
+        return self.control("status")
 
     def call(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
         """One one-shot call; its result. Fails when the call does."""
@@ -207,7 +239,7 @@ class Daemon:
                 if "cpanbridged" not in " ".join(process.cmdline()):
                     continue
                 process.suspend()  # so that it replaces none of them
-                pids += [master, *(child.pid for child in process.children())]
+                pids += [master, *children_of(master)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -253,22 +285,23 @@ def imports_undone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _daemons() -> Iterator[NewDaemon]:
-    daemons: list[Daemon] = []
+def daemons() -> Iterator[NewDaemon]:
+    """Make daemons, and leave nothing of them at the end."""
+    made: list[Daemon] = []
 
     def make(config: str = "", **environment: str) -> Daemon:
         # Short, because a socket's path has 107 bytes at most.
         folder = Path(tempfile.mkdtemp(prefix="cb-", dir="/tmp"))
         kept = {k: v for k, v in os.environ.items() if not k.startswith("CPAN_BRIDGE_")}
         daemon = Daemon(folder, config, kept | environment)
-        daemons.append(daemon)
+        made.append(daemon)
         return daemon
 
     try:
         yield make
     finally:
-        faults = [daemon.log() for daemon in daemons if "step of the master" in daemon.log()]
-        for daemon in daemons:
+        faults = [daemon.log() for daemon in made if "step of the master" in daemon.log()]
+        for daemon in made:
             daemon.clean_up()
             shutil.rmtree(daemon.folder, ignore_errors=True)
         assert not faults, faults[0]
@@ -277,14 +310,14 @@ def _daemons() -> Iterator[NewDaemon]:
 @pytest.fixture
 def new_daemon() -> Iterator[NewDaemon]:
     """Make daemons: `new_daemon(config, **environment)`; not started yet."""
-    with _daemons() as make:
+    with daemons() as make:
         yield make
 
 
 @pytest.fixture(scope="module")
 def shared_daemon() -> Iterator[Daemon]:
     """As `daemon`, but one for all tests of a file: for tests that leave it as it was."""
-    with _daemons() as make:
+    with daemons() as make:
         yield make("workers = 2\nlimits.max_requests_per_minute = 0").run()
 
 

@@ -50,7 +50,7 @@ def expose_module(folder: Path, name: str, functions: str) -> Registry:
 def call(registry: Registry, module: str, function: str, params: Any = None) -> Any:
     """A call's result. Raises what the function raises, or Refusal."""
     request = Request(module, function, params)
-    outcome = call_target(registry.find(request), request, CLIENT)
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.result
+    result, error = call_target(registry.find(request), request, CLIENT)
+    if error is not None:
+        raise error
+    return result

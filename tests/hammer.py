@@ -19,7 +19,9 @@ class NotRunError(Exception):
 
 
 class Hammer:
-    """One-shot and framed clients at full speed, through one daemon's changes.
+    """One-shot and framed clients that call again and again, through one daemon's changes.
+
+    Each pauses for `pause` seconds between two calls.
 
     A framed client that receives the frame of length 0 sends its request again on another
     connection, as the wire format allows. Everything else that is not the right reply is recorded
@@ -28,9 +30,17 @@ class Hammer:
     With a `journal`, a file, the daemon records there which calls it runs: see `disagreements`.
     """
 
-    def __init__(self, path: str, one_shots: int, framed: int, journal: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        one_shots: int,
+        framed: int,
+        pause: float = 0.0,
+        journal: Path | None = None,
+    ) -> None:
         self._path = path
         self._journal = journal
+        self._pause = pause
         self._over = threading.Event()
         self._lock = threading.Lock()
         self.answered = 0
@@ -67,7 +77,7 @@ class Hammer:
             if outcome == ANSWERED and not has_run:
                 wrong.append(f"call {number} was answered, but has not run")
             if outcome == NOT_RUN and has_run:
-                wrong.append(f"call {number} has run, but its client was told that it has not")
+                wrong.append(f"call {number} has run, but its client received that it has not")
         return wrong
 
     def _next(self) -> int:
@@ -85,6 +95,7 @@ class Hammer:
             number = self._next()
             try:
                 life(number)
+                self._over.wait(self._pause)
             except Exception as error:
                 with self._lock:
                     self.errors.append(f"{life.__name__}: {type(error).__name__}: {error}")
@@ -93,7 +104,7 @@ class Hammer:
     def _request(self, number: int) -> tuple[str, dict[str, Any]]:
         if self._journal is None:
             return "echo", {"number": number}
-        return "keep_book", {"number": number, "file": str(self._journal)}
+        return "record", {"number": number, "file": str(self._journal)}
 
     def _check(self, number: int, reply: dict[str, Any], began: float) -> None:
         if reply.get("error", "").endswith("not run"):
@@ -131,4 +142,5 @@ class Hammer:
                         self.moved += 1
                         break
                     self._check(number, reply, began)
+                    self._over.wait(self._pause)
                     number = self._next()

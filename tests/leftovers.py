@@ -4,7 +4,6 @@ import contextlib
 import os
 from pathlib import Path
 
-import psutil
 from conftest import Daemon
 
 MEMORY = "/memfd:cpanbridged (deleted)"
@@ -21,11 +20,11 @@ def memory_of(daemon: Daemon) -> int:
 def users_of(folder: Path) -> list[int]:
     """Processes that have a file of a daemon's folder open, as all processes of a daemon have."""
     found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            links = Path(f"/proc/{process.pid}/fd").iterdir()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            links = Path(f"/proc/{pid}/fd").iterdir()
             if any(str(folder) in os.readlink(each) for each in links):
-                found.append(process.pid)
+                found.append(int(pid))
     return found
 
 

@@ -105,15 +105,20 @@ class Framed:
 
 
 def until(condition: Any, seconds: float = 20.0, what: str = "condition") -> Any:
-    """Wait until `condition()` is true and return its value; fail after `seconds`."""
+    """Wait until `condition()` is true and return its value; fail after `seconds`.
+
+    The pause between two attempts grows from 10 to 50 ms: what takes seconds costs few attempts.
+    """
     end = time.monotonic() + seconds
+    pause = 0.01
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > end:
             raise AssertionError(f"{what} did not come true within {seconds} s")
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(0.05, 1.2 * pause)
 
 
 def most_at_once(spans: Sequence[Sequence[float]]) -> int:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+PROGRAM = Path(__file__).with_name("line_client.py")
 
 
 class ClientProcess:
@@ -16,7 +16,7 @@ class ClientProcess:
 
     def __init__(self, path: str, form: str = "one-shot") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "stateful.py"), path, form],
+            [sys.executable, "-S", str(PROGRAM), path, form],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -67,29 +67,3 @@ class ClientProcess:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self.kill()
-
-
-def main(path: str, form: str) -> None:
-    from plain_client import Framed, request, send_one_shot
-
-    kept: Framed | None = None
-    for line in sys.stdin:
-        module, function, params, fields = json.loads(line)
-        reply: Any
-        try:
-            if form == "framed":
-                kept = kept or Framed(path, 90)
-                reply = kept.call(module, function, params, **fields)
-                if reply is None:
-                    kept = None
-            else:
-                body = json.dumps(request(module, function, params, **fields)).encode()
-                reply = json.loads(send_one_shot(path, body, timeout=90))
-        except (OSError, EOFError, ValueError) as error:
-            kept = None
-            reply = {"success": False, "error_type": "(lost)", "error": repr(error)}
-        print(json.dumps(reply), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -81,7 +81,7 @@ def test_nothing_in_the_supervisor_but_the_command_imports_workers() -> None:
         if room_of(name)[0] == "supervisor"
         and any(room_of(target)[0] == "workers" for target in targets)
     }
-    assert rooms == {"cli", "commands"}
+    assert rooms == {"commands"}
 
 
 def test_workers_import_only_the_shared_parts_of_the_supervisor() -> None:

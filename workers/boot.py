@@ -4,6 +4,7 @@ Called in the child.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import io
 import logging
@@ -19,12 +20,11 @@ import setproctitle
 from cpanbridge.supervisor.processes.context import WorkerContext, wait_to_begin
 from cpanbridge.supervisor.system.logs import LogError
 from cpanbridge.workers.modules.forks import clean_up_children
-from cpanbridge.workers.modules.orphans import end_with_master
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-# They reach the whole process group of a terminal, and are for the master alone.
-_FOR_THE_MASTER = (signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # see prctl(2)
+_prctl = ctypes.CDLL(None).prctl
 
 
 def run_and_exit(name: str, main: Callable[[], int]) -> NoReturn:
@@ -42,7 +42,7 @@ def run_and_exit(name: str, main: Callable[[], int]) -> NoReturn:
 def set_up(context: WorkerContext, title: str) -> None:
     """Undo what the master has set up for itself, and prepare to import modules."""
     _reset_signals(context)
-    _end_with_master(context)
+    _end_with_living_master(context)
     show_title(title)
     faulthandler.enable()
     # Writes all threads' stacks to the log, without needing the interpreter lock. The master sends
@@ -70,7 +70,7 @@ def set_up_forked(context: WorkerContext, title: str, parent: int) -> None:
     show_title(title)
     select.select([parent], [], [])
     os.close(parent)
-    _end_with_master(context)
+    _end_with_living_master(context)
     if not wait_to_begin(context.report):
         os._exit(0)
     reopen_logs(context)  # the master may have sent USR1 before it knew of this process
@@ -100,7 +100,16 @@ def reopen_logs(context: WorkerContext) -> None:
         LOGGER.error("Process %d: the log stays where it is: %s", os.getpid(), error)
 
 
-def _end_with_master(context: WorkerContext) -> None:
+def end_with_master(enabled: bool) -> None:
+    """Whether the kernel kills this process when the process that forked it ends.
+
+    It must not outlive its master, which alone can let it serve. Once booted, a worker reads the
+    end of the lifeline; while it imports modules it reads nothing, and an import may hang.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if enabled else 0, 0, 0, 0)
+
+
+def _end_with_living_master(context: WorkerContext) -> None:
     end_with_master(True)
     if select.select([context.lifeline], [], [], 0)[0]:
         os._exit(1)  # it had ended before the kernel was told
@@ -110,7 +119,8 @@ def _reset_signals(context: WorkerContext) -> None:
     """Undo the master's handlers. None is ignored: what modules start would inherit that."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGUSR1, lambda *_: reopen_logs(context))
-    for number in _FOR_THE_MASTER:
+    # These reach the whole process group of a terminal, and are for the master alone.
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

@@ -53,7 +53,7 @@ class Connections:
         self._keep_alive = keep_alive
         self._endings = endings
         self._step_aside = reader.step_aside
-        self._read_timeout = reader.read_timeout
+        self._read_timeout = reader.limits.read_timeout
         self._connection_table = calls.connection_table
 
     def is_quick(self, arrival: Arrival[Call]) -> bool:

@@ -1,8 +1,7 @@
 """A worker's main thread: it watches, and runs no module code.
 
-It watches for the master's death (the lifeline pipe ends), for signals, for the time, and for what
-client threads and other workers ask of it. So a module that hangs cannot keep the worker from
-seeing that it is to exit.
+It watches for the master's death (the lifeline pipe ends), signals, the time, and what client
+threads and other workers ask of it. So a module that hangs cannot keep the worker from exiting.
 
 The worker accepts its first client when the master puts its whole generation in service (an
 eventfd). TERM says that it is to exit; its slot says how. If the daemon stops, clients that wait
@@ -22,14 +21,9 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
-from cpanbridge.supervisor.memory.fields import (
-    COMMAND_RETIRE,
-    COMMAND_STOP,
-    RETIREMENT_HANGS,
-    RETIREMENT_NONE,
-    RETIREMENT_WORN,
-)
+from cpanbridge.supervisor.memory import fields
 from cpanbridge.supervisor.processes.context import WorkerContext
 from cpanbridge.workers import boot
 from cpanbridge.workers.modules.registry import Registry
@@ -39,11 +33,6 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 
 TICK_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.5
-
-
-def _with_jitter(requests: int) -> int:
-    """Up to a tenth more, so that workers that began together are not retired together."""
-    return requests + random.randrange(requests // 10 + 1)
 
 
 class MainThread:
@@ -57,19 +46,19 @@ class MainThread:
         self._slot = context.shared.slots[context.slot]
         self._wakeup = context.wakeups[context.slot].main
         self._cleanups = context.shared.header.cleanups  # that were asked for before
-        self._most_requests = _with_jitter(context.settings.max_requests)
+        # Up to a tenth more, so that workers that began together are not retired together.
+        most = context.settings.max_requests
+        self._most_requests = most + random.randrange(most // 10 + 1)
         self._exiting = self._closed = False
         self._exit_by = math.inf  # CLOCK_MONOTONIC seconds; once it is to exit
-        self._title = ""
         self._next_tick = 0.0
-        self._cleanup_thread: threading.Thread | None = None
+        self._cleanup_thread = threading.Thread()  # not started
         self._next_cleanup = time.monotonic() + self._limits.cleanup_interval
 
     def watch(self) -> None:
         """Serve until told to exit, or the master is gone; return when what ran has finished."""
         signals, wakeup = socket.socketpair()
-        for end in (signals, wakeup):
-            end.setblocking(False)
+        wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)  # heard through the wake-up descriptor
         context, service = self._context, self._service
@@ -86,7 +75,7 @@ class MainThread:
             if self._wakeup in ready:
                 service.check_listen_queue()
                 self._look_for_cleanup()
-            if service.broken:
+            if service.broken and not self._exiting:
                 self._retire(self._graceful_end())
             if context.opening in ready:
                 selector.unregister(context.opening)
@@ -99,13 +88,13 @@ class MainThread:
                 break
             if signals in ready and signal.SIGTERM in signals.recv(4096):
                 exit_by = self._slot.exit_by / 1e9 or math.inf
-                if self._slot.command == COMMAND_STOP:
+                if self._slot.command == fields.COMMAND_STOP:
                     self._stop(exit_by)
                     break
-                retired = self._slot.command == COMMAND_RETIRE
+                retired = self._slot.command == fields.COMMAND_RETIRE
                 self._retire(exit_by if retired else self._graceful_end())
         service.wait_for_rejected(min(1.0, self._exit_by - time.monotonic()))
-        self._run_hooks("shutdown", self._exit_by - time.monotonic())
+        self._end_sessions()
 
     def _until_next_check(self) -> float:
         now = time.monotonic()
@@ -114,35 +103,32 @@ class MainThread:
             self._tick(now)
         seconds = min(self._service.check(), self._next_tick - now)
         if self._service.hangs:
-            self._ask_to_be_retired(RETIREMENT_HANGS)
+            self._ask_to_be_retired(fields.RETIREMENT_HANGS)
         if self._exiting:
             seconds = min(seconds, self._exit_by - time.monotonic())
         return max(0.0, seconds)
 
     def _tick(self, now: float) -> None:
-        self._show_title()
+        context, most = self._context, self._service.most_threads
+        busy = min(self._service.serving, most)
+        boot.show_title(f"worker {context.slot} gen {context.generation} busy {busy}/{most}")
         self._service.check_listen_queue()
         admitted = self._slot.admitted - self._slot.admitted_before
         if self._most_requests and admitted >= self._most_requests:
-            self._ask_to_be_retired(RETIREMENT_WORN)
+            self._ask_to_be_retired(fields.RETIREMENT_WORN)
         if now >= self._next_cleanup:
             self._next_cleanup = now + self._limits.cleanup_interval
-            self._start_cleanup()
-
-    def _show_title(self) -> None:
-        most = self._service.most_threads
-        busy = min(self._service.serving, most)
-        context = self._context
-        title = f"worker {context.slot} gen {context.generation} busy {busy}/{most}"
-        if title != self._title:
-            self._title = title
-            boot.show_title(title)
+            if not self._cleanup_thread.is_alive():
+                self._cleanup_thread = self._start(self._run_hooks, "cleanup_stale_resources")
 
     def _ask_to_be_retired(self, request: int) -> None:
         slot = self._slot
         before = slot.retirement_request
         # A worn worker that hangs besides is killed sooner: that is another request.
-        if before == RETIREMENT_NONE or (request, before) == (RETIREMENT_HANGS, RETIREMENT_WORN):
+        if before == fields.RETIREMENT_NONE or (request, before) == (
+            fields.RETIREMENT_HANGS,
+            fields.RETIREMENT_WORN,
+        ):
             slot.retirement_request = request
             os.eventfd_write(self._context.retirement_request, 1)
 
@@ -177,8 +163,9 @@ class MainThread:
         if not self._exiting:
             return False
         service = self._service
-        if service.is_drained:
-            self._close()
+        if service.is_drained and not self._closed:
+            self._closed = True
+            service.close()
         if service.accepts_none:
             self._slot.shut = 1
         if self._closed and service.has_finished():
@@ -189,11 +176,6 @@ class MainThread:
         self._say_what_is_cut(service.cut(LAST_WORDS_SECONDS))
         return True
 
-    def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._service.close()
-
     def _stop(self, exit_by: float) -> None:
         """The daemon ends: finish what runs, and tell all other clients so."""
         self._exit_by = exit_by
@@ -202,11 +184,8 @@ class MainThread:
 
     def _say_what_is_cut(self, connections: int) -> None:
         if connections:
-            LOGGER.warning(
-                "Worker %d: %d connections still busy at the end of their time, cutting them",
-                self._context.slot,
-                connections,
-            )
+            what = "Worker %d: %d connections still busy at the end of their time, cutting them"
+            LOGGER.warning(what, self._context.slot, connections)
 
     # -- the modules' hooks --
 
@@ -217,28 +196,28 @@ class MainThread:
             self._cleanups = asked
             self._service.drainer.close_stale()
 
-    def _start_cleanup(self) -> None:
-        if self._cleanup_thread is None or not self._cleanup_thread.is_alive():
-            self._cleanup_thread = self._hook_thread("cleanup_stale_resources")
-            self._cleanup_thread.start()
+    def _end_sessions(self) -> None:
+        """Close what modules keep for clients, and run their `shutdown` hooks."""
 
-    def _run_hooks(self, name: str, seconds: float) -> None:
-        thread = self._hook_thread(name)
-        thread.start()
-        thread.join(max(1.0, min(seconds, self._limits.graceful_timeout)))
+        def run(hook: str) -> None:
+            self._service.close_sessions()
+            self._run_hooks(hook)
+
+        seconds = min(self._exit_by - time.monotonic(), self._limits.graceful_timeout)
+        thread = self._start(run, "shutdown")
+        thread.join(max(1.0, seconds))
         if thread.is_alive():
-            LOGGER.warning("Worker %d: a %s() hook does not return", self._context.slot, name)
+            LOGGER.warning("Worker %d: a shutdown() hook does not return", self._context.slot)
 
-    def _hook_thread(self, name: str) -> threading.Thread:
-        """A thread, so that a hook that hangs keeps no signal from being heard."""
+    def _start(self, run: Callable[[str], None], hook: str) -> threading.Thread:
+        """Run hooks in a thread, so that one that hangs keeps no signal from being heard."""
+        thread = threading.Thread(target=run, args=(hook,), name=hook, daemon=True)
+        thread.start()
+        return thread
 
-        def run_all() -> None:
-            if name == "shutdown":
-                self._service.close_sessions()
-            for module, hook in self._registry.hooks(name):
-                try:
-                    hook()
-                except BaseException:
-                    LOGGER.exception("%s.%s() failed", module, name)
-
-        return threading.Thread(target=run_all, name=name, daemon=True)
+    def _run_hooks(self, name: str) -> None:
+        for module, hook in self._registry.hooks(name):
+            try:
+                hook()
+            except BaseException:
+                LOGGER.exception("%s.%s() failed", module, name)

@@ -57,7 +57,7 @@ class Service:
         placement = Placement(
             Affinity(ownership, self._sessions, dispatcher, limits.stale_timeout),
             self._sessions,
-            Balancer(shared, slot, self._outgoing),
+            Balancer(shared, slot, self._outgoing, settings.threads),
             dispatcher,
             self.drainer,
         )

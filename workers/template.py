@@ -1,8 +1,7 @@
 """A template process: imports a generation's modules once, and forks workers that have them.
 
-Everything here runs in the template process, which has one thread. It imports what workers can
-share, reports the result, and waits for commands to fork a worker. It ends when the master closes
-its end of the command socket, or ends itself.
+The template process has one thread. It imports what workers can share, reports the result, and
+waits for commands to fork a worker. It ends when the master closes the command socket, or ends.
 """
 
 import gc
@@ -37,7 +36,10 @@ def _serve(context: TemplateContext) -> int:
     name = f"template gen {context.worker.generation}"
     boot.set_up(context.worker, f"{name} imports")
     loader = Loader(context.worker.settings, builtin.NAMES)
-    imports = _import_all(context, loader)
+    try:
+        imports = preload(loader, context.worker.settings, context.kept_out)
+    except ModuleLoadError as error:
+        imports = Imports(error=str(error))
     if imports.error is not None or imports.unfit:
         end_children()  # this process ends, and nothing will use them
         tell_imports(context.commands, imports)
@@ -53,13 +55,6 @@ def _serve(context: TemplateContext) -> int:
         _fork(context, loader, context.worker._replace(slot=slot, report=report))
         os.close(report)
     return 0
-
-
-def _import_all(context: TemplateContext, loader: Loader) -> Imports:
-    try:
-        return preload(loader, context.worker.settings, context.kept_out)
-    except ModuleLoadError as error:
-        return Imports(error=str(error))
 
 
 def _fork(context: TemplateContext, loader: Loader, worker_context: WorkerContext) -> None:

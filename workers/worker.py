@@ -1,14 +1,15 @@
 """One worker process: boot, serve, exit.
 
-Everything here runs in the worker process, in its main thread. It imports the modules, as far as
-the template that it was forked from has not, and reports ready. From then on the main thread only
-watches (`main_thread.py`), and client threads run everything else.
+Its main thread imports the modules, as far as the template that it was forked from has not, and
+reports ready. From then on it only watches (`main_thread.py`), and client threads run everything
+else.
 """
 
 import gc
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from cpanbridge.supervisor.processes.context import WorkerContext, send_report
@@ -16,7 +17,6 @@ from cpanbridge.workers import boot
 from cpanbridge.workers.main_thread import MainThread
 from cpanbridge.workers.modules import builtin
 from cpanbridge.workers.modules.loader import Loader, ModuleLoadError
-from cpanbridge.workers.modules.orphans import end_with_master
 from cpanbridge.workers.modules.registry import Registry
 from cpanbridge.workers.service import Service
 
@@ -30,12 +30,7 @@ SWITCH_SECONDS = 0.0005
 
 def run(context: WorkerContext) -> NoReturn:
     """Be a worker. Called in the child, right after the fork; ends the process."""
-
-    def work() -> int:
-        boot.set_up(context, _boot_title(context))
-        return _work(context, Loader(context.settings, builtin.NAMES))
-
-    boot.run_and_exit(f"Worker {context.slot}", work)
+    _run(context, lambda title: boot.set_up(context, title), None)
 
 
 def run_forked(context: WorkerContext, loader: Loader, parent: int) -> NoReturn:
@@ -43,16 +38,15 @@ def run_forked(context: WorkerContext, loader: Loader, parent: int) -> NoReturn:
 
     `parent` is a pidfd of the process between the two.
     """
+    _run(context, lambda title: boot.set_up_forked(context, title, parent), loader)
 
+
+def _run(context: WorkerContext, set_up: Callable[[str], None], loader: Loader | None) -> NoReturn:
     def work() -> int:
-        boot.set_up_forked(context, _boot_title(context), parent)
-        return _work(context, loader)
+        set_up(f"worker {context.slot} gen {context.generation} boots")
+        return _work(context, loader or Loader(context.settings, builtin.NAMES))
 
     boot.run_and_exit(f"Worker {context.slot}", work)
-
-
-def _boot_title(context: WorkerContext) -> str:
-    return f"worker {context.slot} gen {context.generation} boots"
 
 
 def _work(context: WorkerContext, loader: Loader) -> int:
@@ -65,7 +59,7 @@ def _work(context: WorkerContext, loader: Loader) -> int:
         return 1
     service = Service(context, registry)
     main_thread = MainThread(context, service, registry)
-    end_with_master(False)  # from now on it finishes what it runs
+    boot.end_with_master(False)  # from now on it finishes what it runs
     send_report(context.report, None)
     os.close(context.report)
     main_thread.watch()
@@ -76,7 +70,7 @@ def _boot(context: WorkerContext, loader: Loader) -> Registry:
     names: list[str] = []
     built_in = builtin.built_in(context.shared, context.settings, lambda: names, context.wakeups)
     registry = loader.load(built_in)
-    names.extend(registry.names)
+    names.extend(sorted(registry.exposed))
     for name, reason in registry.left_out.items():
         LOGGER.warning("Worker %d: module %s is left out: %s", context.slot, name, reason)
     # What is loaded now stays; the collector need not visit it again and again.

@@ -9,41 +9,30 @@ from typing import Any
 import msgspec
 
 from cpanbridge.supervisor import daemon
-from cpanbridge.supervisor.commands.common import (
-    DONE,
-    FAILED,
-    NOT_RUNNING,
-    CommandError,
-    load,
-    load_modules,
-    locate,
-    report_not_running,
-)
-from cpanbridge.supervisor.config import ConfigError, Load, Loaded
+from cpanbridge.supervisor.commands import common
+from cpanbridge.supervisor.commands.common import FAILED, CommandError, not_running
+from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError, Settings
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.listening import listener
-from cpanbridge.supervisor.listening.instance import InstanceError
-from cpanbridge.supervisor.listening.listener import ListenError
 from cpanbridge.supervisor.processes.context import Mains
 from cpanbridge.supervisor.system import daemonize
-from cpanbridge.supervisor.system.logs import LogError
 from cpanbridge.supervisor.system.privileges import PrivilegeError
 from cpanbridge.workers import template, worker
 
-# The master forks processes that run these; it imports no worker code itself.
+# What the forked processes run. The rooms below receive it and import nothing of `workers`.
 MAINS = Mains(worker.run, template.run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """`cpanbridged run`."""
     reasons: list[str] = []
     terminal = os.dup(2)  # for the reason why it does not start: log_file replaces standard error
+
+    def on_ready(reason: str | None) -> None:
+        if reason:
+            reasons.append(reason)
+
     try:
-        status = daemon.serve(
-            lambda: load(options),
-            MAINS,
-            lambda reason: reasons.append(reason) if reason else None,
-        )
+        status = daemon.serve(partial(common.load, options), MAINS, on_ready)
     finally:
         os.dup2(terminal, 2)
     if status and reasons:
@@ -51,8 +40,7 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def start(options: argparse.Namespace) -> int:
-    """`cpanbridged start`."""
+def start(options: argparse.Namespace) -> None:
     settings = _load_for_background(options).settings
     load_again = partial(_load_for_background, options)
     with client.shown_progress() as show:
@@ -66,64 +54,55 @@ def start(options: argparse.Namespace) -> int:
         f"Started: pid {outcome.pid}, {settings.worker_count} workers, "
         f"listening on {', '.join(settings.sockets)}, log {settings.log_file}"
     )
-    return DONE
 
 
 def take_over(options: argparse.Namespace) -> int:
     """`cpanbridged run` or `start`, executed by a running master that it is to replace."""
-    reader = load if options.command == "run" else _load_for_background
+    reader = common.load if options.command == "run" else _load_for_background
     return daemon.take_over(partial(reader, options), MAINS)
 
 
-def stop(options: argparse.Namespace) -> int:
-    """`cpanbridged stop`."""
-    settings = locate(options)
-    with client.shown_progress() as show:
-        pid = client.stop(settings, show)
-    if pid is None:
-        return report_not_running(settings)
-    print(f"Stopped: pid {pid}")
-    return DONE
+def stop(options: argparse.Namespace) -> None:
+    settings = common.locate(options)
+    if not _stop(settings):
+        raise not_running(settings)
 
 
-def restart(options: argparse.Namespace) -> int:
-    """`cpanbridged restart`."""
-    settings = load(options).settings
-    # All that can be known to fail is tried before anything is stopped.
-    listener.group_id(settings.socket_group)
-    error = daemonize.try_in_child(lambda: load_modules(settings))
-    if error is not None:
-        raise CommandError(f"nothing stopped, because it would not start again: {error}")
+def _stop(settings: Settings) -> bool:
+    """Stop the daemon; False: none runs."""
     with client.shown_progress() as show:
         pid = client.stop(settings, show)
     if pid is not None:
         print(f"Stopped: pid {pid}")
-    return start(options)
+    return pid is not None
 
 
-def reload(options: argparse.Namespace) -> int:
-    """`cpanbridged reload`."""
+def restart(options: argparse.Namespace) -> None:
+    settings = common.load(options).settings
+    # All that can be known to fail is tried before anything is stopped.
+    listener.group_id(settings.socket_group)
+    error = daemonize.try_in_child(lambda: common.load_modules(settings))
+    if error is not None:
+        raise CommandError(f"nothing stopped, because it would not start again: {error}")
+    _stop(settings)
+    start(options)
+
+
+def reload(options: argparse.Namespace) -> None:
     result = _request(options, "reload", "not reloaded")
-    if result is None:
-        return NOT_RUNNING
     print(f"Reloaded: generation {result['generation']}, {result['workers']} workers")
-    return DONE
 
 
-def upgrade(options: argparse.Namespace) -> int:
-    """`cpanbridged upgrade`."""
+def upgrade(options: argparse.Namespace) -> None:
     result = _request(options, "upgrade", "not upgraded")
-    if result is None:
-        return NOT_RUNNING
     with client.shown_progress() as show:
-        client.wait_until_running(locate(options), show)
+        client.wait_until_running(common.locate(options), show)
     print(f"Upgraded: pid {result['pid']}")
-    return DONE
 
 
 def _load_for_background(options: argparse.Namespace) -> Loaded:
     """The configuration of a daemon without a terminal: it needs a log file."""
-    loaded = load(options)
+    loaded = common.load(options)
     settings = loaded.settings
     if settings.log_file != "stderr":
         return loaded
@@ -136,18 +115,17 @@ def _serve_in_background(load_again: Load, report: Callable[[str | None], None])
     """Called in the process that `daemonize` has forked; `report` sends the command an error."""
     try:
         return daemon.serve(load_again, MAINS, report)
-    except (ConfigError, InstanceError, ListenError, LogError, PrivilegeError) as error:
+    except OperatorError as error:
         report(str(error))
         return FAILED
 
 
 def _request(options: argparse.Namespace, command: str, failure: str) -> Any:
-    """The result of a command that the running daemon executes; None when none runs."""
+    """The result of a command that the running daemon executes."""
     try:
-        settings = locate(options)
+        settings = common.locate(options)
         if client.master_pid(settings) is None:
-            report_not_running(settings)
-            return None
+            raise not_running(settings)
         with client.shown_progress() as show:
             return client.ask(settings, command, None, show)
     except client.EndedError as error:

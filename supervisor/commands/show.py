@@ -10,28 +10,25 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from cpanbridge.supervisor.commands import common
 from cpanbridge.supervisor.commands.common import (
-    DONE,
     NOT_RUNNING,
     WRONG_USAGE,
-    load,
-    load_modules,
-    locate,
-    report_not_running,
+    CommandError,
+    not_running,
 )
 from cpanbridge.supervisor.control import client, one_call
 from cpanbridge.supervisor.listening import listener
-from cpanbridge.supervisor.reports.status import load_lines, when
-from cpanbridge.supervisor.system.log_text import format_duration
-from cpanbridge.supervisor.system.privileges import identity
+from cpanbridge.supervisor.system import privileges
+from cpanbridge.supervisor.system.log_text import TIME, format_duration
 
 
 def status(options: argparse.Namespace) -> int:
-    """`cpanbridged status`."""
-    settings = locate(options)
+    settings = common.locate(options)
     pid = client.master_pid(settings)
     state = client.describe(pid, settings) if pid is not None else None
     if options.json:
@@ -39,85 +36,93 @@ def status(options: argparse.Namespace) -> int:
     elif state is None:
         print(f"not running at {settings.sockets[0]}")
     else:
-        _print_status(state)
-    return DONE if state else NOT_RUNNING
+        print("\n  ".join(_status_lines(state)))
+    return 0 if state else NOT_RUNNING
 
 
-def _print_status(state: dict[str, Any]) -> None:
+def _status_lines(state: dict[str, Any]) -> Iterator[str]:
     up = format_duration(state["uptime_seconds"])
-    print(
-        f"{state['state']}: pid {state['pid']}, up {up}, listening on {', '.join(state['sockets'])}"
-    )
+    sockets = ", ".join(state["sockets"])
+    yield f"{state['state']}: pid {state['pid']}, up {up}, listening on {sockets}"
     if "gate" in state:
-        for line in load_lines(state["gate"], state["resource_status"]):
-            print(f"  {line}")
+        yield from _load_lines(state["gate"], state["resource_status"])
     for each in state.get("templates", ()):
-        print(f"  pid {each['pid']}: template gen {each['generation']} {each['state']}")
+        yield f"pid {each['pid']}: template gen {each['generation']} {each['state']}"
     for each in state["workers"]:
-        print(f"  pid {each['pid']}: {each['title']}")
+        yield f"pid {each['pid']}: {each['title']}"
     if "problem" in state:
-        print(f"  the master does not answer: {state['problem']}")
+        yield f"the master does not answer: {state['problem']}"
     last = state.get("last_reload")
     if last is not None:
+        when = time.strftime(TIME, time.localtime(last["at"]))
         how = f"failed: {last['error']}" if last["error"] else f"generation {last['generation']}"
-        print(f"  last reload, {when(last['at'])}: {how}")
+        yield f"last reload, {when}: {how}"
 
 
-def metrics(options: argparse.Namespace) -> int:
-    """`cpanbridged metrics`."""
-    settings = locate(options)
+def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
+    minute = gate["max_requests_per_minute"]
+    yield (
+        f"gate {gate['verdict']} for {gate['verdict_seconds']:.0f} s: "
+        f"{gate['connections']} of {gate['max_connections']} connections, "
+        f"{gate['running']} of {gate['max_concurrent_requests']} requests running, "
+        f"{gate['admitted_last_minute']}{f' of {minute}' if minute else ''} in the last minute"
+    )
+    yield (
+        f"memory {load['memory_mb']:.1f}MB, CPU {load['cpu_percent']:.1f}% "
+        f"(peaks {load['peak_memory']:.1f}MB, {load['peak_cpu']:.1f}%)"
+    )
+    if waiting := gate["waiting_clients"] + gate["waiting_requests"]:
+        yield f"{waiting} clients wait for room"
+    yield from (*load["violations"], *load["warnings"])
+
+
+def metrics(options: argparse.Namespace) -> None:
+    settings = common.locate(options)
     numbers = client.numbers(settings)
     if numbers is None:
-        return report_not_running(settings)
+        raise not_running(settings)
     if options.json:
         print(json.dumps(numbers["metrics"]))
     else:
         from cpanbridge.supervisor.reports import prometheus
 
         sys.stdout.write(prometheus.text(numbers))
-    return DONE
 
 
-def top(options: argparse.Namespace) -> int:
-    """`cpanbridged top`."""
+def top(options: argparse.Namespace) -> None:
     if not options.once and not sys.stdout.isatty():
-        print("cpanbridged: top needs a terminal; --once prints one screen", file=sys.stderr)
-        return WRONG_USAGE
-    settings = locate(options)
+        raise CommandError("top needs a terminal; --once prints one screen", WRONG_USAGE)
+    settings = common.locate(options)
     if client.master_pid(settings) is None:
-        return report_not_running(settings)
+        raise not_running(settings)
     from cpanbridge.supervisor.control import top as live
 
-    if options.once:
-        found = live.print_once(settings, options.interval)
-        return DONE if found else report_not_running(settings)
-    live.run(settings, options.interval)
-    return DONE
+    if not options.once:
+        live.run(settings, options.interval)
+    elif not live.print_once(settings, options.interval):
+        raise not_running(settings)
 
 
-def check(options: argparse.Namespace) -> int:
-    """`cpanbridged check`."""
-    loaded = load(options)
+def check(options: argparse.Namespace) -> None:
+    loaded = common.load(options)
     settings = loaded.settings
-    daemon_identity = identity(settings)
-    for path in settings.sockets:
-        if settings.listen is not None:
-            owner = daemon_identity.uid if daemon_identity is not None else None
-            listener.prepare_folder(path, create=False, owner=owner)
+    user = privileges.identity(settings)
+    for path in settings.listen or ():
+        owner = user.uid if user is not None else None
+        listener.prepare_folder(path, create=False, owner=owner)
     listener.group_id(settings.socket_group)
     with _output_to_standard_error():
-        registry = load_modules(settings)
+        registry = common.load_modules(settings)
     print(f"configuration: {loaded.source}: fine")
     for warning in loaded.warnings:
         print(f"note: {warning}")
     print(f"sockets: {', '.join(settings.sockets)}")
     print(f"workers: {settings.worker_count}")
-    for name in registry.names:
-        functions = ", ".join(registry.functions_of(name)) or "no functions"
-        print(f"module {name} (affinity {registry.affinity_of(name)}): {functions}")
+    for name, module in sorted(registry.exposed.items()):
+        functions = ", ".join(sorted(module.functions)) or "no functions"
+        print(f"module {name} (affinity {module.affinity}): {functions}")
     for name, reason in registry.left_out.items():
         print(f"module {name}: left out: {reason}")
-    return DONE
 
 
 @contextlib.contextmanager
@@ -134,28 +139,20 @@ def _output_to_standard_error() -> Iterator[None]:
         os.close(kept)
 
 
-def call(options: argparse.Namespace) -> int:
-    """`cpanbridged call`."""
-    path = (
-        options.socket or os.environ.get("CPAN_BRIDGE_SOCKET") or load(options).settings.sockets[0]
-    )
+def call(options: argparse.Namespace) -> None:
+    path = options.socket or os.environ.get("CPAN_BRIDGE_SOCKET")
+    path = path or common.load(options).settings.sockets[0]
     try:
         params = _strict_json(options.params)
     except ValueError as error:
-        print(f"cpanbridged: JSON: {error}", file=sys.stderr)
-        return WRONG_USAGE
-    try:
-        result = one_call.call(path, options.module, options.function, params, options.timeout)
-    except one_call.NotRunningError as error:
-        print(f"cpanbridged: not running: {error}; try cpanbridged start", file=sys.stderr)
-        return NOT_RUNNING
+        raise CommandError(f"JSON: {error}", WRONG_USAGE) from None
+    result = one_call.call(path, options.module, options.function, params, options.timeout)
     text = json.dumps(result, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:  # JSON's own escapes lose nothing
         text = json.dumps(result, indent=2)
     print(text)
-    return DONE
 
 
 def _strict_json(text: str) -> Any:

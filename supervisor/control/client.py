@@ -6,6 +6,7 @@ the `cpanbridged` command.
 """
 
 import contextlib
+import io
 import math
 import os
 import select
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from cpanbridge.supervisor.config import KILL_MARGIN, Settings
+from cpanbridge.supervisor.config import KILL_MARGIN, OperatorError, Settings
 from cpanbridge.supervisor.control.server import Reply, Request
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import running_pid
@@ -35,8 +36,8 @@ _POLL_SECONDS = 0.2
 Show = Callable[[str], None]
 
 
-class ControlError(Exception):
-    """The master was not reached, or the command failed; one line that says why and what to do."""
+class ControlError(OperatorError):
+    """The master was not reached, or the command failed."""
 
 
 class EndedError(ControlError):
@@ -62,43 +63,30 @@ def shown_progress() -> Iterator[Show]:
         sys.stderr.flush()
 
 
-class Exchange:
-    """One request to the master, and its replies. Raises ControlError if it cannot be sent."""
+def _request(settings: Settings, command: str) -> socket.socket:
+    """A connection to the master, with the request sent. Raises ControlError."""
+    path = settings.sockets[0] + listener.CONTROL
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # With a full listen queue connect(2) waits for SO_SNDTIMEO. With Python's own timeout, for
+    # which the descriptor is non-blocking, it would fail at once (EAGAIN).
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
+    try:
+        connection.connect(path)
+        connection.settimeout(_CONNECT_SECONDS)
+        connection.sendall(msgspec.json.encode(Request(command)) + b"\n")
+    except OSError as error:
+        connection.close()
+        raise ControlError(f"{path}: {error.strerror or error}") from None
+    return connection
 
-    def __init__(self, settings: Settings, command: str) -> None:
-        self._path = settings.sockets[0] + listener.CONTROL
-        self._lines = bytearray()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # With a full listen queue connect(2) waits for SO_SNDTIMEO. With Python's own timeout, for
-        # which the descriptor is non-blocking, it would fail at once (EAGAIN).
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
-        try:
-            self._socket.connect(self._path)
-            self._socket.settimeout(_CONNECT_SECONDS)
-            self._socket.sendall(msgspec.json.encode(Request(command)) + b"\n")
-        except OSError as error:
-            self._socket.close()
-            raise ControlError(f"{self._path}: {error.strerror or error}") from None
 
-    def close(self) -> None:
-        """End the exchange."""
-        self._socket.close()
-
-    def fileno(self) -> int:
-        """For poll(2): readable when there is a reply, or the end."""
-        return self._socket.fileno()
-
-    def receive(self) -> list[Reply] | None:
-        """Wait for replies; None at the end."""
-        try:
-            data = self._socket.recv(65536)
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, rest = bytes(self._lines + data).split(b"\n")
-        self._lines = bytearray(rest)
-        return [msgspec.json.decode(line, type=Reply) for line in lines]
+def _next_reply(lines: io.RawIOBase | io.BufferedIOBase) -> Reply | None:
+    """Wait for a reply; None at the end. Raises TimeoutError."""
+    try:
+        line = lines.readline()
+    except ConnectionError:
+        return None
+    return msgspec.json.decode(line, type=Reply) if line.endswith(b"\n") else None
 
 
 def ask(settings: Settings, command: str, timeout: float | None, show: Show) -> Any:
@@ -106,23 +94,18 @@ def ask(settings: Settings, command: str, timeout: float | None, show: Show) -> 
 
     Raises ControlError, with the reason when the master refuses or fails; EndedError when it ends.
     """
-    exchange = Exchange(settings, command)
-    try:
-        poll = select.poll()
-        poll.register(exchange, select.POLLIN)
-        while poll.poll(timeout * 1000 if timeout is not None else None):
-            replies = exchange.receive()
-            if replies is None:
-                raise EndedError("the master hung up before it answered; its log may say why")
-            for reply in replies:
+    with _request(settings, command) as connection, connection.makefile("rb") as lines:
+        connection.settimeout(timeout)
+        try:
+            while reply := _next_reply(lines):
                 if reply.error is not None:
                     raise ControlError(reply.error)
                 if reply.progress is None:
                     return reply.result
                 show(reply.progress)
-        raise ControlError(f"the master does not answer within {timeout:g} s")
-    finally:
-        exchange.close()
+        except TimeoutError:
+            raise ControlError(f"the master does not answer within {timeout:g} s") from None
+    raise EndedError("the master hung up before it answered; its log may say why")
 
 
 def wait_until_running(settings: Settings, show: Show) -> None:
@@ -134,29 +117,27 @@ def wait_until_running(settings: Settings, show: Show) -> None:
 def watch_until(descriptor: int, settings: Settings, show: Show, seconds: float = math.inf) -> bool:
     """Show the master's progress until a descriptor is readable; False: not in time."""
     until = time.monotonic() + seconds
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    exchange: Exchange | None = None
-    try:
+    replies: io.RawIOBase | None = None
+    watched: list[int | io.RawIOBase] = [descriptor]
+    with contextlib.ExitStack() as stack:
         while (left := until - time.monotonic()) > 0:
-            ready = [fd for fd, _ in poll.poll(min(_POLL_SECONDS, left) * 1000)]
+            ready, _, _ = select.select(watched, [], [], min(_POLL_SECONDS, left))
             if descriptor in ready:
                 return True
-            if exchange is None:
+            if replies is None:
                 # A master that does not listen yet, or no longer: the descriptor will say so.
                 with contextlib.suppress(ControlError):
-                    exchange = Exchange(settings, "watch")
-                    poll.register(exchange, select.POLLIN)
+                    connection = stack.enter_context(_request(settings, "watch"))
+                    # Without a buffer: what has arrived and is not read keeps it readable.
+                    replies = stack.enter_context(connection.makefile("rb", buffering=0))
+                    watched.append(replies)
             elif ready:
-                replies = exchange.receive()
-                if replies is None:
-                    poll.unregister(exchange)
-                for reply in replies or ():
+                reply = _next_reply(replies)
+                if reply is None:
+                    watched.remove(replies)
+                else:
                     show(reply.progress or "")
-        return False
-    finally:
-        if exchange is not None:
-            exchange.close()
+    return False
 
 
 def master_pid(settings: Settings) -> int | None:
@@ -191,7 +172,11 @@ def stop(settings: Settings, show: Show) -> int | None:
         if master_pid(settings) != pid:
             raise ControlError(f"the daemon at {path} changed meanwhile; try again")
         signal.pidfd_send_signal(handle, signal.SIGTERM)
-        _wait_for_end(handle, pid, settings, show)
+        seconds = settings.limits.graceful_timeout + KILL_MARGIN + _STOP_MARGIN
+        if not watch_until(handle, settings, show, seconds):
+            raise ControlError(
+                f"pid {pid} is still stopping after {seconds:g} s; kill -QUIT {pid} ends it at once"
+            )
     except PermissionError:
         raise ControlError(f"not allowed to stop pid {pid}: it is another user's") from None
     except ProcessLookupError:
@@ -202,7 +187,7 @@ def stop(settings: Settings, show: Show) -> int | None:
 
 
 def numbers(settings: Settings) -> dict[str, Any] | None:
-    """The master's numbers (see `reports.numbers`), whatever the workers do; None: none runs.
+    """The master's numbers (see `reports.answers`), whatever the workers do; None: none runs.
 
     Raises ControlError, ListenError, InstanceError, PrivilegeError.
     """
@@ -210,14 +195,6 @@ def numbers(settings: Settings) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = ask(settings, "metrics", _STATUS_SECONDS, lambda _: None)
     return result
-
-
-def _wait_for_end(handle: int, pid: int, settings: Settings, show: Show) -> None:
-    seconds = settings.limits.graceful_timeout + KILL_MARGIN + _STOP_MARGIN
-    if not watch_until(handle, settings, show, seconds):
-        raise ControlError(
-            f"pid {pid} is still stopping after {seconds:g} s; kill -QUIT {pid} ends it at once"
-        )
 
 
 def describe(pid: int, settings: Settings) -> dict[str, Any] | None:

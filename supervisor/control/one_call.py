@@ -2,20 +2,24 @@
 
 import socket
 import struct
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
+
+from cpanbridge.supervisor.config import OperatorError
 
 _HEADER = struct.Struct(">I")
 _REPLY_SECONDS = 1.0  # for the daemon to report that a call took too long
 
 
-class CallError(Exception):
-    """A call was not made, or its reply is an error; one line."""
+class CallError(OperatorError):
+    """A call was not made, or its reply is an error."""
 
 
 class NotRunningError(CallError):
     """Nothing listens at the socket."""
+
+    exit_status = 3
 
 
 def call(path: str, module: str, function: str, params: Any, timeout: float) -> Any:
@@ -30,16 +34,18 @@ def call(path: str, module: str, function: str, params: Any, timeout: float) -> 
         try:
             connection.connect(path)
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NotRunningError(f"{path}: {error.strerror}") from None
+            text = f"not running: {path}: {error.strerror}; try cpanbridged start"
+            raise NotRunningError(text) from None
         except OSError as error:
             raise CallError(f"{path}: {error.strerror or error}") from None
         try:
             body = msgspec.json.encode(request)
             connection.sendall(_HEADER.pack(len(body)) + body)
-            (length,) = _HEADER.unpack(_receive(connection, _HEADER.size))
-            if length == 0:
-                raise CallError("the daemon is shutting down; the call was not run")
-            reply = msgspec.json.decode(_receive(connection, length))
+            with connection.makefile("rb") as replies:
+                (length,) = _HEADER.unpack(_read(replies, _HEADER.size))
+                if length == 0:
+                    raise CallError("the daemon is shutting down; the call was not run")
+                reply = msgspec.json.decode(_read(replies, length))
         except TimeoutError:
             raise CallError(f"no reply within {timeout:g} s") from None
         except OSError as error:
@@ -49,11 +55,8 @@ def call(path: str, module: str, function: str, params: Any, timeout: float) -> 
     return reply["result"]
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = connection.recv(min(size - len(data), 1 << 20))
-        if not chunk:
-            raise CallError("connection closed without a reply; the call may have run")
-        data += chunk
-    return bytes(data)
+def _read(replies: BinaryIO, size: int) -> bytes:
+    data = replies.read(size)
+    if len(data) < size:
+        raise CallError("connection closed without a reply; the call may have run")
+    return data

@@ -21,33 +21,27 @@ Numbers = dict[str, Any]
 BY_TIME, BY_CALLS = "time", "calls"
 _BAR = 10  # columns
 _LOAD_ROWS = 3
-_TABLES = 3
-_EDGES = 2 * _TABLES  # a table's header, and the line above it
+_EDGES = 2  # a table's header, and the line above it
 _FEWEST_ROWS = 2  # of each table, however small the screen is
 
 
 class Sample(NamedTuple):
-    """The numbers, and those of the sample before, if it was of the same daemon."""
+    """The numbers, and those of the sample before if it was of the same daemon, else the same."""
 
     now: Numbers
-    before: Numbers | None
+    before: Numbers
 
     @classmethod
     def of(cls, now: Numbers, before: Numbers | None) -> "Sample":
         """Numbers of another daemon are discarded: rates between the two mean nothing."""
         same = before is not None and before["start_time"] == now["start_time"]
-        return cls(now, before if same else None)
+        return cls(now, before if before is not None and same else now)
 
-    @property
-    def seconds(self) -> float:
-        """The time between the two; 0.0 at the first sample."""
-        if self.before is None:
-            return 0.0
-        return float(self.now["status"]["uptime_seconds"] - self.before["status"]["uptime_seconds"])
-
-    def rate(self, now: float, before: float) -> float | None:
-        """The increase per second; None at the first sample."""
-        return (now - before) / self.seconds if self.seconds > 0 else None
+    def rate(self, increase: float) -> str:
+        """An increase between the two, per second; "-" at the first sample."""
+        now, before = self.now["status"], self.before["status"]
+        seconds = now["uptime_seconds"] - before["uptime_seconds"]
+        return f"{increase / seconds:.1f}" if seconds > 0 else "-"
 
 
 def screen(sample: Sample, height: int | None, order: str) -> RenderableType:
@@ -55,23 +49,19 @@ def screen(sample: Sample, height: int | None, order: str) -> RenderableType:
 
     `order` is BY_TIME or BY_CALLS: how the functions are sorted.
     """
-    head: list[RenderableType] = [
-        _title(sample.now),
-        *_gate(sample.now),
-        _load(sample.now),
-        _throughput(sample),
+    now = sample.now
+    head: list[RenderableType] = [_title(now), *_gate(now), _load(now), _throughput(sample)]
+    errors = [_error(each) for each in now["recent_errors"]]
+    tables = [
+        (_WORKERS, _workers(sample)),
+        (_FUNCTIONS, _functions(sample, order)),
+        (_ERRORS, errors),
     ]
-    workers, functions = _workers(sample), _functions(sample, order)
-    errors = sample.now["recent_errors"]
-    rows = [len(workers), len(functions), len(errors)]
+    rooms = [len(rows) for _, rows in tables]
     if height is not None:
-        rows = shared_out(height - (len(head) - 1 + _LOAD_ROWS) - _EDGES, rows)
-    return Group(
-        *head,
-        _table(_WORKERS, workers, rows[0]),
-        _table(_FUNCTIONS, functions, rows[1]),
-        _table(_ERRORS, [_error(each) for each in errors], rows[2]),
-    )
+        rooms = shared_out(height - (len(head) - 1 + _LOAD_ROWS) - _EDGES * len(tables), rooms)
+    shown = zip(tables, rooms, strict=True)
+    return Group(*head, *(_table(columns, rows, room) for (columns, rows), room in shown))
 
 
 def absent(reason: str) -> RenderableType:
@@ -123,51 +113,46 @@ def _load(now: Numbers) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(6):
         table.add_column(no_wrap=True, overflow="crop")
-    for first, second in (
-        (
-            _meter("memory", load["memory_mb"], limits["memory"], ".1f", "MB"),
-            _meter("requests/min", gate["admitted_last_minute"], limits["requests"]),
-        ),
-        (
-            _meter("CPU", load["cpu_percent"], limits["cpu"], ".1f", "%"),
-            _meter("running", gate["running"], gate["max_concurrent_requests"]),
-        ),
-        (
-            (Text("waiting"), Text(), Text(str(waiting), "bold red" if waiting else "")),
-            _meter("connections", gate["connections"], gate["max_connections"]),
-        ),
-    ):
-        table.add_row(*first, *second)
+    table.add_row(
+        *_meter("memory", load["memory_mb"], limits["memory"], ".1f", "MB"),
+        *_meter("requests/min", gate["admitted_last_minute"], limits["requests"]),
+    )
+    table.add_row(
+        *_meter("CPU", load["cpu_percent"], limits["cpu"], ".1f", "%"),
+        *_meter("running", gate["running"], gate["max_concurrent_requests"]),
+    )
+    table.add_row(
+        *("waiting", "", Text(str(waiting), "bold red" if waiting else "")),
+        *_meter("connections", gate["connections"], gate["max_connections"]),
+    )
     return table
 
 
 def _meter(
     label: str, value: float, limit: float, form: str = "g", unit: str = ""
-) -> tuple[Text, Text, Text]:
+) -> tuple[str, Text, Text]:
     """A label, a bar, and both numbers."""
     share = value / limit if limit else 0.0
     style = "red" if share >= 1 else "yellow" if share > WARNING_SHARE else "green"
     full = min(_BAR, round(share * _BAR))
     bar = Text.assemble("[", ("|" * full, style), " " * (_BAR - full), "]")
     of = f" of {limit:g}{unit}" if limit else f"{unit}, no limit"
-    return Text(label), bar, Text(f"{value:{form}}{of}", no_wrap=True)
+    return label, bar, Text(f"{value:{form}}{of}", no_wrap=True)
 
 
 def _throughput(sample: Sample) -> Text:
     counts = sample.now["metrics"]["performance_metrics"]
-    before = (sample.before or sample.now)["metrics"]["performance_metrics"]
-    rates = [
-        sample.rate(counts[name], before[name]) for name in ("total_requests", "failed_requests")
-    ]
-    quantiles = (
-        f"p{percent} {_milliseconds(counts[f'p{percent}_response_time'])}"
-        if counts["requests_last_5_minutes"]
-        else f"p{percent} -"
+    before = sample.before["metrics"]["performance_metrics"]
+    calls, failed = (
+        sample.rate(counts[name] - before[name]) for name in ("total_requests", "failed_requests")
+    )
+    known = counts["requests_last_5_minutes"]
+    quantiles = "  ".join(
+        f"p{percent} {_milliseconds(counts[f'p{percent}_response_time']) if known else '-'}"
         for percent in (50, 95, 99)
     )
     return Text(
-        f"{_rate(rates[0])} calls/s, {_rate(rates[1])} failed/s  {'  '.join(quantiles)}"
-        f"  total {counts['total_requests']}",
+        f"{calls} calls/s, {failed} failed/s  {quantiles}  total {counts['total_requests']}",
         style="bold",
         no_wrap=True,
         overflow="crop",
@@ -207,36 +192,29 @@ def _table(columns: Sequence[str], rows: Sequence[Iterable[str]], room: int) -> 
 
 def _workers(sample: Sample) -> list[tuple[str, ...]]:
     known = {each["worker"]: each for each in sample.now["metrics"]["workers"]}
-    before = {each["worker"]: each for each in (sample.before or sample.now)["metrics"]["workers"]}
-    rows: list[tuple[str, ...]] = []
+    before = {each["worker"]: each["requests"] for each in sample.before["metrics"]["workers"]}
+    rows = []
     for worker in sample.now["status"]["workers"]:
-        each = known[worker["worker"]]
-        earlier = before.get(worker["worker"], {"requests": 0})["requests"]
-        rows.append(
-            (
-                str(worker["worker"]),
-                str(worker["pid"] or "-"),
-                str(worker["generation"]),
-                f"{each['memory_mb']:.1f}MB",
-                str(each["running"]),
-                str(each["sessions"]),
-                str(each["connections"]),
-                str(each["requests"]),
-                _rate(sample.rate(each["requests"], earlier)),
-                worker["state"] + (f": {escaped(worker['why'])}" if worker["why"] else ""),
-            )
+        number = worker["worker"]
+        each = known[number]
+        why = f": {escaped(worker['why'])}" if worker["why"] else ""
+        row = (
+            *(number, worker["pid"] or "-", worker["generation"], f"{each['memory_mb']:.1f}MB"),
+            *(each["running"], each["sessions"], each["connections"], each["requests"]),
+            *(sample.rate(each["requests"] - before.get(number, 0)), worker["state"] + why),
         )
+        rows.append(tuple(map(str, row)))
     return rows
 
 
 def _functions(sample: Sample, order: str) -> list[tuple[str, ...]]:
     """Sorted by what they have taken since the last sample, then by what they have taken at all."""
-    before = {each["name"]: each for each in (sample.before or sample.now)["functions"]}
+    before = {each["name"]: each for each in sample.before["functions"]}
     field = "busy_seconds" if order == BY_TIME else "calls"
-    none = {"calls": 0, "busy_seconds": 0.0}
 
     def since(each: Numbers, name: str) -> float:
-        return float(each[name] - before.get(each["name"], none)[name])
+        earlier = before.get(each["name"])
+        return float(each[name] - (earlier[name] if earlier is not None else 0))
 
     functions = sorted(
         sample.now["functions"], key=lambda each: (-since(each, field), -each[field], each["name"])
@@ -245,7 +223,7 @@ def _functions(sample: Sample, order: str) -> list[tuple[str, ...]]:
         (
             each["name"],
             str(each["calls"]),
-            _rate(sample.rate(since(each, "calls"), 0)),
+            sample.rate(since(each, "calls")),
             f"{each['busy_seconds'] / each['calls'] * 1000:.2f}",
             f"{each['busy_seconds']:.1f}",
             str(each["failed"]),
@@ -257,10 +235,6 @@ def _functions(sample: Sample, order: str) -> list[tuple[str, ...]]:
 def _error(each: Numbers) -> tuple[str, ...]:
     at = time.strftime("%H:%M:%S", time.localtime(each["timestamp"]))
     return at, each["module_function"], escaped(each["error"])
-
-
-def _rate(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.1f}"
 
 
 def _milliseconds(seconds: float) -> str:

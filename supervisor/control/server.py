@@ -22,12 +22,13 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from cpanbridge.supervisor.listening.listener import Listener
-from cpanbridge.supervisor.system.event_loop import WRITE, Loop, Timer
+from cpanbridge.supervisor.system.event_loop import WRITE, Loop
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -61,6 +62,7 @@ Inquiry = Callable[[], Any]
 Command = Callable[["ControlConnection"], None]
 
 
+@dataclass
 class ControlServer:
     """Listens, and owns the connections.
 
@@ -69,20 +71,13 @@ class ControlServer:
     waits for, None when it waits for nothing.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        inquiries: Mapping[str, Inquiry],
-        commands: Mapping[str, Command],
-        progress: Callable[[], str | None],
-    ) -> None:
-        self.loop = loop
-        self.inquiries = inquiries
-        self.commands = commands
-        self.progress = progress
-        self._listener: socket.socket | None = None
-        self._connections: dict[ControlConnection, None] = {}  # oldest first
-        self._pause: Timer | None = None
+    loop: Loop
+    inquiries: Mapping[str, Inquiry]
+    commands: Mapping[str, Command]
+    progress: Callable[[], str | None]
+    # The oldest first.
+    connections: "list[ControlConnection]" = field(default_factory=list, init=False)
+    _listener: socket.socket | None = field(default=None, init=False)
 
     def listen(self, listener: Listener) -> None:
         """Accept clients on this listener from now on, and on no other."""
@@ -92,26 +87,18 @@ class ControlServer:
 
     def stop_listening(self) -> None:
         """Accept no more clients. To be called before the socket is closed."""
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        elif self._listener is not None:
+        if self._listener is not None:
             self.loop.forget(self._listener.fileno())
-        self._listener = None
+            self._listener = None
 
     @property
     def is_full(self) -> bool:
         """Whether too many would wait for an outcome, counting the one whose request is handled."""
-        return sum(connection.waits for connection in self._connections) > MOST_WAITING
-
-    def forget(self, connection: "ControlConnection") -> None:
-        """Called by a connection that is closed."""
-        del self._connections[connection]
+        return sum(connection.waits for connection in self.connections) > MOST_WAITING
 
     def _watch(self) -> None:
-        self._pause = None
-        assert self._listener is not None
-        self.loop.watch(self._listener.fileno(), self._accept_next)
+        if self._listener is not None:
+            self.loop.watch(self._listener.fileno(), self._accept_next)
 
     def _accept_next(self) -> None:
         assert self._listener is not None
@@ -122,16 +109,16 @@ class ControlServer:
         except OSError as error:  # out of descriptors: clients wait in the listen queue
             LOGGER.error("The control socket cannot accept: %s", error.strerror)
             self.loop.forget(self._listener.fileno())
-            self._pause = self.loop.after(_EXHAUSTED_SECONDS, self._watch)
+            self.loop.after(_EXHAUSTED_SECONDS, self._watch)
             return
         client.setblocking(False)
         connection = ControlConnection(self, client)
-        self._connections[connection] = None
+        self.connections.append(connection)
         connection.receive()  # mostly its request is there, and no other has to be closed
         self._make_room()
 
     def _make_room(self) -> None:
-        idle = [connection for connection in self._connections if not connection.waits]
+        idle = [connection for connection in self.connections if not connection.waits]
         for connection in idle[: max(0, len(idle) - MOST_IDLE)]:
             connection.close()
 
@@ -170,7 +157,7 @@ class ControlConnection:
             self._timer.cancel()
             self._loop.forget(self._socket.fileno())
             self._socket.close()
-            self._server.forget(self)
+            self._server.connections.remove(self)
 
     def receive(self) -> None:
         """Read what it has sent, if anything."""
@@ -192,16 +179,19 @@ class ControlConnection:
 
     def _handle(self, line: bytes) -> None:
         self._timer.cancel()
+        self._command = ""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, _ = _UCRED.unpack(credentials)
         try:
-            self._command = msgspec.json.decode(line, type=Request).command
+            command = msgspec.json.decode(line, type=Request).command
         except msgspec.MsgspecError as error:
-            self._command = ""
             self.fail(f"not a request: {error}")
             return
-        if not self._is_allowed():
+        if uid not in (0, os.geteuid()):
+            self.fail(f"user {uid} may not control this daemon")
             return
         try:
-            self._execute(self._command)
+            self._execute(command)
         except Exception:
             self.fail("a fault of the daemon's own; its log has more")
             raise
@@ -209,6 +199,7 @@ class ControlConnection:
             self._send_progress()
 
     def _execute(self, command: str) -> None:
+        self._command = command
         inquiries, commands = self._server.inquiries, self._server.commands
         if command in inquiries:
             self.finish(inquiries[command]())
@@ -219,14 +210,6 @@ class ControlConnection:
         elif command != WATCH:
             allowed = ", ".join(sorted({*inquiries, *commands, WATCH}))
             self.fail(f"there is no command {command!r}; there are {allowed}")
-
-    def _is_allowed(self) -> bool:
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(credentials)
-        if uid not in (0, os.geteuid()):
-            self.fail(f"user {uid} may not control this daemon")
-            return False
-        return True
 
     def _send_progress(self) -> None:
         progress = self._server.progress()

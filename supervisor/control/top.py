@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 
 from cpanbridge.supervisor.config import Settings
@@ -28,32 +28,6 @@ from cpanbridge.supervisor.control.screen import BY_CALLS, BY_TIME, Sample, abse
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _QUIT = "q"
 _ORDERS = {"t": BY_TIME, "c": BY_CALLS}
-
-
-class Sampler:
-    """Fetches the daemon's numbers, and keeps the sample before for the rates."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._sample: Sample | None = None
-        self._reason = ""
-
-    def take(self) -> None:
-        """Ask the master for the numbers."""
-        try:
-            numbers = client.numbers(self._settings)
-        except ControlError as error:
-            numbers, self._reason = None, str(error)
-        else:
-            self._reason = f"not running at {self._settings.sockets[0]}"
-        earlier = self._sample.now if self._sample is not None else None
-        self._sample = Sample.of(numbers, earlier) if numbers is not None else None
-
-    def shown(self, height: int | None, order: str) -> RenderableType:
-        """The screen of the last sample."""
-        if self._sample is None:
-            return absent(self._reason)
-        return screen(self._sample, height, order)
 
 
 def print_once(settings: Settings, interval: float) -> bool:
@@ -78,24 +52,37 @@ def run(settings: Settings, interval: float) -> None:
     # Only the terminal knows its size: what a shell has exported stays as it was at a resize.
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    console, sampler = Console(), Sampler(settings)
+    console = Console()
     with (
         contextlib.suppress(KeyboardInterrupt),
         keyboard() as keys,
         # On the alternate screen, each drawn over the last: nothing flickers, nothing remains.
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
-        order = BY_TIME
-        next_sample = time.monotonic()
+        order, next_sample = BY_TIME, time.monotonic()
+        sample: Sample | None = None  # None: no daemon answers, for the reason
         while True:
             if time.monotonic() >= next_sample:
-                sampler.take()
+                sample, reason = _take(settings, sample)
                 next_sample = time.monotonic() + interval
-            live.update(sampler.shown(console.height, order), refresh=True)
+            height = console.height
+            shown = screen(sample, height, order) if sample is not None else absent(reason)
+            live.update(shown, refresh=True)
             key = keys.wait(next_sample - time.monotonic())
             if key == _QUIT:
                 return
             order = _ORDERS.get(key, order)
+
+
+def _take(settings: Settings, last: Sample | None) -> tuple[Sample | None, str]:
+    """The next sample, or why there is none."""
+    try:
+        numbers = client.numbers(settings)
+    except ControlError as error:
+        return None, str(error)
+    if numbers is None:
+        return None, f"not running at {settings.sockets[0]}"
+    return Sample.of(numbers, last.now if last is not None else None), ""
 
 
 class Keyboard:

@@ -8,15 +8,26 @@ changed. Called in the old master.
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
+from functools import partial
 
-from cpanbridge.supervisor.lifecycle.mastership import Mastership
+from cpanbridge.supervisor.control.server import ControlServer
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
-from cpanbridge.supervisor.lifecycle.upgrade import Estate, Successor
+from cpanbridge.supervisor.lifecycle.upgrade import VARIABLE, Estate, First, Line, Message
+from cpanbridge.supervisor.listening.instance import InstanceError
+from cpanbridge.supervisor.listening.sockets import Sockets
+from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
-from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.system.event_loop import Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
+from cpanbridge.supervisor.system.sd_notify import ServiceManager
 
 LOGGER = logging.getLogger("cpanbridge.master")
+
+READY_SECONDS = 150.0  # more than a generation may take to boot: its template, then its workers
+_END_SECONDS = 5.0  # for a new master to end after its `error`
 
 
 class Handover:
@@ -27,13 +38,23 @@ class Handover:
     """
 
     def __init__(
-        self, loop: Loop, pool: WorkerPool, reloader: Reloader, mastership: Mastership
+        self,
+        pool: WorkerPool,
+        reloader: Reloader,
+        sockets: Sockets,
+        control: ControlServer,
+        service_manager: ServiceManager,
     ) -> None:
-        self._loop = loop
         self._pool = pool
         self._reloader = reloader
-        self._mastership = mastership
-        self._successor: Successor | None = None
+        self._sockets = sockets
+        self._control = control
+        self._service_manager = service_manager
+        self._process: subprocess.Popen[bytes] | None = None  # the new master
+        self._line: Line
+        self._on_done: OnDone
+        self._limit = Timer(lambda: None)  # to what the new master does next
+        self._reason = ""  # why the new master cannot take over, as far as that is known
         self._standing_still = False
         self._deferred: list[int] = []  # signals
         self.complete = False
@@ -41,36 +62,36 @@ class Handover:
     @property
     def successor(self) -> int:
         """The pid of the new master; 0: there is none."""
-        return self._successor.pid if self._successor is not None else 0
+        return self._process.pid if self._process is not None else 0
 
     def begin(self, on_done: OnDone) -> None:
         """Start a new master; `on_done` is called once: with None when it has taken over."""
-        self._pool.confine()
-        estate = Estate(
-            self._pool.held(), self._mastership.held(), self._reloader.generation.number
-        )
-
-        def failed(reason: str) -> None:
-            self._go_on()
-            LOGGER.error("Not upgraded, nothing has changed: %s", reason)
-            on_done(reason)
-
-        def taken(pid: int) -> None:
-            LOGGER.info("Handed over to pid %d", pid)
-            on_done(None)
-            self._leave_to(pid)
-
+        self._on_done, self._reason = on_done, ""
+        self._pool.confined = True
+        number = self._reloader.generation.number
+        estate = Estate(self._pool.held(), self._sockets.held(), number)
         try:
-            self._successor = Successor(self._loop, estate, self._stand_still, taken, failed)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, *sys.orig_argv[1:]],
+                    pass_fds=[theirs.fileno(), *estate.descriptors()],
+                    env={**os.environ, VARIABLE: str(theirs.fileno())},
+                )
+                end = socket.socket(fileno=ours.detach())
         except OSError as error:
-            failed(f"the new master cannot be started: {error.strerror}")
+            self._go_on(f"the new master cannot be started: {error.strerror}")
             return
-        LOGGER.info("Upgrading: the new master is pid %d", self._successor.pid)
+        self._line = Line(self._pool.spawner.loop, end, self._receive)
+        self._line.send(First(estate))
+        self._kill_in(READY_SECONDS, f"the new master is not ready after {READY_SECONDS:g} s")
+        LOGGER.info("Upgrading: the new master is pid %d", self.successor)
 
     def give_up(self, reason: str) -> None:
-        """End the new master, if there is one."""
-        if self._successor is not None:
-            self._successor.give_up(reason)
+        """Kill the new master, if there is one, and do not wait for its end: the daemon stops."""
+        if self._process is not None and not self.complete:
+            self._kill(reason)
+            self._fail(reason)
 
     def defers(self, number: int) -> bool:
         """Whether a signal has come while this master stands still and must not act on it.
@@ -91,32 +112,81 @@ class Handover:
         return self.successor if self._standing_still else -1
 
     def ended(self, pid: int, status: int) -> None:
-        """A child has ended; ignored when it was not the new master."""
-        if self._successor is not None and pid == self._successor.pid:
-            self._successor.ended(describe_exit(status))
+        """A child has ended; ignored when it was not the new master.
+
+        Only now there is no new master any more: it might still have written to its workers' slots.
+        """
+        if self._process is not None and pid == self._process.pid and not self.complete:
+            self._process.returncode = 0
+            self._fail(self._reason or f"the new master ended: {describe_exit(status)}")
+
+    def _receive(self, message: Message | None) -> None:
+        if message is None or self._process is None or self.complete:
+            return  # it has ended, as SIGCHLD tells
+        if message.ready:
+            self._stand_still()
+        elif message.mine:
+            self._leave_to(message.mine)
+        elif message.error is not None:
+            self._reason = message.error
+            self._kill_in(_END_SECONDS, message.error)
 
     def _stand_still(self) -> None:
         """The new master is ready: do nothing more that it would not know of."""
-        self._standing_still = True
-        self._pool.stand_still()
-        self._mastership.suspend()
-        assert self._successor is not None
-        self._successor.hand_over()
-
-    def _go_on(self) -> None:
-        """There is no new master after all."""
-        self._successor = None
-        self._pool.end_workers_of_new_master(self._reloader.generation)
-        self._pool.go_on()
-        if self._standing_still:
-            self._standing_still = False
-            self._mastership.resume()
-            deferred, self._deferred = self._deferred, []
-            for number in (signal.SIGCHLD, *deferred):
-                os.kill(os.getpid(), number)
+        self._standing_still = self._pool.standing_still = True
+        self._control.stop_listening()
+        self._line.send(Message(yours=True))
 
     def _leave_to(self, pid: int) -> None:
-        self._mastership.give_to(pid)
+        self._limit.cancel()
+        LOGGER.info("Handed over to pid %d", pid)
+        self._on_done(None)
+        self._service_manager.handed_over(pid)
+        self._sockets.give_away()
         for number in self._deferred:
             os.kill(pid, number)
         self.complete = True
+        self._line.close()  # last: by that the new master knows that the old one is done
+
+    def _kill_in(self, seconds: float, reason: str) -> None:
+        self._limit.cancel()
+        self._limit = self._pool.spawner.loop.after(seconds, partial(self._kill, reason))
+
+    def _kill(self, reason: str) -> None:
+        """The new master was not waited for yet, so the pid is still its own."""
+        self._reason = reason
+        os.kill(self.successor, signal.SIGKILL)
+
+    def _fail(self, reason: str) -> None:
+        self._limit.cancel()
+        self._line.close()
+        self._process = None
+        self._go_on(reason)
+
+    def _go_on(self, reason: str) -> None:
+        """There is no new master after all."""
+        self._end_workers_of_new_master()
+        self._pool.confined = self._pool.standing_still = False
+        if self._standing_still:
+            self._standing_still = False
+            self._sockets.answer(self._control.listen)
+            try:
+                self._sockets.take_over()  # the new master may have written its pid
+            except InstanceError as error:
+                LOGGER.error("%s", error)
+            deferred, self._deferred = self._deferred, []
+            for number in (signal.SIGCHLD, *deferred):
+                os.kill(os.getpid(), number)
+        LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+        self._on_done(reason)
+
+    def _end_workers_of_new_master(self) -> None:
+        """They have never been in service. No slot of theirs is free until they have ended."""
+        workers = [each for each in self._pool.workers if not each.generation and each.slot.pid]
+        if workers:
+            last = self._reloader.generation
+            theirs = Generation(last.number + 1, last.settings, (), last.log)
+            for worker in workers:
+                worker.generation = theirs
+            self._pool.inherit(theirs)
+            self._pool.end(theirs)

@@ -17,8 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from cpanbridge.supervisor.config import ConfigError, Loaded
-from cpanbridge.supervisor.lifecycle.configuration import Configuration, ReloadError
+from cpanbridge.supervisor.config import ConfigError, Load, Loaded, Settings
 from cpanbridge.supervisor.listening.instance import InstanceError
 from cpanbridge.supervisor.listening.listener import ListenError
 from cpanbridge.supervisor.listening.sockets import Change, Sockets
@@ -26,7 +25,6 @@ from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system import logs, rlimit
-from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.system.logs import LogError, LogSettings
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -38,6 +36,10 @@ _ACCEPT_SECONDS = 1.0
 
 # Receives the outcome: None, or the reason why nothing has changed.
 OnDone = Callable[[str | None], None]
+
+
+class ReloadError(Exception):
+    """A changed configuration cannot take effect without a restart; one line that says why."""
 
 
 class Outcome(NamedTuple):
@@ -59,37 +61,33 @@ class _Attempt(NamedTuple):
 class Reloader:
     """Makes the generations, and changes over from one to the next.
 
-    `generation` is the one in service, or the first one while it boots; `number` is its number.
+    `generation` is the one in service, or the first one while it boots, and `loaded` its
+    configuration. `load` reads it again. `on_change` is called when another generation serves.
     """
 
     def __init__(
         self,
-        configuration: Configuration,
-        loop: Loop,
-        shared: Shared,
+        load: Load,
+        loaded: Loaded,
         sockets: Sockets,
         pool: WorkerPool,
         number: int,
+        on_change: Callable[[], None],
     ) -> None:
-        self._configuration = configuration
-        self._loop = loop
-        self._shared = shared
+        self._load = load
         self._sockets = sockets
         self._pool = pool
+        self._loop = pool.spawner.loop
+        self._shared = pool.spawner.shared
+        self._on_change = on_change
         self._last_number = number
         self._attempt: _Attempt | None = None
         self._changing: Generation | None = None  # serves, but old workers may still accept
         self._waiting: list[OnDone] = []
+        self.loaded = loaded
         self.last: Outcome | None = None
-        self.changed: Callable[[], None] = lambda: None  # called when another generation serves
-        self.generation = Generation(
-            number, self.loaded.settings, sockets.listeners, LogSettings.of(self.loaded)
-        )
-
-    @property
-    def loaded(self) -> Loaded:
-        """The configuration of the generation in service."""
-        return self._configuration.loaded
+        log = LogSettings.of(loaded)
+        self.generation = Generation(number, loaded.settings, sockets.listeners, log)
 
     @property
     def coming(self) -> Generation | None:
@@ -109,10 +107,10 @@ class Reloader:
         try:
             self._attempt = self._prepare()
         except (ConfigError, InstanceError, ListenError, LogError, ReloadError) as error:
-            self._finish(str(error))
+            self._fail(str(error))
             return
         except OSError as error:  # no descriptor is left
-            self._finish(error.strerror or str(error))
+            self._fail(error.strerror or str(error))
             return
         generation = self._attempt.generation
         LOGGER.info("Reloading from %s: generation %d boots", self.loaded.source, generation.number)
@@ -126,28 +124,21 @@ class Reloader:
     def failed(self, generation: Generation, reason: str) -> None:
         """A worker of a new generation cannot boot."""
         if self._attempt is not None and self._attempt.generation is generation:
-            self._undo()
-            self._finish(reason)
-
-    def worker_gone(self) -> None:
-        """There may be a slot for a worker that found none."""
-        if self._attempt is not None:
-            self._pool.spawn(self._attempt.generation)
+            self._fail(reason)
 
     def give_up(self, reason: str) -> None:
         """End a reload that is under way, because of something that matters more."""
         if self._attempt is not None:
-            self._undo()
-            self._finish(reason)
+            self._fail(reason)
 
     def refuse(self, on_done: OnDone, reason: str) -> None:
         """Begin no reload; the log and `last` say why."""
-        LOGGER.error("Not reloaded, nothing has changed: %s", reason)
         self._conclude([on_done], reason)
 
     def _prepare(self) -> _Attempt:
-        loaded = self._configuration.read_again(self._shared)
+        loaded = self._load()
         settings = loaded.settings
+        _check(self.loaded.settings, settings, self._shared)
         log = LogSettings.of(loaded)
         logs.check(log)
         change = self._sockets.change(settings)
@@ -173,8 +164,7 @@ class Reloader:
         try:
             self._shared.apply_limits(attempt.loaded.settings.limits)
         except OSError as error:
-            self._undo()
-            self._finish(f"no memory for the limits: {error.strerror}")
+            self._fail(f"no memory for the limits: {error.strerror}")
             return
         finally:
             self._shared.lock.release()
@@ -182,10 +172,10 @@ class Reloader:
         self._pool.put_in_service(new)
         attempt.change.complete()
         new.listeners = attempt.change.listeners
-        self._pool.retire_generation(old)
+        self._pool.end(old)
         self._attempt = None
-        self.generation, self._configuration.loaded = new, attempt.loaded
-        self.changed()
+        self.generation, self.loaded = new, attempt.loaded
+        self._on_change()
         try:
             logs.configure(new.log)
         except LogError as error:
@@ -213,16 +203,45 @@ class Reloader:
 
     def _undo(self) -> None:
         attempt, self._attempt = self._attempt, None
-        assert attempt is not None
-        self._pool.abandon(attempt.generation)
-        attempt.change.undo()
+        if attempt is not None:
+            self._pool.end(attempt.generation)
+            attempt.change.undo()
 
-    def _finish(self, reason: str) -> None:
-        LOGGER.error("Not reloaded, nothing has changed: %s", reason)
+    def _fail(self, reason: str) -> None:
+        self._undo()
         waiting, self._waiting = self._waiting, []
         self._conclude(waiting, reason)
 
     def _conclude(self, waiting: list[OnDone], reason: str | None) -> None:
+        if reason is not None:
+            LOGGER.error("Not reloaded, nothing has changed: %s", reason)
         self.last = Outcome(time.time(), self.generation.number, reason)
         for on_done in waiting:
             on_done(reason)
+
+
+def _check(before: Settings, settings: Settings, shared: Shared) -> None:
+    """Raises ReloadError for a setting that this daemon cannot change."""
+    most, sessions = len(shared.slots) // 2, shared.header.max_sessions
+    if settings.worker_count > most:
+        raise ReloadError(
+            f"workers = {settings.worker_count}: the running daemon has room for {most}; "
+            "restart it to have more"
+        )
+    for name in ("user", "group"):
+        now, then = getattr(settings, name), getattr(before, name)
+        if now != then:
+            raise ReloadError(
+                f"{name} = {now!r}: the running daemon has {then!r} and cannot become another; "
+                "restart it"
+            )
+    if settings.limits.max_sessions != sessions:
+        raise ReloadError(
+            f"limits.max_sessions = {settings.limits.max_sessions}: the running daemon has "
+            f"room for {sessions}; restart it to change that"
+        )
+    if settings.log_file == "stderr" != before.log_file:
+        raise ReloadError(
+            f'log_file = "stderr": the running daemon logs to {before.log_file} and has no other '
+            "standard error; restart it"
+        )

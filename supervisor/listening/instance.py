@@ -17,13 +17,16 @@ import time
 from collections.abc import Collection, Mapping
 
 import filelock
+import psutil
+
+from cpanbridge.supervisor.config import OperatorError
 
 # `running_pid` of any process holds a shared lock for microseconds.
-_PASSING_HOLDER_SECONDS = 0.5
+PASSING_HOLDER_SECONDS = 0.5
 _PAUSE = 0.005
 
 
-class InstanceError(Exception):
+class InstanceError(OperatorError):
     """This daemon cannot have its socket paths; one line that says why."""
 
 
@@ -38,41 +41,33 @@ class Instance:
     """
 
     def __init__(self, inherited: Mapping[str, int] | None = None) -> None:
-        self._locks = dict(inherited or {})
+        self.descriptors = dict(inherited or {})  # of the locks, by path
         self.unclean: set[str] = set()
         os.register_at_fork(after_in_child=self._close_copies)
 
-    @property
-    def descriptors(self) -> dict[str, int]:
-        """The locks' descriptors by path, for a master that takes over."""
-        return dict(self._locks)
-
-    def acquire(self, paths: Collection[str], patience: float = _PASSING_HOLDER_SECONDS) -> None:
+    def acquire(self, paths: Collection[str], patience: float = PASSING_HOLDER_SECONDS) -> None:
         """Lock these paths as well and write their pid files: all or none. Raises InstanceError.
 
         Waits up to `patience` seconds for a lock that another process holds. `unclean` has the
         paths whose last owner died and left its pid file: a socket there is stale.
         """
-        locked: list[str] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for path in sorted(set(paths)):
-                self._locks[path] = _lock(path, patience)
-                locked.append(path)
+                self.descriptors[path] = _lock(path, patience)
+                undo.callback(self.release, [path])
                 left_over = _open_trusted(f"{path}.pid")
                 if left_over is not None:
                     os.close(left_over)
                     self.unclean.add(path)
                 _write_pid(path)
-        except InstanceError:
-            self.release(locked)
-            raise
+            undo.pop_all()
 
     def take_over(self) -> None:
         """Become the master of all paths: check the inherited locks and write the pid files.
 
         Raises InstanceError for a descriptor that does not hold its path's lock.
         """
-        for path, descriptor in self._locks.items():
+        for path, descriptor in self.descriptors.items():
             # Locking again succeeds at once where it is the description that has the lock.
             if not _try_to_lock(path, descriptor):
                 raise InstanceError(f"{path}.lock: the inherited descriptor does not hold the lock")
@@ -80,16 +75,16 @@ class Instance:
 
     def release(self, paths: Collection[str] | None = None) -> None:
         """Remove the pid files and free the locks of these paths, or of all."""
-        for path in list(self._locks if paths is None else paths):
+        for path in list(self.descriptors if paths is None else paths):
             with contextlib.suppress(OSError):
                 os.unlink(f"{path}.pid")
             self.unclean.discard(path)
-            os.close(self._locks.pop(path))
+            os.close(self.descriptors.pop(path))
 
     def _close_copies(self) -> None:
         """Called in a forked child. The lock stays the parent's, whose descriptor is open."""
-        while self._locks:
-            os.close(self._locks.popitem()[1])
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
 
 
 def _lock(path: str, patience: float) -> int:
@@ -123,7 +118,7 @@ def _try_to_lock(path: str, descriptor: int) -> bool:
 
 def _in_use(path: str) -> str:
     pid = _read_pid(f"{path}.pid")
-    if pid is not None and not _lives(pid):
+    if pid is not None and not psutil.pid_exists(pid):
         return f"{path}: in use: {_another(pid)}"
     return f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
 
@@ -132,28 +127,18 @@ def _another(dead: int) -> str:
     return f"the master (pid {dead}) has died, and another one takes over; try again in a moment"
 
 
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's
-    return True
-
-
 def running_pid(socket_path: str, owner: int | None = None) -> int | None:
     """The master that serves a socket path, or None.
 
     `owner` is the user that the daemon is to run as, where that is not this process's user. Raises
     InstanceError when it cannot be found out, or another user owns the files.
     """
-    until = time.monotonic() + _PASSING_HOLDER_SECONDS
+    until = time.monotonic() + PASSING_HOLDER_SECONDS
     while True:
         if not _is_locked(f"{socket_path}.lock", owner):
             return None
         pid = _read_pid(f"{socket_path}.pid", owner)
-        if pid is not None and _lives(pid):
+        if pid is not None and psutil.pid_exists(pid):
             return pid
         if time.monotonic() > until:
             why = f"{socket_path}.pid tells no pid" if pid is None else _another(pid)

@@ -11,10 +11,12 @@ import grp
 import os
 import socket
 import stat
-from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Collection
 
-_MAX_LINKS = 40  # as many as the kernel follows
+import msgspec
+
+from cpanbridge.supervisor.config import OperatorError
+
 CONTROL = ".ctl"  # the control socket is the first path with this suffix
 # Bytes: sun_path holds 108 with the final zero (unix(7)), and the control socket needs the suffix.
 _MAX_PATH = 107 - len(CONTROL)
@@ -23,15 +25,15 @@ _FIRST_LENT = 3  # sd_listen_fds(3)
 _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
 
-class ListenError(Exception):
+class ListenError(OperatorError):
     """A socket cannot be opened; one line that names the path, says why, and what to do."""
 
 
-class Listener(NamedTuple):
+class Listener(msgspec.Struct, frozen=True, rename={"socket": "descriptor"}):
     """A bound and listening socket, and its file."""
 
     path: str
-    socket: socket.socket
+    socket: socket.socket  # as a descriptor in what a new master receives
     inode: tuple[int, int]  # of the file: device and number
     # Whether the service manager has it as well. Then it is not the daemon's to remove, to shut, or
     # to change the rights of, and clients that wait there at the end are served by the next daemon.
@@ -105,61 +107,42 @@ def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None
             os.makedirs(folder, mode, exist_ok=True)
         except OSError as error:
             raise ListenError(f"{folder}: cannot be made: {error.strerror}") from None
-    if len(os.fsencode(path)) > _MAX_PATH:
-        raise ListenError(
-            f"{path}: too long for a socket: {len(os.fsencode(path))} bytes, at most {_MAX_PATH}"
-        )
+    length = len(os.fsencode(path))
+    if length > _MAX_PATH:
+        raise ListenError(f"{path}: too long for a socket: {length} bytes, at most {_MAX_PATH}")
     try:
-        trusted = {0, os.getuid(), os.getuid() if owner is None else owner}
-        for container in _containers(path, folder, trusted):
-            _check_folder(path, container, trusted)
+        os.stat(f"{folder}/")  # it is a folder, and its links do not lead in a circle
+        _check_folder(path, folder, {0, os.getuid(), os.getuid() if owner is None else owner})
     except OSError as error:
         raise ListenError(f"{folder}: {error.strerror}; the socket's folder must exist") from None
 
 
-def _containers(path: str, folder: str, trusted: Collection[int]) -> Iterator[str]:
-    """Every folder that contains a part of the path to `folder`, and `folder` at the end.
+def _check_folder(path: str, folder: str, trusted: Collection[int]) -> str:
+    """Check a folder and all that contain a part of the path to it; its path without links.
 
     Links are followed one by one: a user who may replace a link decides where the path leads.
-    Raises OSError, and ListenError for a link that belongs to another user.
+    Raises OSError, and ListenError for what another user could replace.
     """
-    parts = folder.split("/")[::-1]
-    current = "/"
-    links = 0
-    while parts:
-        part = parts.pop()
-        if part in ("", "."):
-            continue
-        if part == "..":
-            current = os.path.dirname(current)
-            continue
-        yield current
-        entry = os.path.join(current, part)
-        if not stat.S_ISLNK(os.lstat(entry).st_mode):
-            current = entry
-            continue
-        links += 1
-        if links > _MAX_LINKS:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        _check_owner(path, entry, os.lstat(entry).st_uid, trusted)
-        target = os.readlink(entry)
-        parts += target.split("/")[::-1]
-        if target.startswith("/"):
-            current = "/"
-    if not os.path.isdir(current):
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    yield current
-
-
-def _check_folder(path: str, folder: str, trusted: Collection[int]) -> None:
-    status = os.stat(folder)
-    _check_owner(path, folder, status.st_uid, trusted)
+    real = "/"
+    if folder.strip("/"):
+        parent, name = os.path.split(folder.rstrip("/"))
+        above = _check_folder(path, parent, trusted)
+        if name in (".", ".."):
+            return above if name == "." else os.path.dirname(above)
+        real = os.path.join(above, name)
+        status = os.lstat(real)
+        if stat.S_ISLNK(status.st_mode):
+            _check_owner(path, real, status.st_uid, trusted)
+            return _check_folder(path, os.path.join(above, os.readlink(real)), trusted)
+    status = os.stat(real)
+    _check_owner(path, real, status.st_uid, trusted)
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if others_write and not status.st_mode & stat.S_ISVTX:
         raise ListenError(
-            f"{path}: refused, because others may write in {folder} and could replace it; "
-            f"take that right away (chmod go-w {folder}) or choose another folder"
+            f"{path}: refused, because others may write in {real} and could replace it; "
+            f"take that right away (chmod go-w {real}) or choose another folder"
         )
+    return real
 
 
 def _check_owner(path: str, entry: str, owner: int, trusted: Collection[int]) -> None:
@@ -238,10 +221,5 @@ def _remove_stale(path: str, *, known: bool) -> None:
 def _answers(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:
-            return True  # a listen queue is full
-        except OSError:
-            return False
-        return True
+        # With EAGAIN a listen queue is full.
+        return probe.connect_ex(path) in (0, errno.EAGAIN)

@@ -8,14 +8,14 @@ Called in the master.
 
 import contextlib
 import logging
-import socket
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.listening import listener
-from cpanbridge.supervisor.listening.instance import Instance
+from cpanbridge.supervisor.listening.instance import PASSING_HOLDER_SECONDS, Instance
 from cpanbridge.supervisor.listening.listener import Listener, ListenError
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -24,32 +24,17 @@ LOGGER = logging.getLogger("cpanbridge.master")
 _RELOAD_PATIENCE = 0.02
 
 
-class HeldListener(msgspec.Struct):
-    """A listener of another process, whose descriptor this process inherits."""
-
-    path: str
-    descriptor: int
-    inode: tuple[int, int]
-    lent: bool
-
-    def open(self) -> Listener:
-        """The same listener in this process."""
-        listening = socket.socket(fileno=self.descriptor)
-        listening.setblocking(False)
-        return Listener(self.path, listening, self.inode, self.lent)
-
-
 class HeldSockets(msgspec.Struct):
-    """All that `Sockets` holds, as descriptors that another process can inherit."""
+    """All that `Sockets` holds, for another process that inherits the descriptors."""
 
-    listeners: list[HeldListener]
-    control: HeldListener | None
+    listeners: list[Listener]
+    control: Listener | None
     locks: dict[str, int]
 
     def descriptors(self) -> list[int]:
         """The descriptors that the other process must inherit."""
         control = [self.control] if self.control is not None else []
-        return [each.descriptor for each in self.listeners + control] + list(self.locks.values())
+        return [*(each.socket.fileno() for each in self.listeners + control), *self.locks.values()]
 
 
 class Sockets:
@@ -65,19 +50,20 @@ class Sockets:
         self.listeners: list[Listener] = []
         self.control: Listener | None = None
         if held is not None:
-            self.listeners = [each.open() for each in held.listeners]
-            self.control = held.control.open() if held.control is not None else None
+            self.listeners, self.control = held.listeners, held.control
             self.give_away()
         # Called when a reload has moved the control socket, while the one before is still open.
         self.control_moved: Callable[[Listener], None] = lambda _: None
 
+    def answer(self, listen: Callable[[Listener], None]) -> None:
+        """Have the control socket answered from now on, wherever a reload moves it."""
+        assert self.control is not None
+        listen(self.control)
+        self.control_moved = listen
+
     def held(self) -> HeldSockets:
         """What a master that takes over needs."""
-        return HeldSockets(
-            [_held(each) for each in self.listeners],
-            _held(self.control) if self.control is not None else None,
-            self._instance.descriptors,
-        )
+        return HeldSockets(self.listeners, self.control, self._instance.descriptors)
 
     def take_over(self) -> None:
         """Become responsible for them, and write this process's pid files. Raises InstanceError."""
@@ -98,51 +84,37 @@ class Sockets:
                     f"LISTEN_FDS: {each.path} is not in listen, which has "
                     f"{', '.join(settings.sockets)}; make both the same"
                 )
-        there = {each.path for each in lent}
-        _prepare_folders(settings.sockets, create=settings.listen is None)
-        with contextlib.ExitStack() as undo:
-            self._instance.acquire(settings.sockets)
-            undo.callback(self.release)
-            missing = [path for path in settings.sockets if path not in there]
-            self.listeners = [*lent, *self._listen(settings, missing)]
-            undo.callback(self.close)
-            self.control = self._listen_for_control(settings)
-            undo.pop_all()
+        self.listeners = list(lent)
+        self.change(settings, PASSING_HOLDER_SECONDS).complete()
 
-    def change(self, settings: Settings) -> "Change":
+    def change(self, settings: Settings, patience: float = _RELOAD_PATIENCE) -> "Change":
         """Open what a changed configuration needs besides.
 
         Raises ListenError, InstanceError, OSError; all is as it was then.
         """
         have = {each.path: each for each in self.listeners}
-        missing = [path for path in settings.sockets if path not in have]
-        kept = [have[path] for path in settings.sockets if path in have]
-        removed = [each for each in self.listeners if each.path not in settings.sockets]
-        _prepare_folders(missing, create=settings.listen is None)
+        unlocked = [path for path in settings.sockets if path not in self._instance.descriptors]
+        for path in unlocked:
+            listener.prepare_folder(path, create=settings.listen is None)
         with contextlib.ExitStack() as undo:
-            self._instance.acquire(missing, _RELOAD_PATIENCE)
-            undo.callback(self.release, missing)
-            added = self._listen(settings, missing)
+            self._instance.acquire(unlocked, patience)
+            undo.callback(self.release, unlocked)
+            added: list[Listener] = []
             undo.callback(self.close, added)
+            mode, group = int(settings.socket_mode, 8), settings.socket_group
+            for path in (path for path in dict.fromkeys(settings.sockets) if path not in have):
+                added.append(listener.listen(path, mode, group, self._instance.unclean))
             control = self.control
             if control is None or settings.sockets[0] + listener.CONTROL != control.path:
                 control = self._listen_for_control(settings)
                 undo.callback(self.close, [control])
-            gid = listener.group_id(settings.socket_group)
+            gid = listener.group_id(group)
+            kept = [have[path] for path in settings.sockets if path in have]
             for each in (each for each in kept if not each.lent):
-                before = each.set_access(int(settings.socket_mode, 8), gid)
+                before = each.set_access(mode, gid)
                 undo.callback(_restore_access, each, *before)
+            removed = [each for each in self.listeners if each.path not in settings.sockets]
             return Change(self, kept + added, removed, control, undo.pop_all())
-
-    def _listen(self, settings: Settings, paths: Sequence[str]) -> list[Listener]:
-        mode, group = int(settings.socket_mode, 8), settings.socket_group
-        made: list[Listener] = []
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.close, made)
-            for path in dict.fromkeys(paths):
-                made.append(listener.listen(path, mode, group, self._instance.unclean))
-            undo.pop_all()
-        return made
 
     def _listen_for_control(self, settings: Settings) -> Listener:
         """The control socket beside the first path, whose lock excludes other daemons from it.
@@ -172,28 +144,19 @@ class Sockets:
 
     def give_back(self) -> None:
         """The daemon has ended: no file, no socket and no lock of it is left."""
-        self.close()
-        if self.control is not None:
-            self.close([self.control])
+        self.close(self.listeners + ([self.control] if self.control is not None else []))
         self.release()
 
 
+@dataclass
 class Change:
     """What a reload does to the sockets: made by `Sockets.change`, then completed or undone."""
 
-    def __init__(
-        self,
-        sockets: Sockets,
-        listeners: list[Listener],
-        removed: list[Listener],
-        control: Listener,
-        undo: contextlib.ExitStack,
-    ) -> None:
-        self._sockets = sockets
-        self._control = control
-        self._undo = undo
-        self.listeners = listeners  # those of the changed configuration
-        self.removed = removed  # those that it does not have any more
+    _sockets: Sockets
+    listeners: list[Listener]  # those of the changed configuration
+    removed: list[Listener]  # those that it does not have any more
+    _control: Listener
+    _undo: contextlib.ExitStack
 
     def undo(self) -> None:
         """The reload has failed: all is as it was."""
@@ -212,15 +175,6 @@ class Change:
         sockets.control = self._control
 
 
-def _prepare_folders(paths: Sequence[str], *, create: bool) -> None:
-    for path in paths:
-        listener.prepare_folder(path, create=create)
-
-
 def _restore_access(each: Listener, mode: int, gid: int) -> None:
     with contextlib.suppress(ListenError):  # the file may have been removed meanwhile
         each.set_access(mode, gid)
-
-
-def _held(each: Listener) -> HeldListener:
-    return HeldListener(each.path, each.socket.fileno(), each.inode, each.lent)

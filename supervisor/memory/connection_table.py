@@ -1,7 +1,7 @@
-"""Who is connected: a table of each worker's connections in the shared memory.
+"""A table of each worker's connections in the shared memory, for reports.
 
-It is there to be looked at. What may be connected is decided by the gate's counters, which are
-exact; the table lists a worker's first thousand.
+The gate's counters decide what may be connected, and are exact; this table lists a worker's first
+thousand connections.
 """
 
 from collections import deque
@@ -63,13 +63,13 @@ class ConnectionTable:
         return found
 
     def clear(self) -> None:
-        """Forget all, once their worker is gone. Called in the master."""
+        """Remove all, once their worker has ended. Called in the master."""
         for start in range(0, _UNLISTED, _FIELDS):
             self.memory[start] = 0
 
 
 class ConnectionTableWriter:
-    """The worker's side of it. An entry is told by where it begins."""
+    """The worker's side. An entry is named by the index at which it begins."""
 
     def __init__(self, connection_table: ConnectionTable) -> None:
         self._memory = connection_table.memory
@@ -94,17 +94,17 @@ class ConnectionTableWriter:
         return self._memory[entry + _OPENED_AT], self._memory[entry + _REQUESTS]
 
     def resume(self, entry: int, opened_at: int, requests: int) -> None:
-        """A connection that has just entered was another worker's before."""
+        """Take over the history of a connection that was another worker's before."""
         self._memory[entry + _OPENED_AT] = opened_at
         self._memory[entry + _REQUESTS] = requests
 
     def heard(self, entry: int, now: int) -> None:
-        """Some bytes of a request have come in."""
+        """Some bytes of a request were received."""
         self._memory[entry + _LAST_ACTIVITY] = now
         self._memory[entry + _STATUS] = READING
 
     def is_doing(self, entry: int, status: int) -> None:
-        """Say what a connection is doing now."""
+        """Set what a connection is doing now."""
         self._memory[entry + _STATUS] = status
 
     def runs(self, entry: int) -> None:

@@ -1,19 +1,19 @@
-"""The last few things worth telling, of each worker: errors, security events.
+"""The last few errors and security events of each worker, in a ring in the shared memory.
 
-A ring of notes in the shared memory. A note is void while it is written, so a reader sees it whole
-or not at all, and so it stays if the writer is killed over it.
+An entry is void while it is written, so a reader sees it whole or not at all, whenever the writer
+is killed.
 """
 
 from typing import NamedTuple
 
-NOTES = 16
+EVENTS = 16
 _TEXT_SIZE = 344
-_NOTE_SIZE = 5 * 8 + _TEXT_SIZE  # sequence number, time, two numbers, length, text
-SIZE = NOTES * _NOTE_SIZE  # bytes
+_ENTRY_SIZE = 5 * 8 + _TEXT_SIZE  # sequence number, time, two numbers, length, text
+SIZE = EVENTS * _ENTRY_SIZE  # bytes
 
 
 class Event(NamedTuple):
-    """One of them. What `first` and `second` mean is the ring's writer's affair."""
+    """One entry. What `first` and `second` mean is up to the ring's writer."""
 
     at: int  # CLOCK_REALTIME, nanoseconds
     first: int
@@ -22,7 +22,7 @@ class Event(NamedTuple):
 
 
 class EventRing:
-    """One worker's ring. Written by the worker, under its release lock."""
+    """One worker's ring. Written by the worker, under the lock of its statistics."""
 
     def __init__(self, memory: memoryview) -> None:
         """`memory` is `SIZE` bytes."""
@@ -30,9 +30,9 @@ class EventRing:
         self._numbers = memory.cast("q")
 
     def add(self, at: int, first: int, second: int, text: str) -> None:
-        """Write a note over the oldest one. Its text is shortened to what fits."""
+        """Write an entry over the oldest one. Its text is shortened to what fits."""
         numbers = self._numbers
-        starts = range(0, SIZE // 8, _NOTE_SIZE // 8)
+        starts = range(0, SIZE // 8, _ENTRY_SIZE // 8)
         start = min(starts, key=lambda each: numbers[each])
         sequence = max(numbers[each] for each in starts) + 1
         encoded = text.encode("utf-8", "backslashreplace")[:_TEXT_SIZE]
@@ -46,9 +46,9 @@ class EventRing:
         numbers[start] = sequence
 
     def read(self) -> list[Event]:
-        """All notes, the newest first."""
+        """All entries, the newest first."""
         found = []
-        for start in range(0, SIZE // 8, _NOTE_SIZE // 8):
+        for start in range(0, SIZE // 8, _ENTRY_SIZE // 8):
             sequence, at, first, second, length = self._numbers[start : start + 5].tolist()
             begin = 8 * (start + 5)
             text = bytes(self._text[begin : begin + min(length, _TEXT_SIZE)])

@@ -39,12 +39,8 @@ RETIREMENT_HANGS = 1  # a call has not ended in its time
 RETIREMENT_WORN = 2  # it has run max_requests
 
 # Why a request was answered Overloaded, in the order of Slot.overloaded.
-OVERLOAD, CONNECTIONS, CONCURRENCY, RATE = REASONS = (
-    "overload",
-    "connections",
-    "concurrency",
-    "rate",
-)
+REASONS = ("overload", "connections", "concurrency", "rate")
+OVERLOAD, CONNECTIONS, CONCURRENCY, RATE = REASONS
 # Security events, in the order of Slot.security_events.
 EVENT_KINDS = ("invalid_request", "module_not_allowed", "function_not_allowed", "permission_denied")
 

@@ -73,7 +73,7 @@ class Names:
 
 
 class FunctionStats:
-    """One worker's counts. Written by the worker, under its release lock."""
+    """One worker's counts. Written by the worker, under the lock of its statistics."""
 
     def __init__(self, memory: memoryview) -> None:
         """`memory` is `SIZE` bytes as 64-bit integers."""
@@ -100,11 +100,11 @@ class FunctionStats:
         return [name for at, name in recent[:most] if at > since]
 
 
-def counts(names: Sequence[str], function_stats_of_all: Sequence[FunctionStats]) -> list[Count]:
+def counts(names: Sequence[str], all_stats: Sequence[FunctionStats]) -> list[Count]:
     """What all workers have counted, for each function that was called."""
     found = []
     for number, name in enumerate(names):
-        each = [function_stats.read(number) for function_stats in function_stats_of_all]
+        each = [function_stats.read(number) for function_stats in all_stats]
         calls, failed, busy_ns = (sum(column) for column in zip(*each, strict=True))
         if calls:
             found.append(Count(name, calls, failed, busy_ns))

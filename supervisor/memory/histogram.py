@@ -25,7 +25,7 @@ _EMPTY = memoryview(bytes(8 * (1 + BUCKETS))).cast("q")
 
 
 class Histogram:
-    """One worker's counts. Written by the worker, under its release lock."""
+    """One worker's counts. Written by the worker, under the lock of its statistics."""
 
     def __init__(self, memory: memoryview) -> None:
         """`memory` is `SIZE` bytes as 64-bit integers."""

@@ -140,7 +140,9 @@ class Shared:
             header = Header.from_buffer_copy(memory)
         if header.layout != LAYOUT:
             raise LayoutError(f"its layout is {header.layout}, and this version's is {LAYOUT}")
-        return cls(fd, header.capacity, header.max_sessions)
+        shared = cls(fd, header.capacity, header.max_sessions)
+        shared.header.recount = 1  # the master before may have been killed while it cleared a slot
+        return shared
 
     def _counter(self, name: str) -> "Synchronized[int]":
         at = getattr(Header, name).offset
@@ -202,7 +204,6 @@ class Shared:
         """
         # First: a worker that takes over one of its clients has counted that client before.
         self.claims[self.slots.index(slot)].cancel_all()
-        slot.pid = 0
         slot.serves = 0
         slot.incarnation += 1
         slot.command = COMMAND_NONE
@@ -220,6 +221,7 @@ class Shared:
         if self.header.awake_acceptor == 1 + self.slots.index(slot):
             self.header.awake_acceptor = 0
         self.header.recount = 1  # after the stores above, which it makes count
+        slot.pid = 0  # at last: if this master is killed before, the next one clears the slot anew
         self.statistics[self.slots.index(slot)].connection_table.clear()
 
     def recount(self) -> None:

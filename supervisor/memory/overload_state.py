@@ -1,8 +1,8 @@
-"""What is said of the daemon's load: which limits it is near, and which it is over.
+"""The daemon's load beside its limits: which ones it is near, and which it is over.
 
 Over 80 % of a limit is a warning, over 100 % a violation. Memory and CPU are what the whole tree of
-processes uses. Of requests and connections the gate never lets in more than allowed, so what counts
-here is the demand: those that are in, and those that wait because there is no room for them.
+processes uses. The gate never admits more requests or connections than allowed, so what counts here
+is the demand: those that are admitted, and those that wait because there is no room for them.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""Who has the state: a table in the shared memory that tells the worker for each session.
+"""Which worker has which state: a table in the shared memory, with a row for each session.
 
-A row says: what this client process keeps for this module is in that worker. A worker is told by
-its slot and its incarnation, which changes when it ends: so a row outlives its worker, and whoever
-finds it knows that the state is lost. Only the worker itself takes its rows out again.
+A row says that what this client process keeps for this module is in that worker. A worker is named
+by its slot and its incarnation, which changes when it ends: so a row outlives its worker, and a
+reader of the row knows that the state is lost. Only the worker itself removes its rows.
 
 The table is open addressed: a row stands at the place that its client hashes to, or at one of the
 next. All rows of a client are found in one go, from there to the first place that was never used.
@@ -25,7 +25,7 @@ _MIX_PID, _MIX_START = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 class ClientProcess(NamedTuple):
     """Whose state it is: a client process, which its pid and start time tell.
 
-    Where the kernel tells neither, the connection stands for its client: `pid` is
+    If the kernel tells neither, the connection stands for its client: `pid` is
     `BY_CONNECTION` then, and `start` the inode of its socket.
     """
 
@@ -121,7 +121,7 @@ class OwnerTable:
 
     def _take_out(self, index: int) -> None:
         self._states[index] = _GONE
-        # Where no row follows, nobody needs to look beyond: so a search stays short for ever.
+        # If no row follows, a search may end here: so searches stay short.
         if self._states[(index + 1) & self._mask] == _NEVER:
             while self._states[index] == _GONE:
                 self._states[index] = _NEVER

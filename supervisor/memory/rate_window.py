@@ -5,8 +5,9 @@ may be admitted when the entry N places back has left the window: one comparison
 and exact in every interval, wherever it starts.
 
 Without a limit there is nothing to decide, only to count. Then the ring holds runs: for each
-millisecond in which anybody was admitted, its time and how many had been admitted before. A minute
-has at most 60,000 of them, however many requests there are, and the count is true to a millisecond.
+millisecond in which a request was admitted, its time and how many had been admitted before. A
+minute has at most 60,000 of them, however many requests there are, and the count is true to a
+millisecond.
 
 Times are CLOCK_MONOTONIC in nanoseconds. `record` and `free_at` are called under the gate's lock;
 `count` without. A process that is killed between writing an entry and counting it has changed

@@ -7,48 +7,42 @@ time: what exceeds its limit again and again within seconds is logged as one vio
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading
+from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading, at_level
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
 SETTLE_SECONDS = 5.0
 ELEVATED_SHARE = 0.2  # of max_connections: 20 and 50 of the 100 that are the default
 HIGH_SHARE = 0.5
+_MANY = {
+    1: (logging.INFO, "Elevated connection count: %d active connections."),
+    2: (
+        logging.WARNING,
+        "High connection count detected: %d active connections. "
+        "This may indicate a connection leak.",
+    ),
+}
 
 
+@dataclass
 class LoggedLevel:
     """The level of one thing as it was logged last. Times are CLOCK_MONOTONIC seconds."""
 
-    def __init__(self) -> None:
-        self.level = 0
-        self._lower_since = math.inf
-        self._next = math.inf
+    level: int = 0
+    lower_since: float = math.inf
+    next_at: float = math.inf  # when a line is due, if the level stays
 
     def is_due(self, level: int, now: float, interval: float) -> bool:
         """Record a level; returns whether a line is to be logged."""
-        if level < self.level:
-            self._lower_since = min(self._lower_since, now)
-            if now - self._lower_since < SETTLE_SECONDS:
-                return self._repeats(now, interval)
-        else:
-            self._lower_since = math.inf
-        changed, self.level = level != self.level, level
-        if changed:
-            self._lower_since = math.inf
-            self._next = now + interval
-            return level > 0
-        return self._repeats(now, interval)
-
-    def _repeats(self, now: float, interval: float) -> bool:
-        if not self.level or now < self._next:
+        self.lower_since = min(self.lower_since, now) if level < self.level else math.inf
+        if level > self.level or now - self.lower_since >= SETTLE_SECONDS:
+            self.level, self.lower_since, self.next_at = level, math.inf, now
+        if not self.level or now < self.next_at:
             return False
-        self._next = now + interval
+        self.next_at = now + interval
         return True
-
-    def was_logged(self, now: float, interval: float) -> None:
-        """Called when it was logged in a line that another thing was the reason for."""
-        self._next = now + interval
 
 
 class Alarms:
@@ -67,19 +61,15 @@ class Alarms:
             for reading in readings
             if self._logged[reading.kind].is_due(reading.level, now, interval)
         }
-        for level in (Level.VIOLATION, Level.WARNING):
-            if level not in levels:
-                continue
-            texts = []
-            for reading in readings:
-                if reading.level is level:
-                    texts.append(str(reading))
-                    self._logged[reading.kind].was_logged(now, interval)
-            if level is Level.VIOLATION:
-                LOGGER.critical("RESOURCE VIOLATION: %s", texts)
-                LOGGER.warning("Resource violations detected, throttling connections: %s", texts)
-            else:
-                LOGGER.warning("Resource warning: %s", texts)
+        for reading in readings:
+            if reading.level in levels:  # it is in the line that another was the reason for
+                self._logged[reading.kind].next_at = now + interval
+        if Level.VIOLATION in levels:
+            texts = at_level(readings, Level.VIOLATION)
+            LOGGER.critical("RESOURCE VIOLATION: %s", texts)
+            LOGGER.warning("Resource violations detected, throttling connections: %s", texts)
+        if Level.WARNING in levels:
+            LOGGER.warning("Resource warning: %s", at_level(readings, Level.WARNING))
         self._log_opening()
 
     def _log_opening(self) -> None:
@@ -96,12 +86,5 @@ class Alarms:
         if self._full.is_due(int(full), now, interval):
             LOGGER.warning("Connection limit reached (%d), rejecting new connections", limit)
         level = (connections > ELEVATED_SHARE * limit) + (connections > HIGH_SHARE * limit)
-        if self._many.is_due(level, now, interval):
-            if level > 1:
-                LOGGER.warning(
-                    "High connection count detected: %d active connections. "
-                    "This may indicate a connection leak.",
-                    connections,
-                )
-            elif level:
-                LOGGER.info("Elevated connection count: %d active connections.", connections)
+        if self._many.is_due(level, now, interval) and level:
+            LOGGER.log(*_MANY[level], connections)

@@ -14,7 +14,6 @@ import signal
 from collections.abc import Callable
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE
 from cpanbridge.supervisor.system.process_tree import Tree, Usage
@@ -65,16 +64,17 @@ class MemoryRelief:
             return
         # A worker that has not run anything has nothing to give back.
         workers = [
-            (int(slot.memory), number, slot)
+            (int(slot.memory), number)
             for number, slot in enumerate(self._shared.used_slots)
             if slot.pid and slot.admitted > slot.admitted_before
         ]
-        largest, number, slot = max(workers, default=(0, 0, None), key=lambda each: each[0])
-        orphan = max(usage.orphans, default=0, key=usage.orphans.__getitem__)
-        if orphan and usage.orphans[orphan] > largest:
-            self._end_orphan(orphan, usage.orphans[orphan], limits, now)
-        elif slot is not None:
-            self._retire_worker(number, slot, limits)
+        orphans = [(memory, pid) for pid, memory in usage.orphans.items()]
+        memory, number = max(workers, default=(0, 0))
+        orphan_memory, orphan = max(orphans, default=(0, 0))
+        if orphan_memory > memory:
+            self._end_orphan(orphan, orphan_memory, limits, now)
+        elif workers:
+            self._retire_worker(number, limits)
         elif now >= self._next_advice:
             self._next_advice = now + limits.resource_check_interval
             LOGGER.warning(
@@ -82,7 +82,8 @@ class MemoryRelief:
                 "started: raise limits.max_memory_mb, or end what else holds memory"
             )
 
-    def _retire_worker(self, number: int, slot: Slot, limits: Limits) -> None:
+    def _retire_worker(self, number: int, limits: Limits) -> None:
+        slot = self._shared.slots[number]
         share = f"it holds {slot.memory / MEGABYTE:.1f}MB"
         if slot.memory > limits.max_memory_mb * MEGABYTE:
             names = self._shared.names.all()
@@ -99,10 +100,7 @@ class MemoryRelief:
         if name is not None:
             self._last, self._kill_at = pid, now + ORPHAN_SECONDS
             LOGGER.warning(
-                "Process %d (%s), left by a worker that has ended, is ended: memory has been over "
-                "its limit for %g s, and it holds %.1fMB",
-                pid,
-                name,
-                limits.memory_grace,
-                memory / MEGABYTE,
+                f"Process {pid} ({name}), left by a worker that has ended, is ended: memory has "
+                f"been over its limit for {limits.memory_grace:g} s, and it holds "
+                f"{memory / MEGABYTE:.1f}MB"
             )

@@ -16,7 +16,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Wakeups, set_overload_state
@@ -32,14 +32,7 @@ from cpanbridge.supervisor.memory.fields import (
     WAITS_FOR_REQUEST,
 )
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.memory.overload_state import (
-    CLOSING,
-    MEGABYTE,
-    SCALE,
-    Kind,
-    Level,
-    Reading,
-)
+from cpanbridge.supervisor.memory.overload_state import CLOSING, MEGABYTE, SCALE, Kind, Level
 from cpanbridge.supervisor.monitor.load_log import Alarms
 from cpanbridge.supervisor.monitor.memory_relief import MemoryRelief, Retire
 from cpanbridge.supervisor.reports import totals
@@ -58,6 +51,12 @@ HEALTH_SECONDS = 60.0
 SUMMARY_SECONDS = 300.0
 # A sample that comes so many intervals late: the process, or the machine, was stopped.
 GAP = 3
+# What the gate limits: what a thread waits for then, and why a request is rejected.
+_GATE_LIMITS = {
+    Kind.REQUESTS: (WAITS_FOR_RATE, RATE),
+    Kind.CONCURRENT: (WAITS_FOR_REQUEST, CONCURRENCY),
+    Kind.CONNECTIONS: (WAITS_FOR_CONNECTION, CONNECTIONS),
+}
 
 
 class Monitor:
@@ -92,8 +91,8 @@ class Monitor:
         self._late_after = math.inf  # a sample after this time is late (see GAP)
         self._full = 0  # how often the workers had found all connections taken
         self._overloaded: dict[str, int] = {}
-        self._levels = dict.fromkeys(Kind, Level.NORMAL)
-        self._next_check = self._next_health = self._next_summary = math.inf
+        self._violations: set[Kind] = set()
+        self._next: dict[Callable[[], None], float] = {}  # when something regular is due
         self._next_complaint = -math.inf
 
     def start(self) -> None:
@@ -103,17 +102,13 @@ class Monitor:
         with contextlib.suppress(OSError):  # no sock_diag(7): waiting clients are not counted
             self._backlog = Backlog()
         now = time.monotonic()
-        self._next_check = now + self.limits.resource_check_interval
-        self._next_health = now + HEALTH_SECONDS
-        self._next_summary = now + SUMMARY_SECONDS
+        self._next = {action: now + seconds for action, seconds in self._regular()}
         self._sample()
 
     def _sample(self) -> None:
         """Begin a sample."""
-        self._began = time.monotonic()
-        self._cpu_used = 0.0
-        pids = [slot.pid for slot in self._shared.used_slots if slot.pid]
-        self._steps = self._tree.steps(pids)
+        self._began, self._cpu_used = time.monotonic(), 0.0
+        self._steps = self._tree.steps([slot.pid for slot in self._shared.used_slots if slot.pid])
         self._step()
 
     def _step(self) -> None:
@@ -140,7 +135,7 @@ class Monitor:
     def _plan_next(self, failed: bool) -> None:
         """Sample again after the interval, or later when a sample takes long."""
         pause = max(self.limits.sample_interval, self._cpu_used / MOST_SHARE)
-        if self._shared.counters.overload_state.get_obj().value != GATE_OPEN:
+        if self._shared.header.overload_state != GATE_OPEN:
             pause = min(self.limits.sample_interval / SAMPLES_WHILE_CLOSED, MOST_SECONDS_CLOSED)
         now = time.monotonic()
         due = max(self._began + pause, now + LEAST_SECONDS)
@@ -156,11 +151,16 @@ class Monitor:
         gap = now > self._late_after
         self._record(usage)
         readings = totals.readings(self._shared)
-        self._count_alerts(readings)
-        self._close_or_open(readings)
+        violations = {each.kind for each in readings if each.level is Level.VIOLATION}
+        for kind in violations - self._violations:
+            self._shared.header.alerts[kind] += 1
+        self._violations = violations
+        overload_state = GATE_OPEN if violations.isdisjoint(CLOSING) else GATE_CLOSED
+        if overload_state != self._shared.header.overload_state:
+            set_overload_state(self._shared, self._wakeups, overload_state)
         self._alarms.log(readings, now, self.limits.resource_check_interval)
         self._log_connections(now)
-        over = readings[Kind.MEMORY].level is Level.VIOLATION
+        over = Kind.MEMORY in violations
         self._memory_relief.check(usage, over, gap, self.limits, now)
 
     def _record(self, usage: Usage) -> None:
@@ -186,26 +186,23 @@ class Monitor:
         shared.header.backlog = backlog = self._waiting_clients()
         # A client that only one of two samples finds was about to be accepted.
         lasting, self._backlog_before = min(backlog, self._backlog_before), backlog
-        queued, accept_waits = self._waiting()
-        rejected = {
-            reason: count > self._overloaded.get(reason, count)
-            for reason, count in counts.overloaded.items()
-        }
-        self._overloaded = counts.overloaded
+        accept_waits = {slot.accept_waits_for for slot in shared.used_slots}
         limits = {reading.kind: int(reading.limit) for reading in totals.readings(shared)}
-
-        def demand(kind: Kind, taken: int, waits_for: int, reason: str) -> int:
-            wanted = taken + queued[waits_for]
-            if waits_for in accept_waits and taken >= limits[kind]:
-                wanted += lasting
-            return max(wanted, limits[kind] + 1 if rejected[reason] else 0)
-
-        demands = (
-            (Kind.REQUESTS, shared.admitted_in_window(), WAITS_FOR_RATE, RATE),
-            (Kind.CONCURRENT, counts.running, WAITS_FOR_REQUEST, CONCURRENCY),
-            (Kind.CONNECTIONS, counts.connections, WAITS_FOR_CONNECTION, CONNECTIONS),
-        )
-        return {each[0]: demand(*each) for each in demands}
+        taken = {
+            Kind.REQUESTS: counts.admitted_last_minute,
+            Kind.CONCURRENT: counts.running,
+            Kind.CONNECTIONS: counts.connections,
+        }
+        demands = {}
+        for kind, (waits_for, reason) in _GATE_LIMITS.items():
+            slots = [each for each in shared.used_slots if each.request_waits_for == waits_for]
+            demand = taken[kind] + sum(slot.queued for slot in slots)
+            if waits_for in accept_waits and taken[kind] >= limits[kind]:
+                demand += lasting
+            rejected = counts.overloaded[reason] > self._overloaded.get(reason, math.inf)
+            demands[kind] = max(demand, limits[kind] + 1 if rejected else 0)
+        self._overloaded = counts.overloaded
+        return demands
 
     def _waiting_clients(self) -> int:
         if self._backlog is None:
@@ -215,78 +212,45 @@ class Monitor:
         except OSError:
             return 0  # closed for a stop
 
-    def _waiting(self) -> tuple[dict[int, int], set[int]]:
-        """How many requests wait for what, and what the accepting threads wait for."""
-        queued = dict.fromkeys((WAITS_FOR_CONNECTION, WAITS_FOR_REQUEST, WAITS_FOR_RATE), 0)
-        accept_waits = set()
-        for slot in self._shared.used_slots:
-            accept_waits.add(int(slot.accept_waits_for))
-            if slot.request_waits_for in queued:
-                queued[slot.request_waits_for] += slot.queued
-        return queued, accept_waits
-
-    # -- what follows from it --
-
-    def _count_alerts(self, readings: Sequence[Reading]) -> None:
-        for reading in readings:
-            before, self._levels[reading.kind] = self._levels[reading.kind], reading.level
-            if reading.level is Level.VIOLATION and before is not Level.VIOLATION:
-                self._shared.header.alerts[reading.kind] += 1
-
-    def _close_or_open(self, readings: Sequence[Reading]) -> None:
-        over = any(readings[kind].level is Level.VIOLATION for kind in CLOSING)
-        overload_state = GATE_CLOSED if over else GATE_OPEN
-        if overload_state != self._shared.counters.overload_state.get_obj().value:
-            set_overload_state(self._shared, self._wakeups, overload_state)
+    # -- what is logged --
 
     def _log_connections(self, now: float) -> None:
         full = sum(slot.full for slot in self._shared.used_slots)
         was_full, self._full = full != self._full, full
         limit = self._shared.header.max_connections
         connections = self._shared.connections()
-        self._alarms.log_connections(
-            connections,
-            limit,
-            was_full or connections >= limit,
-            now,
-            self.limits.resource_check_interval,
-        )
+        full_now = was_full or connections >= limit
+        interval = self.limits.resource_check_interval
+        self._alarms.log_connections(connections, limit, full_now, now, interval)
 
-    # -- what is logged in any case --
+    def _regular(self) -> Iterator[tuple[Callable[[], None], float]]:
+        """What is done in any case, and how often, in seconds."""
+        yield self._note_check, self.limits.resource_check_interval
+        yield self._log_health, HEALTH_SECONDS
+        yield self._log_summary, SUMMARY_SECONDS
 
     def _keep_schedule(self, now: float) -> None:
-        """The resource check, the health line and the summary, each when it is due."""
-        if now >= self._next_check:
-            self._next_check = now + self.limits.resource_check_interval
-            self._shared.header.checked_at = time.monotonic_ns()
-        if now >= self._next_health:
-            self._next_health = now + HEALTH_SECONDS
-            self._log_health()
-        if now >= self._next_summary:
-            self._next_summary = now + SUMMARY_SECONDS
-            self._log_summary()
+        for action, seconds in self._regular():
+            if now >= self._next[action]:
+                self._next[action] = now + seconds
+                action()
+
+    def _note_check(self) -> None:
+        self._shared.header.checked_at = time.monotonic_ns()
 
     def _log_health(self) -> None:
-        counts = totals.count(self._shared)
+        counts, header = totals.count(self._shared), self._shared.header
         LOGGER.info(
-            "Health check - Uptime: %ds, Requests: %d, Errors: %d, "
-            "Active connections: %d/%d (current/peak)",
-            self._shared.uptime,
-            counts.finished,
-            counts.failed,
-            counts.connections,
-            self._shared.header.peak_connections,
+            f"Health check - Uptime: {int(self._shared.uptime)}s, Requests: {counts.finished}, "
+            f"Errors: {counts.failed}, Active connections: "
+            f"{counts.connections}/{header.peak_connections} (current/peak)"
         )
 
     def _log_summary(self) -> None:
-        header = self._shared.header
+        counts, header = totals.count(self._shared), self._shared.header
+        memory, cpu = header.values[Kind.MEMORY] / SCALE, header.values[Kind.CPU] / SCALE
         LOGGER.info(
-            "Resource summary - Memory: %.1fMB (peak: %.1fMB), CPU: %.1f%% (peak: %.1f%%), "
-            "Concurrent: %d, Requests/min: %d",
-            header.values[Kind.MEMORY] / SCALE,
-            header.peak_memory / MEGABYTE,
-            header.values[Kind.CPU] / SCALE,
-            header.peak_cpu / SCALE,
-            self._shared.running(),
-            self._shared.admitted_in_window(),
+            f"Resource summary - Memory: {memory:.1f}MB (peak: {header.peak_memory / MEGABYTE:.1f}"
+            f"MB), CPU: {cpu:.1f}% (peak: {header.peak_cpu / SCALE:.1f}%), "
+            f"Concurrent: {counts.running}, Requests/min: {counts.admitted_last_minute}"
         )

@@ -6,8 +6,9 @@ imports what they are made of.
 
 A template and the master talk over a pair of SOCK_SEQPACKET sockets, which keep messages apart. The
 template reports once how its imports went. Then it receives the number of a slot for each worker to
-fork, with the descriptor of that worker's `report`. The worker writes its pid there at first and
-waits for a byte: only then does the master know it, and handles whatever becomes of it.
+fork, with the descriptor of that worker's `report`, one of such a pair too. The worker writes its
+pid there at first and waits for a byte: only then does the master know it, and handles whatever
+becomes of it.
 """
 
 import contextlib
@@ -73,27 +74,24 @@ class Mains(NamedTuple):
 UNASSIGNED = -1  # slot and report of a context that no worker has yet
 BEGIN = b"\0"
 
-_PIPE_BUF = 4096  # a write of up to so many bytes to a pipe is atomic on Linux
 _LONGEST_MESSAGE = 1 << 20
 _MAX_ERROR = 900  # characters; none takes more than 4 bytes as they are sent
 
 
 def send_report(descriptor: int, error: str | None) -> None:
     """Called in the worker, once: it is ready, or it cannot boot."""
-    line = msgspec.json.encode(Report(_one_line(error) if error is not None else None))
-    assert len(line) <= _PIPE_BUF
     with contextlib.suppress(BrokenPipeError):  # the master is gone, as the lifeline tells too
-        os.write(descriptor, line)
+        os.write(descriptor, msgspec.json.encode(Report(error and _one_line(error))))
 
 
 def read_report(data: bytes) -> Report:
-    """Called in the master, with the data of one read of the pipe."""
+    """Called in the master, with a message as it was read."""
     return msgspec.json.decode(data, type=Report)
 
 
 def tell_imports(commands: socket.socket, imports: Imports) -> None:
     """Called in a template, once."""
-    error = _one_line(imports.error) if imports.error is not None else None
+    error = imports.error and _one_line(imports.error)
     unfit = {name: _one_line(reason) for name, reason in imports.unfit.items()}
     with contextlib.suppress(BrokenPipeError):  # the master is gone
         commands.send(msgspec.json.encode(Imports(error, unfit, imports.shared)))
@@ -118,7 +116,7 @@ def send_command(commands: socket.socket, slot: int, report: int) -> None:
 
 def receive_command(commands: socket.socket) -> tuple[int, int] | None:
     """Called in a template: wait for the next command, a slot and a report; None at the end."""
-    data, descriptors, *_ = socket.recv_fds(commands, _PIPE_BUF, 1)
+    data, descriptors, *_ = socket.recv_fds(commands, _LONGEST_MESSAGE, 1)
     if not data:
         return None
     os.set_inheritable(descriptors[0], False)

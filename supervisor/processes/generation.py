@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from cpanbridge.supervisor.config import Settings
@@ -14,33 +15,24 @@ class Stage(Enum):
 
     BOOTS = "boots"
     SERVES = "serves"
-    OVER = "over"  # another generation has replaced it, or it was abandoned before it served
+    OVER = "over"  # another generation has replaced it, or it was given up before it served
 
 
+@dataclass(eq=False)
 class Generation:
-    """What all workers of one start or reload have in common."""
+    """Raises OSError when the process is out of descriptors."""
 
-    def __init__(
-        self, number: int, settings: Settings, listeners: Sequence[Listener], log: LogSettings
-    ) -> None:
-        self.number = number
-        self.settings = settings
-        self.listeners = listeners
-        self.log = log
-        self.wanted = settings.worker_count  # workers
-        self.stage = Stage.BOOTS
+    number: int
+    settings: Settings
+    listeners: Sequence[Listener]
+    log: LogSettings
+    stage: Stage = Stage.BOOTS
+
+    def __post_init__(self) -> None:
+        self.wanted = self.settings.worker_count  # workers
         self.opening = os.eventfd(0, os.EFD_CLOEXEC)
 
     @property
     def in_service(self) -> bool:
         """Whether its workers may accept, and those that die are replaced."""
         return self.stage is Stage.SERVES
-
-    def put_in_service(self) -> None:
-        """Let its workers accept."""
-        self.stage = Stage.SERVES
-        os.eventfd_write(self.opening, 1)
-
-    def close(self) -> None:
-        """No worker belongs to it any more."""
-        os.close(self.opening)

@@ -8,14 +8,18 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
+
+import msgspec
 
 from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.context import UNASSIGNED, Mains, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.system import logs, sd_notify
-from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.system.event_loop import Loop, Timer
+from cpanbridge.supervisor.system.log_text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -24,16 +28,29 @@ BOOT_SECONDS = 60.0
 DUMP_SECONDS = 0.5  # for it to write to the log where it hangs
 
 
+class HeldPool(msgspec.Struct):
+    """What a pool consists of, as descriptors and numbers that another process can use."""
+
+    shared: int  # the shared memory
+    wakeups: list[Wakeups]  # of each slot
+    life: list[int]  # the write ends of the workers' lifelines
+    occupied: list[int]  # slots in use
+
+    def descriptors(self) -> list[int]:
+        """The descriptors that the other process must inherit."""
+        return [self.shared, *self.life, *(each for slot in self.wakeups for each in slot)]
+
+
+@dataclass(eq=False)
 class Spawner:
     """Forks the processes of one master."""
 
-    def __init__(
-        self, loop: Loop, shared: Shared, wakeups: Sequence[Wakeups], mains: Mains
-    ) -> None:
-        self.loop = loop
-        self.shared = shared
-        self.wakeups = wakeups
-        self.mains = mains
+    loop: Loop
+    shared: Shared
+    wakeups: Sequence[Wakeups]
+    mains: Mains
+
+    def __post_init__(self) -> None:
         # Workers have the read end only, so it reads end of file when the master is gone, however
         # the master ended.
         self.lifeline, self.life = os.pipe()
@@ -58,10 +75,10 @@ class Spawner:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return pid
 
-    def close_inherited_life(self) -> None:
-        """No worker of an earlier master is left."""
-        while self.inherited_life:
-            os.close(self.inherited_life.pop())
+    def held(self, occupied: list[int]) -> HeldPool:
+        """What a master that takes over needs."""
+        life = [self.life, *self.inherited_life]
+        return HeldPool(self.shared.fd, list(self.wakeups), life, occupied)
 
     def _become(
         self, name: str, generation: Generation, main: Callable[[WorkerContext], None]
@@ -95,3 +112,43 @@ class Spawner:
             LOGGER.exception("%s cannot begin", name)
         finally:
             os._exit(1)
+
+
+class Process:
+    """A worker or a template, or none yet. It has one timer, for what is to happen to it next."""
+
+    def __init__(self, spawner: Spawner) -> None:
+        self._spawner = spawner
+        self._timer = Timer(lambda: None)
+        self._overdue = False  # it was not ready after BOOT_SECONDS
+        self.pid = 0  # 0: no process
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if there is a process."""
+        if self.pid:
+            os.kill(self.pid, number)  # the pid stays its own until the master waits for it
+
+    def kill(self) -> None:
+        """End it at once, if there is a process. What it ran is lost."""
+        self.signal(signal.SIGKILL)
+
+    def describe_end(self, status: int) -> str:
+        """How it ended, in words."""
+        if self._overdue:
+            return f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
+        return describe_exit(status)
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        """Call `action` in so many seconds, in place of what was to happen."""
+        self._timer.cancel()
+        self._timer = self._spawner.loop.after(seconds, action)
+
+    def _started(self, pid: int) -> None:
+        """From now on it boots."""
+        self.pid = pid
+        self.after(BOOT_SECONDS, self._boot_hangs)
+
+    def _boot_hangs(self) -> None:
+        self._overdue = True
+        self.signal(signal.SIGUSR2)  # it writes to the log where it hangs, see workers/boot.py
+        self.after(DUMP_SECONDS, self.kill)

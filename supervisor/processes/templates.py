@@ -16,8 +16,6 @@ this generation import everything by themselves. Called in the master.
 """
 
 import logging
-import os
-import signal
 import socket
 from collections.abc import Callable
 from enum import Enum
@@ -30,10 +28,8 @@ from cpanbridge.supervisor.processes.context import (
     send_command,
 )
 from cpanbridge.supervisor.processes.generation import Generation, Stage
-from cpanbridge.supervisor.processes.spawner import BOOT_SECONDS, DUMP_SECONDS, Spawner
+from cpanbridge.supervisor.processes.spawner import Process, Spawner
 from cpanbridge.supervisor.system import process_tree
-from cpanbridge.supervisor.system.event_loop import Timer
-from cpanbridge.supervisor.system.log_text import describe_exit
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -46,7 +42,7 @@ class _Stage(Enum):
     OVER = "ends"
 
 
-class Template:
+class Template(Process):
     """One generation's template.
 
     `on_ready` is called when workers can be forked: by the template, or by the master where there
@@ -57,21 +53,18 @@ class Template:
         self,
         spawner: Spawner,
         generation: Generation,
-        on_ready: Callable[[], None],
-        on_failed: Callable[[str], None],
+        on_ready: Callable[[Generation], None],
+        on_failed: Callable[[Generation, str], None],
     ) -> None:
-        self._spawner = spawner
+        super().__init__(spawner)
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._commands: socket.socket | None = None
         self._stage = _Stage.IMPORTS
         self._attempts = 0
         self._kept_out: set[str] = set()  # modules
-        self._timer: Timer | None = None
-        self._overdue = False
         self._again = False  # it is to be forked anew, without the modules that are kept out
         self.generation = generation
-        self.pid = 0  # 0: no process
 
     @property
     def imports(self) -> bool:
@@ -79,17 +72,22 @@ class Template:
         return self._stage is _Stage.IMPORTS
 
     @property
-    def state(self) -> str:
-        """What it does, in a word."""
-        return self._stage.value
-
-    @property
     def forks(self) -> bool:
         """Whether it can fork workers."""
         return self._stage is _Stage.FORKS
 
+    @property
+    def state(self) -> str:
+        """What it does, in a word."""
+        return self._stage.value
+
     def start(self) -> None:
-        """Begin. Called once."""
+        """Fork it; once more when it has found modules unfit."""
+        if self._attempts == MOST_ATTEMPTS:
+            self._do_without(f"modules were found unfit {MOST_ATTEMPTS} times")
+            return
+        self._attempts += 1
+        self._again = False
         try:
             process_tree.inherit_orphans()
             self._fork()
@@ -105,14 +103,9 @@ class Template:
     def end(self) -> None:
         """Fork no worker from it any more. It has nothing to finish."""
         self._stage = _Stage.OVER
-        self._cancel_timer()
+        self._timer.cancel()
         self._close_commands()
-        self.signal(signal.SIGKILL)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, if it has a process."""
-        if self.pid:
-            os.kill(self.pid, number)  # the pid stays its own until this process waits for it
+        self.kill()
 
     def ended(self, status: int) -> None:
         """It has ended and was waited for."""
@@ -120,29 +113,23 @@ class Template:
         if self._commands is not None:
             self._receive()  # its last message may not have been read yet
         self._close_commands()
-        self._cancel_timer()
-        how = describe_exit(status)
-        if self._overdue:
-            how = f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
+        self._timer.cancel()
+        how = self.describe_end(status)
         if self.forks:
             self._stage = _Stage.OVER
-            LOGGER.error(
+            text = (
                 "The template of generation %d (pid %d) died: %s; until the next reload, each new "
-                "worker imports its modules by itself",
-                self.generation.number,
-                pid,
-                how,
+                "worker imports its modules by itself"
             )
+            LOGGER.error(text, self.generation.number, pid, how)
         elif self.imports and self._again:
-            self._begin_anew()
+            self.start()
         elif self.imports:
             self._stage = _Stage.OVER
             LOGGER.error("The template (pid %d) died at boot: %s", pid, how)
-            self._on_failed(f"the template died at boot: {how}")
+            self._on_failed(self.generation, f"the template died at boot: {how}")
 
     def _fork(self) -> None:
-        self._attempts += 1
-        self._again = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def main(context: WorkerContext) -> None:
@@ -150,7 +137,7 @@ class Template:
             self._spawner.mains.template(TemplateContext(context, theirs, tuple(self._kept_out)))
 
         try:
-            self.pid = self._spawner.fork("The template", self.generation, main)
+            pid = self._spawner.fork("The template", self.generation, main)
         except OSError:
             ours.close()
             raise
@@ -159,7 +146,7 @@ class Template:
         ours.setblocking(False)
         self._commands = ours
         self._spawner.loop.watch(ours.fileno(), self._receive)
-        self._timer = self._spawner.loop.after(BOOT_SECONDS, self._hangs)
+        self._started(pid)
 
     def _receive(self) -> None:
         assert self._commands is not None
@@ -170,65 +157,40 @@ class Template:
         if imports is None or not self.imports:
             self._close_commands()  # SIGCHLD tells how it ended
             return
-        self._cancel_timer()
+        self._timer.cancel()
         if imports.error is not None:
             LOGGER.error("Generation %d cannot start: %s", self.generation.number, imports.error)
             self.end()
-            self._on_failed(imports.error)
+            self._on_failed(self.generation, imports.error)
         elif imports.unfit:
             for name, reason in imports.unfit.items():
                 LOGGER.info("Module %s is imported by each worker for itself: %s", name, reason)
             self._kept_out.update(imports.unfit)
             self._again = True
             self._close_commands()
-            self.signal(signal.SIGKILL)
+            self.kill()
         elif not imports.shared:
             self._do_without(None)
         else:
             self._stage = _Stage.FORKS
-            LOGGER.info(
-                "Template ready (pid %d): %d modules imported for all workers",
-                self.pid,
-                imports.shared,
-            )
-            self._on_ready()
-
-    def _begin_anew(self) -> None:
-        if self._attempts == MOST_ATTEMPTS:
-            self._do_without(f"modules were found unfit {MOST_ATTEMPTS} times")
-            return
-        try:
-            self._fork()
-        except OSError as error:
-            self._do_without(f"it cannot be started: {error.strerror}")
+            text = "Template ready (pid %d): %d modules imported for all workers"
+            LOGGER.info(text, self.pid, imports.shared)
+            self._on_ready(self.generation)
 
     def _do_without(self, reason: str | None) -> None:
         """Have each worker import for itself."""
         if reason is not None:
-            LOGGER.warning(
-                "Generation %d has no template, each worker imports for itself: %s",
-                self.generation.number,
-                reason,
-            )
+            text = "Generation %d has no template, each worker imports for itself: %s"
+            LOGGER.warning(text, self.generation.number, reason)
         self.end()
         # Not from within `start`: its caller has not returned to the loop yet.
-        self._spawner.loop.after(0.0, self._on_ready)
-
-    def _hangs(self) -> None:
-        self._overdue = True
-        self.signal(signal.SIGUSR2)  # it writes to the log where it hangs, see workers/boot.py
-        self._timer = self._spawner.loop.after(DUMP_SECONDS, partial(self.signal, signal.SIGKILL))
+        self._spawner.loop.after(0.0, partial(self._on_ready, self.generation))
 
     def _close_commands(self) -> None:
         if self._commands is not None:
             self._spawner.loop.forget(self._commands.fileno())
             self._commands.close()
             self._commands = None
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class Templates:
@@ -240,9 +202,7 @@ class Templates:
         on_ready: Callable[[Generation], None],
         on_failed: Callable[[Generation, str], None],
     ) -> None:
-        self._spawner = spawner
-        self._on_ready = on_ready
-        self._on_failed = on_failed
+        self._new = partial(Template, spawner, on_ready=on_ready, on_failed=on_failed)
         self._all: list[Template] = []
 
     @property
@@ -257,49 +217,26 @@ class Templates:
     def must_be_awaited(self, generation: Generation) -> bool:
         """Whether no worker of a generation may be forked yet. Starts its template if need be."""
         template = self.of(generation)
-        if (
-            template is None
-            and generation.stage is Stage.BOOTS
-            and generation.settings.preloads_any
-        ):
-            template = Template(
-                self._spawner,
-                generation,
-                partial(self._on_ready, generation),
-                partial(self._on_failed, generation),
-            )
-            self._all.append(template)
-            template.start()
-            return True
-        return template is not None and template.imports
+        if template is not None:
+            return template.imports
+        if generation.stage is not Stage.BOOTS or not generation.settings.preloads_any:
+            return False
+        # Those of earlier generations are forgotten when they have ended.
+        self._all = [each for each in self._all if each.pid or each.generation.stage != Stage.OVER]
+        self._all.append(self._new(generation))
+        self._all[-1].start()
+        return True
 
     def end(self, generation: Generation) -> None:
         """A generation needs no more workers."""
         template = self.of(generation)
         if template is not None:
             template.end()
-            self._forget_gone()
-
-    def end_all(self) -> None:
-        """No generation needs any more workers."""
-        for template in self._all:
-            template.end()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send all templates a signal."""
-        for template in self._all:
-            template.signal(number)
 
     def ended(self, pid: int, status: int) -> bool:
         """A child has ended; whether it was a template."""
-        for template in self._all:
+        for template in self.alive:
             if template.pid == pid:
                 template.ended(status)
-                self._forget_gone()
                 return True
         return False
-
-    def _forget_gone(self) -> None:
-        over = (each for each in self._all if each.generation.stage is Stage.OVER)
-        gone = [each for each in over if not each.pid]
-        self._all = [each for each in self._all if each not in gone]

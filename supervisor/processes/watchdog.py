@@ -27,10 +27,10 @@ import logging
 import os
 import signal
 import time
+from dataclasses import dataclass
 
-from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.pool import WorkerPool
-from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.processes.retirement import Retirement
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -40,33 +40,28 @@ OVERDUE_NS = 200_000_000
 TRIES = 100
 
 
+@dataclass
 class Overdue:
     """A call whose time is over, and what the master has done about it."""
 
-    def __init__(self, slot: int, deadline: int, now: int) -> None:
-        self.slot = slot
-        self.deadline = deadline
-        self.found_at = now  # CLOCK_MONOTONIC nanoseconds, as all times here
-        self.handled = False
-        self.gate_was_free = True  # at the last check
+    deadline: int
+    found_at: int  # CLOCK_MONOTONIC nanoseconds, as all times here
+    handled: bool = False
+    gate_was_free: bool = True  # at the last check
 
 
 class Watchdog:
-    """One daemon's. It begins with `start`, once the daemon is ready."""
+    """One daemon's. It begins with the first `check`, once the daemon is ready."""
 
-    def __init__(self, loop: Loop, shared: Shared, pool: WorkerPool) -> None:
-        self._loop = loop
-        self._shared = shared
+    def __init__(self, pool: WorkerPool, retirement: Retirement) -> None:
         self._pool = pool
+        self._retirement = retirement
+        self._shared = pool.spawner.shared
         self._overdue: dict[int, Overdue] = {}  # by slot
 
-    def start(self) -> None:
+    def check(self) -> None:
         """Check, now and from now on."""
-        self._check()
-
-    def _check(self) -> None:
-        if any(slot.retirement_request for slot in self._shared.used_slots):
-            self._pool.retirement.handle_requests()  # it may have been made to another master
+        self._retirement.handle_requests()  # some may have been made to another master
         now = time.monotonic_ns()
         next_check = now + CHECK_NS
         known, self._overdue = self._overdue, {}
@@ -79,16 +74,16 @@ class Watchdog:
                 continue
             overdue = known.get(number)
             if overdue is None or overdue.deadline != deadline:
-                overdue = Overdue(number, deadline, now)
+                overdue = Overdue(deadline, now)
             self._overdue[number] = overdue
             if now < overdue.found_at + OVERDUE_NS:
                 next_check = min(next_check, overdue.found_at + OVERDUE_NS)
             else:
-                self._handle(overdue)
-        self._loop.after(max(LEAST_NS, next_check - now) / 1e9, self._check)
+                self._handle(number, overdue)
+        self._pool.spawner.loop.after(max(LEAST_NS, next_check - now) / 1e9, self.check)
 
-    def _handle(self, overdue: Overdue) -> None:
-        worker, slot = self._pool.workers[overdue.slot], self._shared.slots[overdue.slot]
+    def _handle(self, number: int, overdue: Overdue) -> None:
+        worker = self._pool.workers[number]
         was_free, overdue.gate_was_free = overdue.gate_was_free, self._gate_is_free()
         handled, overdue.handled = overdue.handled, True
         if not handled:
@@ -96,20 +91,21 @@ class Watchdog:
                 "Worker %d (pid %d): the time of %s is over, and nothing in the worker gets to run "
                 "that could see to it: a call holds the interpreter lock, or the process is "
                 "stopped. What its threads are at follows",
-                worker.number,
+                number,
                 worker.pid,
-                self._shared.names.all()[slot.call_function],
+                self._shared.names.all()[worker.slot.call_function],
             )
         elif not (was_free or overdue.gate_was_free):
             LOGGER.error(
                 "Worker %d (pid %d) is killed: it hangs, and the gate's lock does not come free, "
                 "which all others wait for",
-                worker.number,
+                number,
                 worker.pid,
             )
             worker.kill()
-        slot.serves = 0  # if it runs again after all, it exits, and does not set this again
-        self._pool.retirement.retire_hung(overdue.slot)
+        worker.slot.serves = 0  # if it runs again after all, it exits, and does not set this again
+        # It would drain for as long as it hangs.
+        self._retirement.retire_soon(number, "a call hangs", replace_first=True)
         if not handled:  # last, because the worker writes these lines in pieces
             worker.signal(signal.SIGUSR2)  # see workers/boot.py
 

@@ -15,43 +15,53 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from cpanbridge.supervisor.config import KILL_MARGIN
 from cpanbridge.supervisor.memory import handoff_sockets
-from cpanbridge.supervisor.memory.fields import COMMAND_NONE
+from cpanbridge.supervisor.memory.fields import COMMAND_NONE, COMMAND_RETIRE
 from cpanbridge.supervisor.processes.context import BEGIN, Report, WorkerContext, read_report
 from cpanbridge.supervisor.processes.generation import Generation
-from cpanbridge.supervisor.processes.spawner import BOOT_SECONDS, DUMP_SECONDS, Spawner
-from cpanbridge.supervisor.system.event_loop import Timer
-from cpanbridge.supervisor.system.log_text import describe_exit
+from cpanbridge.supervisor.processes.spawner import Process, Spawner
+from cpanbridge.supervisor.processes.templates import Template
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
 _FORK_SECONDS = 10.0  # for a template to fork a worker, which takes it some milliseconds
 
 
-class WorkerProcess:
-    """One slot and its worker process."""
+class WorkerProcess(Process):
+    """One slot and its worker process.
 
-    def __init__(self, spawner: Spawner, number: int) -> None:
-        self._spawner = spawner
-        self._slot = spawner.shared.slots[number]
+    `on_report` is called when it is ready or cannot boot. `on_forked` is called with its pid when a
+    template has forked it, or with 0 when that will not be. `on_left` is called when a worker that
+    another master has started has ended.
+    """
+
+    def __init__(
+        self,
+        spawner: Spawner,
+        number: int,
+        on_report: "Callable[[WorkerProcess, Report], None]",
+        on_forked: "Callable[[WorkerProcess, int], None]",
+        on_left: "Callable[[WorkerProcess], None]",
+    ) -> None:
+        super().__init__(spawner)
+        self._on_report = on_report
+        self._on_forked = on_forked
+        self._on_left = on_left
+        self._report = -1  # where it will report; -1: it has
+        self._handle = -1  # a pidfd, where it is not a child of this master
+        self.slot = spawner.shared.slots[number]
         self.number = number
         self.generation: Generation | None = None  # None: the slot is free
-        self.pid = 0  # 0: no process
         self.ready_at: float | None = None  # CLOCK_MONOTONIC seconds; None: it boots
         self.failures = 0  # starts in a row that did not get it ready
-        self.next_start: Timer | None = None
         self.exiting = ""  # why it was told to exit, or will be
         self.hurry = True  # it has graceful_timeout to exit, not drain_timeout
-        self.told = False  # to exit
-        self.replace_in_place = False  # when it has ended, the same slot gets its replacement
-        self.replaces: WorkerProcess | None = None  # told to exit once this one is ready
-        self._report = -1  # read end of its report pipe; -1: it has reported
-        self._timer: Timer | None = None  # the end of the time that it has to boot, or to exit
-        self._overdue = False
-        self._handle = -1  # a pidfd, where it is not a child of this master
+        # The slot of its replacement, which is ready before this one is told to exit. Its own: the
+        # replacement starts when this one has ended.
+        self.replacement: WorkerProcess | None = None
 
     @property
     def ready(self) -> bool:
@@ -59,106 +69,74 @@ class WorkerProcess:
         return self.ready_at is not None
 
     @property
-    def retirement_request(self) -> int:
-        """Why it asks to be retired: RETIREMENT_..."""
-        return int(self._slot.retirement_request)
-
-    @property
-    def accepts(self) -> bool:
-        """Whether it may still accept a client."""
-        return self.ready and not self._slot.shut
+    def told(self) -> bool:
+        """Whether it was told to exit."""
+        return bool(self.slot.command != COMMAND_NONE)
 
     @property
     def fork_requested(self) -> bool:
         """Whether a template was told to fork it, and its pid is not known yet."""
         return self.pid == 0 and self._report >= 0
 
-    def exits_within(self, seconds: float) -> bool:
-        """Whether it was given a time to exit that is over by then."""
-        exit_by = int(self._slot.exit_by)
-        return 0 < exit_by <= time.monotonic_ns() + int(seconds * 1e9)
-
     # -- starting --
 
-    def fork(
-        self, generation: Generation, on_report: "Callable[[WorkerProcess, Report], None]"
-    ) -> None:
+    def fork(self, generation: Generation) -> None:
         """Start a worker here, as a child of the master. Raises OSError when that cannot be."""
-        read_end, write_end = os.pipe()
+        with self._new_report() as (ours, theirs):
+
+            def main(context: WorkerContext) -> None:
+                ours.close()
+                report = theirs.detach()
+                self._spawner.mains.worker(context._replace(slot=self.number, report=report))
+
+            pid = self._spawner.fork(f"Worker {self.number}", generation, main)
+        self.generation = generation
+        self._boots(pid)
+
+    def request_fork(self, template: Template) -> None:
+        """Have a template fork it. Raises OSError when the template cannot be told."""
+        with self._new_report() as (_, theirs):
+            template.command(self.number, theirs.fileno())
+        self.generation = template.generation
+        self._spawner.loop.watch(self._report, self._read_pid)
+        self.after(_FORK_SECONDS, lambda: self._on_forked(self, 0))
+
+    @contextlib.contextmanager
+    def _new_report(self) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """The master's end and the worker's, for it to report by."""
         # Before a worker can take anything that this slot counts, all others must count this slot.
         self._spawner.shared.use_slot(self.number)
-
-        def main(context: WorkerContext) -> None:
-            os.close(read_end)
-            self._spawner.mains.worker(context._replace(slot=self.number, report=write_end))
-
-        try:
-            pid = self._spawner.fork(f"Worker {self.number}", generation, main)
-        except OSError:
-            os.close(read_end)
-            raise
-        finally:
-            os.close(write_end)
-        os.set_blocking(read_end, False)
-        self._report = read_end
-        self._started(generation, pid, on_report)
-
-    def request_fork(
-        self,
-        generation: Generation,
-        command: Callable[[int, int], None],
-        on_forked: "Callable[[WorkerProcess, int], None]",
-    ) -> None:
-        """Have a template fork a worker for this slot.
-
-        `command` sends the template the slot and the descriptor of the report. `on_forked` is
-        called with the worker's pid, or with 0 when there will be none. Raises OSError when the
-        template cannot be told.
-        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._spawner.shared.use_slot(self.number)
-        try:
-            command(self.number, theirs.fileno())
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        ours.setblocking(False)
-        self.generation, self.ready_at, self._report = generation, None, ours.detach()
-        self._spawner.loop.watch(self._report, lambda: self._read_pid(on_forked))
-        self._set_timer(_FORK_SECONDS, lambda: on_forked(self, 0))
+        with ours, theirs:
+            yield ours, theirs
+            ours.setblocking(False)
+            self._report = ours.detach()
 
-    def _read_pid(self, on_forked: "Callable[[WorkerProcess, int], None]") -> None:
-        try:
-            on_forked(self, int(os.read(self._report, 64) or b"0"))
-        except BlockingIOError:
-            return
+    def _read_pid(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._on_forked(self, int(os.read(self._report, 64) or b"0"))
 
-    def let_boot(self, pid: int, on_report: "Callable[[WorkerProcess, Report], None]") -> None:
+    def let_boot(self, pid: int) -> None:
         """The process that a template has forked is this one: it may boot."""
-        assert self.generation is not None
-        self._started(self.generation, pid, on_report)
+        self._boots(pid)
         with contextlib.suppress(OSError):  # it has ended already, as SIGCHLD tells
             os.write(self._report, BEGIN)
 
-    def _started(
-        self, generation: Generation, pid: int, on_report: "Callable[[WorkerProcess, Report], None]"
-    ) -> None:
-        self.generation, self.pid, self.ready_at = generation, pid, None
-        self._slot.since = time.monotonic_ns()
-        self._slot.admitted_before = self._slot.admitted
-        self._slot.pid, self._slot.generation = pid, generation.number
-        self._spawner.loop.watch(self._report, lambda: self._read_report(on_report))
-        self._set_timer(BOOT_SECONDS, self._boot_hangs)
+    def _boots(self, pid: int) -> None:
+        assert self.generation is not None
+        self.slot.since = time.monotonic_ns()
+        self.slot.admitted_before = self.slot.admitted
+        self.slot.pid, self.slot.generation = pid, self.generation.number
+        self._spawner.loop.watch(self._report, self._read_report)
+        self._started(pid)
 
-    def inherit(self, on_end: "Callable[[WorkerProcess], None]") -> bool:
+    def inherit(self) -> bool:
         """Take over the worker that another master has started here; False if there is none.
 
         It is not a child of this process: a pidfd tells when it has ended. As with waitpid(2), all
         its descriptors are closed by then.
         """
-        self.pid = self._slot.pid
+        self.pid = self.slot.pid
         try:
             self._handle = os.pidfd_open(self.pid) if self.pid else -1
         except ProcessLookupError:
@@ -166,18 +144,18 @@ class WorkerProcess:
         if self._handle < 0:
             return False
         self.ready_at = time.monotonic()
-        self._spawner.loop.watch(self._handle, lambda: on_end(self))
-        if self._slot.command != COMMAND_NONE:
-            self.told, self.exiting = True, "told by the master before this one"
-            if self._slot.exit_by:
-                left = (self._slot.exit_by - time.monotonic_ns()) / 1e9
-                self._set_timer(left + KILL_MARGIN, self._does_not_end)
+        self._spawner.loop.watch(self._handle, lambda: self._on_left(self))
+        if self.told:
+            self.exiting = "told by the master before this one"
+            if self.slot.exit_by:
+                left = (self.slot.exit_by - time.monotonic_ns()) / 1e9
+                self.after(left + KILL_MARGIN, self._does_not_end)
         return True
 
-    def _read_report(self, on_report: "Callable[[WorkerProcess, Report], None]") -> None:
+    def _read_report(self) -> None:
         report = self.take_report()
         if report is not None:
-            on_report(self, report)
+            self._on_report(self, report)
 
     def take_report(self) -> Report | None:
         """What the worker reports of its boot, once; None when it died without a report."""
@@ -191,7 +169,7 @@ class WorkerProcess:
         if not data:
             return None  # SIGCHLD tells how it ended
         report = read_report(data)
-        self._cancel_timer()
+        self._timer.cancel()
         if report.error is None:
             self.ready_at = time.monotonic()
         return report
@@ -201,37 +179,43 @@ class WorkerProcess:
         os.close(self._report)
         self._report = -1
 
-    def _boot_hangs(self) -> None:
-        self._overdue = True
-        self.signal(signal.SIGUSR2)  # it writes to the log where it hangs, see workers/boot.py
-        self._set_timer(DUMP_SECONDS, self.kill)
-
     # -- ending --
 
     def signal(self, number: signal.Signals) -> None:
         """Send the worker a signal, if there is one."""
-        if self._handle >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._handle, number)
-        elif self.pid:
-            os.kill(self.pid, number)  # the pid stays its own until this process waits for it
+        if self._handle < 0:
+            super().signal(number)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, number)
+
+    def drain(self, reason: str) -> None:
+        """Have the worker exit within `drain_timeout`, without a replacement."""
+        self.replacement = None
+        if not self.ready:
+            self.abandon(reason)
+        elif not self.told:
+            self.exiting, self.hurry = reason, False
+            self.tell_to_retire()
+
+    def tell_to_retire(self) -> None:
+        """Have the worker finish what it runs and exit, in the time that it has."""
+        assert self.generation is not None
+        limits = self.generation.settings.limits
+        seconds = limits.graceful_timeout if self.hurry else limits.drain_timeout or None
+        self.tell_to_exit(COMMAND_RETIRE, seconds)
 
     def tell_to_exit(self, command: int, seconds: float | None) -> None:
         """Have the worker finish what it runs and exit, in so many seconds, or None: in its time.
 
         `command` is COMMAND_RETIRE or COMMAND_STOP. A worker that cannot end by itself is killed.
         """
-        self.told = True
-        self._slot.command = command
-        self._slot.exit_by = time.monotonic_ns() + int(seconds * 1e9) if seconds is not None else 0
-        self._cancel_timer()
+        self.slot.command = command
+        self.slot.exit_by = time.monotonic_ns() + int(seconds * 1e9) if seconds is not None else 0
+        self._timer.cancel()
         if seconds is not None:
-            self._set_timer(seconds + KILL_MARGIN, self._does_not_end)
+            self.after(seconds + KILL_MARGIN, self._does_not_end)
         self.signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End the worker at once, if there is one. What it ran is lost."""
-        self.signal(signal.SIGKILL)
 
     def abandon(self, reason: str) -> None:
         """End a worker that has never accepted, or cancel its start."""
@@ -245,19 +229,12 @@ class WorkerProcess:
         LOGGER.warning("Worker %d (pid %d) does not end: killed", self.number, self.pid)
         self.kill()
 
-    def describe_end(self, status: int) -> str:
-        """How the worker ended, in words."""
-        if self._overdue:
-            return f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
-        return describe_exit(status)
-
     def clear(self) -> None:
         """The worker has ended: give back what it held."""
-        self._spawner.shared.clear(self._slot)
+        self._spawner.shared.clear(self.slot)
         handoff_sockets.discard_all(self._spawner.wakeups[self.number].take)
-        self.pid, self.ready_at, self.told, self.exiting = 0, None, False, ""
-        self._overdue = False
-        self._cancel_timer()
+        self.pid, self.ready_at, self.exiting, self._overdue = 0, None, "", False
+        self._timer.cancel()
         if self._handle >= 0:
             self._spawner.loop.forget(self._handle)
             os.close(self._handle)
@@ -266,23 +243,11 @@ class WorkerProcess:
     def free(self) -> None:
         """Leave the slot to any generation that needs one."""
         self.cancel_start()
-        self.generation, self.replaces = None, None
-        self.failures, self.replace_in_place = 0, False
+        self.generation, self.replacement, self.failures = None, None, 0
 
     def cancel_start(self) -> None:
         """Start no worker here. One that waits to boot ends at the end of file of its report."""
         if self.fork_requested:
             self._close_report()
-            self._cancel_timer()
-        if self.next_start is not None:
-            self.next_start.cancel()
-            self.next_start = None
-
-    def _set_timer(self, seconds: float, action: Callable[[], None]) -> None:
-        self._cancel_timer()
-        self._timer = self._spawner.loop.after(seconds, action)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
+        if not self.pid:
             self._timer.cancel()
-            self._timer = None

@@ -1,13 +1,26 @@
-"""What the master answers on the control socket. Called in the master."""
+"""What the master answers on the control socket: its state, its numbers, what it waits for.
 
+All of it is read from the master's objects and from the shared memory, and quickly, because the
+master's loop waits meanwhile: the numbers take a millisecond with a few workers, and 27 with 64
+slots used and a thousand functions called in each; a step may take 50. The command formats them.
+Called in the master.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cpanbridge.supervisor.control.server import ControlConnection, ControlServer
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.control.server import Command, ControlConnection, ControlServer
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
-from cpanbridge.supervisor.reports import numbers, status
+from cpanbridge.supervisor.processes.worker_process import WorkerProcess
+from cpanbridge.supervisor.reports import reports, totals
 from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.version import __version__
 
 
 class Daemon(Protocol):
@@ -28,56 +41,150 @@ class Daemon(Protocol):
         """Upgrade; `on_done` is called once with the outcome."""
 
 
+@dataclass(frozen=True)
 class Answers:
     """One daemon's: its state, its numbers, its progress, and the outcome of commands."""
 
-    def __init__(
-        self, daemon: Daemon, reloader: Reloader, pool: WorkerPool, shared: Shared
-    ) -> None:
-        self._daemon = daemon
-        self._reloader = reloader
-        self._pool = pool
-        self._shared = shared
+    daemon: Daemon
+    reloader: Reloader
+    pool: WorkerPool
+    shared: Shared
 
     def server(self, loop: Loop) -> ControlServer:
         """A control server that gives these answers; it does not listen yet."""
-        return ControlServer(
-            loop,
-            {"status": self._status, "metrics": self._metrics},
-            {"reload": self._reload, "upgrade": self._upgrade},
-            self._progress,
-        )
+        inquiries = {"status": self._status, "metrics": self._metrics}
+        commands = {
+            "reload": _outcome(self.daemon.reload, self._reloaded),
+            "upgrade": _outcome(self.daemon.upgrade, lambda: {"pid": self.daemon.successor}),
+        }
+        return ControlServer(loop, inquiries, commands, self._progress)
 
     def _status(self) -> dict[str, Any]:
-        return status.status(self._daemon.state, self._reloader, self._pool, self._shared)
+        shared, reloader, pool = self.shared, self.reloader, self.pool
+        loaded, generation, last = reloader.loaded, reloader.generation, reloader.last
+        counts = totals.count(shared)
+        return {
+            "state": self.daemon.state,
+            "pid": os.getpid(),
+            "version": __version__,
+            "uptime_seconds": shared.uptime,
+            "configuration": loaded.source,
+            "log_file": loaded.settings.log_file,
+            "sockets": [each.path for each in generation.listeners],
+            "generation": generation.number,
+            "workers_wanted": generation.wanted,
+            "workers": [_worker(each, shared) for each in pool.workers if each.generation],
+            "templates": [
+                {"pid": each.pid, "generation": each.generation.number, "state": each.state}
+                for each in pool.templates.alive
+            ],
+            "worker_deaths": shared.header.deaths,
+            "resource_status": reports.resource_status(shared, counts),
+            "gate": reports.gate(shared, loaded.settings, counts),
+            "last_reload": last._asdict() if last is not None else None,
+        }
 
     def _metrics(self) -> dict[str, Any]:
-        return numbers.numbers(self._status(), self._reloader.loaded.settings, self._shared)
+        return numbers(self._status(), self.reloader.loaded.settings, self.shared)
+
+    def _reloaded(self) -> dict[str, Any]:
+        generation = self.reloader.generation
+        return {"generation": generation.number, "workers": generation.wanted}
 
     def _progress(self) -> str | None:
-        state = self._daemon.state
+        state = self.daemon.state
         if state == "stopping":
-            return status.stop_progress(self._pool.workers, self._shared)
-        if self._daemon.successor:
-            return f"the new master (pid {self._daemon.successor}) boots"
-        coming = self._reloader.generation if state == "starting" else self._reloader.coming
-        return status.boot_progress(coming, self._pool) if coming is not None else None
+            return self._stop_progress()
+        if self.daemon.successor:
+            return f"the new master (pid {self.daemon.successor}) boots"
+        coming = self.reloader.generation if state == "starting" else self.reloader.coming
+        return self._boot_progress(coming) if coming is not None else None
 
-    def _reload(self, connection: ControlConnection) -> None:
-        def on_done(reason: str | None) -> None:
-            if reason is not None:
-                connection.fail(reason)
-                return
-            generation = self._reloader.generation
-            connection.finish({"generation": generation.number, "workers": generation.wanted})
+    def _boot_progress(self, generation: Generation) -> str:
+        """What the boot of a generation waits for: its template, or some of its workers."""
+        template = self.pool.templates.of(generation)
+        if template is not None and template.imports:
+            return f"the template (pid {template.pid}) imports the modules"
+        workers = (each for each in self.pool.workers if each.generation is generation)
+        own = [worker for worker in workers if not worker.exiting]
+        missing = [worker for worker in own if not worker.ready]
+        text = f"{len(own) - len(missing)} of {generation.wanted} workers ready"
+        if missing:
+            names = ", ".join(f"{worker.number} (pid {worker.pid})" for worker in missing)
+            text += f", waiting for worker {names}"
+        return text
 
-        self._daemon.reload(on_done)
+    def _stop_progress(self) -> str:
+        """Which workers have not exited yet, and how many requests they run."""
+        slots = self.shared.slots
+        left = [
+            f"worker {each.number} (pid {each.pid}, {slots[each.number].running} running)"
+            for each in self.pool.workers
+            if each.pid
+        ]
+        return "waiting for " + (", ".join(left) or "the master")
 
-    def _upgrade(self, connection: ControlConnection) -> None:
+
+def _outcome(begin: Callable[[OnDone], None], result: Callable[[], dict[str, Any]]) -> Command:
+    """A command that ends with the reason why it has failed, or else with `result`."""
+
+    def command(connection: ControlConnection) -> None:
         def on_done(reason: str | None) -> None:
             if reason is not None:
                 connection.fail(reason)
             else:
-                connection.finish({"pid": self._daemon.successor})
+                connection.finish(result())
 
-        self._daemon.upgrade(on_done)
+        begin(on_done)
+
+    return command
+
+
+def numbers(status: dict[str, Any], settings: Settings, shared: Shared) -> dict[str, Any]:
+    """All numbers as one object, for `cpanbridged metrics` and `cpanbridged top`."""
+    counts = totals.count(shared)
+    return {
+        "status": status,
+        "metrics": reports.numbers(shared, settings),
+        "start_time": shared.header.started_at / 1e9,
+        "limits": {each.kind.name.lower(): each.limit for each in totals.readings(shared)},
+        "busy_seconds": counts.busy_ns / 1e9,
+        # Not subtracted: the difference of two counters that are read one after the other may fall.
+        "opened": sum(slot.accepted + slot.taken_over for slot in shared.used_slots),
+        "taken_over": sum(slot.taken_over for slot in shared.used_slots),
+        "rejected": counts.rejected,
+        "security_events": counts.security_events,
+        "functions": [
+            {
+                "name": each.name,
+                "calls": each.calls,
+                "failed": each.failed,
+                "busy_seconds": each.busy_ns / 1e9,
+            }
+            for each in totals.functions(shared)
+        ],
+        "recent_errors": reports.recent_errors(shared),
+    }
+
+
+def _worker(worker: WorkerProcess, shared: Shared) -> dict[str, Any]:
+    slot = shared.slots[worker.number]
+    assert worker.generation is not None
+    return {
+        "worker": worker.number,
+        "pid": worker.pid,
+        "generation": worker.generation.number,
+        "state": _state(worker),
+        "why": worker.exiting or None,
+        "connections": slot.connections,
+        "running": slot.running,
+        "requests": slot.finished,
+    }
+
+
+def _state(worker: WorkerProcess) -> str:
+    if not worker.pid:
+        return "waits for its next start"
+    if worker.told:
+        return "leaves"
+    return "serves" if worker.ready else "boots"

@@ -5,11 +5,10 @@ in a worker's client thread.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.memory import function_stats
 from cpanbridge.supervisor.memory.fields import GATE_OPEN
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading
@@ -46,7 +45,6 @@ _ADVICE = {
 class Check(NamedTuple):
     """The result of one check."""
 
-    name: str
     status: str  # PASS, WARN or FAIL
     message: str
     details: dict[str, Any]
@@ -54,32 +52,21 @@ class Check(NamedTuple):
 
 def health(shared: Shared, settings: Settings) -> dict[str, Any]:
     """`system.health`."""
-    checks = list(_checks(shared, settings))
+    checks = _checks(shared, settings)
     return {
         "timestamp": time.time(),
         "overall_status": _overall(checks),
-        "checks": {
-            check.name: {
-                "status": check.status,
-                "message": check.message,
-                "details": check.details,
-            }
-            for check in checks
-        },
-        "warnings": [check.message for check in checks if check.status == WARN],
-        "errors": [check.message for check in checks if check.status == FAIL],
+        "checks": {name: check._asdict() for name, check in checks.items()},
+        "warnings": [check.message for check in checks.values() if check.status == WARN],
+        "errors": [check.message for check in checks.values() if check.status == FAIL],
     }
 
 
 def performance(shared: Shared, settings: Settings) -> dict[str, Any]:
     """`system.performance`: which functions take the time, and what goes wrong."""
-    checks = list(_checks(shared, settings))
-    concerns = [check for check in checks if check.status != PASS]
-    function_stats_of_all = [
-        statistics.function_stats for statistics in shared.statistics[: shared.header.slots_used]
-    ]
-    functions = function_stats.counts(shared.names.all(), function_stats_of_all)
-    functions.sort(key=lambda function: function.calls, reverse=True)
+    checks = _checks(shared, settings)
+    concerns = {name: check for name, check in checks.items() if check.status != PASS}
+    functions = sorted(totals.functions(shared), key=lambda each: each.calls, reverse=True)
     metrics = reports.performance_metrics(shared, totals.count(shared))
     return {
         "performance_metrics": {**metrics, "uptime_seconds": shared.uptime},
@@ -98,40 +85,42 @@ def performance(shared: Shared, settings: Settings) -> dict[str, Any]:
         "recent_errors": reports.recent_errors(shared),
         "health_indicators": {
             "overall_health": _overall(checks),
-            "concerns": [check.message for check in concerns],
-            "recommendations": [_ADVICE[check.name] for check in concerns],
+            "concerns": [check.message for check in concerns.values()],
+            "recommendations": [_ADVICE[name] for name in concerns],
         },
     }
 
 
-def _overall(checks: list[Check]) -> str:
-    statuses = {check.status for check in checks}
+def _overall(checks: Mapping[str, Check]) -> str:
+    statuses = {check.status for check in checks.values()}
     return "unhealthy" if FAIL in statuses else "degraded" if WARN in statuses else "healthy"
 
 
-def _checks(shared: Shared, settings: Settings) -> Iterator[Check]:
-    yield from (_of_reading(reading) for reading in totals.readings(shared))
-    yield _of_gate(shared)
-    yield _of_workers(shared, settings)
-    yield _of_errors(shared)
-    yield _of_monitor(shared, settings)
+def _checks(shared: Shared, settings: Settings) -> dict[str, Check]:
+    readings = {_NAMES[reading.kind]: reading for reading in totals.readings(shared)}
+    return {
+        **{name: _of_reading(name, reading) for name, reading in readings.items()},
+        "gate": _of_gate(shared),
+        "workers": _of_workers(shared, settings),
+        "errors": _of_errors(shared),
+        "monitor": _of_monitor(shared, settings),
+    }
 
 
-def _of_reading(reading: Reading) -> Check:
-    name = _NAMES[reading.kind]
+def _of_reading(name: str, reading: Reading) -> Check:
     details = {"value": reading.value, "limit": reading.limit}
     if reading.level is Level.NORMAL:
-        return Check(name, PASS, f"{name}: fine", details)
+        return Check(PASS, f"{name}: fine", details)
     over = reading.level is Level.VIOLATION and reading.kind in CLOSING
-    return Check(name, FAIL if over else WARN, str(reading), details)
+    return Check(FAIL if over else WARN, str(reading), details)
 
 
 def _of_gate(shared: Shared) -> Check:
-    closings: int = shared.header.closings
-    details = {"closings": closings, "waiting_clients": shared.header.backlog}
-    if shared.counters.overload_state.get_obj().value == GATE_OPEN:
-        return Check("gate", PASS, "gate: open", details)
-    return Check("gate", FAIL, "The gate is closed, clients wait", details)
+    header = shared.header
+    details = {"closings": header.closings, "waiting_clients": header.backlog}
+    if header.overload_state == GATE_OPEN:
+        return Check(PASS, "gate: open", details)
+    return Check(FAIL, "The gate is closed, clients wait", details)
 
 
 def _of_workers(shared: Shared, settings: Settings) -> Check:
@@ -145,11 +134,11 @@ def _of_workers(shared: Shared, settings: Settings) -> Check:
         "deaths_last_5_minutes": recent,
     }
     if running < wanted:
-        return Check("workers", WARN, f"Only {running} of {wanted} workers are running", details)
+        return Check(WARN, f"Only {running} of {wanted} workers are running", details)
     if recent >= DEATHS_WARNING:
         text = f"{recent} workers died in the last five minutes; the log says of what"
-        return Check("workers", WARN, text, details)
-    return Check("workers", PASS, "workers: all running", details)
+        return Check(WARN, text, details)
+    return Check(PASS, "workers: all running", details)
 
 
 def _of_errors(shared: Shared) -> Check:
@@ -157,17 +146,16 @@ def _of_errors(shared: Shared) -> Check:
     rate = latencies.failed / latencies.requests if latencies.requests else 0.0
     details = {"requests": latencies.requests, "failed": latencies.failed, "error_rate": rate}
     if rate > ERROR_RATE_WARNING and latencies.requests >= FEWEST_FOR_A_RATE:
-        text = f"{rate:.0%} of the last five minutes' requests failed"
-        return Check("errors", WARN, text, details)
-    return Check("errors", PASS, "errors: few", details)
+        return Check(WARN, f"{rate:.0%} of the last five minutes' requests failed", details)
+    return Check(PASS, "errors: few", details)
 
 
 def _of_monitor(shared: Shared, settings: Settings) -> Check:
+    header = shared.header
     now = time.monotonic_ns()
-    age = (now - (shared.header.sampled_at or shared.header.started_monotonic)) / 1e9
-    late = (now - (shared.header.sample_due or shared.header.started_monotonic)) / 1e9
+    age = (now - (header.sampled_at or header.started_monotonic)) / 1e9
+    late = (now - (header.sample_due or header.started_monotonic)) / 1e9
     details = {"seconds_since_sample": age, "seconds_late": max(0.0, late)}
     if late > SAMPLES_MISSED * max(1.0, settings.limits.sample_interval):
-        text = f"Memory and CPU were last measured {age:.0f} s ago"
-        return Check("monitor", FAIL, text, details)
-    return Check("monitor", PASS, "monitor: samples regularly", details)
+        return Check(FAIL, f"Memory and CPU were last measured {age:.0f} s ago", details)
+    return Check(PASS, "monitor: samples regularly", details)

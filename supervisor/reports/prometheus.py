@@ -7,11 +7,13 @@ them. Called in the command, with the master's numbers; the daemon never imports
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily as Counter
+from prometheus_client.core import GaugeMetricFamily as Gauge
+from prometheus_client.core import SummaryMetricFamily as Summary
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -19,9 +21,69 @@ _PREFIX = "cpanbridged_"
 _MEGABYTE = 1 << 20
 _PER_CENT = 0.01  # of a core
 
+# Each family: its name, where its value is in `_values`, what it is.
+_GAUGES = (
+    ("start_time_seconds", "start_time", "When it started, Unix time."),
+    ("generation", "status.generation", "Reloads since the start, and one."),
+    ("workers", "workers_there", "Workers, including those that exit."),
+    ("workers_wanted", "status.workers_wanted", "Workers of the current generation."),
+    ("gate_open", "gate_open", "1; 0 while no request begins, because of memory or CPU."),
+    ("waiting_clients", "gate.waiting_clients", "In the listen queue."),
+    ("waiting_requests", "gate.waiting_requests", "Received, and waiting for room."),
+    ("connections_open", "gate.connections", "Client connections."),
+    ("connections_limit", "gate.max_connections", "limits.max_connections."),
+    ("connections_peak", "connection_summary.peak_connections", "The highest value."),
+    ("memory_bytes", "memory.now", "Of all processes; shared pages count once."),
+    ("memory_limit_bytes", "memory.limit", "limits.max_memory_mb."),
+    ("memory_peak_bytes", "memory.peak", "The highest value."),
+    ("cpu_cores", "cpu.now", "Cores in use, by all processes."),
+    ("cpu_limit_cores", "cpu.limit", "limits.max_cpu_percent."),
+    ("cpu_peak_cores", "cpu.peak", "The highest value."),
+    ("requests_running", "gate.running", "Requests that run now."),
+    ("requests_running_limit", "gate.max_concurrent_requests", "limits.max_concurrent_requests."),
+    ("requests_last_minute", "gate.admitted_last_minute", "Admitted within the last 60 s."),
+    ("requests_last_minute_limit", "rate", "limits.max_requests_per_minute; +Inf without one."),
+)
+_OPENED = "Client connections; one that is handed over to another worker counts there again."
+_RETIRED = "Workers replaced to give memory back."
+_COUNTERS = (
+    ("worker_deaths", "gate.worker_deaths", "Workers that ended by themselves."),
+    ("workers_retired_for_memory", "gate.workers_retired_for_memory", _RETIRED),
+    ("gate_closings", "gate.verdict_closings", "Times that the gate has closed."),
+    ("connections_opened", "opened", _OPENED),
+    ("connections_handed_over", "taken_over", "Those that count again."),
+    ("connections_turned_away", "rejected", "Rejected with Overloaded."),
+    ("requests_refused", "security_summary.requests_rejected", "Answered with an error, not run."),
+)
+# With a label: its name stands last, and the value is a dictionary.
+_COUNTERS_BY = (
+    ("overloaded", "gate.overloaded", "Rejections with Overloaded, by what was full.", "reason"),
+    ("alerts", "resource_status.alerts", "Violations that have begun, by limit.", "limit"),
+    ("requests", "outcomes", "Requests that have run, by how they ended.", "outcome"),
+    ("security_events", "security_events", "Refused requests, by kind.", "event"),
+)
+# Of each worker: the field's unit stands last. Of each function.
+_WORKER_GAUGES = (
+    ("memory_bytes", "memory_mb", "With all that the worker has started.", _MEGABYTE),
+    ("requests_running", "running", "Requests that run in it.", 1),
+    ("connections_open", "connections", "Client connections that it has.", 1),
+    ("sessions", "sessions", "Client processes that have state in it.", 1),
+    ("generation", "generation", "The generation of the worker.", 1),
+    ("uptime_seconds", "uptime_seconds", "Its age.", 1),
+)
+_WORKER_COUNTERS = (
+    ("requests", "requests", "Requests that have run in this slot."),
+    ("failures", "failed", "Of these, those that failed."),
+)
+_FUNCTION_COUNTERS = (
+    ("calls", "calls", "Calls that have ended."),
+    ("failures", "failed", "Of these, those that failed."),
+    ("busy_seconds", "busy_seconds", "How long they took in total."),
+)
+
 
 def text(numbers: dict[str, Any]) -> str:
-    """The object of `numbers.numbers` in Prometheus' text format."""
+    """The numbers that the master sends, in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Numbers(numbers))
     return generate_latest(registry).decode()
@@ -29,136 +91,77 @@ def text(numbers: dict[str, Any]) -> str:
 
 class _Numbers(Collector):
     def __init__(self, numbers: dict[str, Any]) -> None:
-        self._numbers = numbers
+        self._values = _values(numbers)
 
     def collect(self) -> Iterator[Metric]:
-        numbers = self._numbers
-        yield from _daemon(numbers)
-        yield from _gate(numbers)
-        yield from _load(numbers)
-        yield from _requests(numbers)
-        yield from _workers(numbers["metrics"]["workers"])
-        yield from _functions(numbers["functions"])
+        values = self._values
+        version = [([values["status"]["version"]], 1)]
+        yield _family(Gauge, "info", "1; the label says what runs.", ["version"], version)
+        for kind, table in ((Gauge, _GAUGES), (Counter, _COUNTERS)):
+            for name, path, help_text in table:
+                yield kind(_PREFIX + name, help_text, value=_at(values, path))
+        for name, path, help_text, label in _COUNTERS_BY:
+            samples = [([each], value) for each, value in _at(values, path).items()]
+            yield _family(Counter, name, help_text, [label], samples)
+        yield _durations(values["performance_metrics"], values["busy_seconds"])
+        # A slot without a worker keeps its totals, so that no counter disappears.
+        slots = values["workers"]
+        for name, field, help_text, unit in _WORKER_GAUGES:
+            samples = [([str(s["worker"])], s[field] * unit) for s in slots if s["pid"]]
+            yield _family(Gauge, f"worker_{name}", help_text, ["worker"], samples)
+        for name, field, help_text in _WORKER_COUNTERS:
+            samples = [([str(each["worker"])], each[field]) for each in slots]
+            yield _family(Counter, f"worker_{name}", help_text, ["worker"], samples)
+        for name, field, help_text in _FUNCTION_COUNTERS:
+            samples = [(f["name"].partition(".")[::2], f[field]) for f in values["functions"]]
+            yield _family(Counter, f"function_{name}", help_text, ["module", "function"], samples)
 
 
-def _gauge(name: str, help_text: str, value: float) -> Metric:
-    return GaugeMetricFamily(_PREFIX + name, help_text, value=value)
+def _values(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and, at the same level, the metrics among them; some in other units."""
+    metrics, limits = numbers["metrics"], numbers["limits"]
+    load, gate = metrics["resource_status"], metrics["gate"]
+    counts = metrics["performance_metrics"]
+    memory = {"now": load["memory_mb"], "limit": limits["memory"], "peak": load["peak_memory"]}
+    cpu = {"now": load["cpu_percent"], "limit": limits["cpu"], "peak": load["peak_cpu"]}
+    return {
+        **metrics,
+        **numbers,
+        "workers_there": sum(each["pid"] != 0 for each in metrics["workers"]),
+        "gate_open": gate["verdict"] == "open",
+        "rate": gate["max_requests_per_minute"] or math.inf,  # so that a share of it is 0
+        "outcomes": {
+            "succeeded": counts["successful_requests"],
+            "failed": counts["failed_requests"],
+        },
+        "memory": {name: value * _MEGABYTE for name, value in memory.items()},
+        "cpu": {name: value * _PER_CENT for name, value in cpu.items()},
+    }
 
 
-def _counter(name: str, help_text: str, value: float) -> Metric:
-    return CounterMetricFamily(_PREFIX + name, help_text, value=value)
+def _at(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = values[name]
+    return values
 
 
-def _counters(name: str, help_text: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = CounterMetricFamily(_PREFIX + name, help_text, labels=[label])
-    for each, value in values.items():
-        family.add_metric([each], value)
+def _family(
+    kind: type[Gauge] | type[Counter],
+    name: str,
+    help_text: str,
+    labels: Sequence[str],
+    samples: Iterable[tuple[Sequence[str], float]],
+) -> Metric:
+    """`samples` are the labels' values, and a number for these."""
+    family = kind(_PREFIX + name, help_text, labels=labels)
+    for label_values, number in samples:
+        family.add_metric(label_values, number)
     return family
-
-
-def _limit(value: float) -> float:
-    """No limit is +Inf, so that a share of it is 0."""
-    return value or math.inf
-
-
-def _daemon(numbers: dict[str, Any]) -> Iterator[Metric]:
-    status, gate = numbers["status"], numbers["metrics"]["gate"]
-    info = GaugeMetricFamily(_PREFIX + "info", "1; the label says what runs.", labels=["version"])
-    info.add_metric([status["version"]], 1)
-    yield info
-    yield _gauge("start_time_seconds", "When it started, Unix time.", numbers["start_time"])
-    yield _gauge("generation", "Reloads since the start, and one.", status["generation"])
-    there = sum(each["pid"] != 0 for each in numbers["metrics"]["workers"])
-    yield _gauge("workers", "Workers, including those that exit.", there)
-    yield _gauge("workers_wanted", "Workers of the current generation.", status["workers_wanted"])
-    yield _counter("worker_deaths", "Workers that ended by themselves.", gate["worker_deaths"])
-    yield _counter(
-        "workers_retired_for_memory",
-        "Workers replaced to give memory back.",
-        gate["workers_retired_for_memory"],
-    )
-
-
-def _gate(numbers: dict[str, Any]) -> Iterator[Metric]:
-    gate, connections = numbers["metrics"]["gate"], numbers["metrics"]["connection_summary"]
-    yield _gauge(
-        "gate_open",
-        "1; 0 while no request begins, because of memory or CPU.",
-        gate["verdict"] == "open",
-    )
-    yield _counter("gate_closings", "Times that the gate has closed.", gate["verdict_closings"])
-    yield _gauge("waiting_clients", "In the listen queue.", gate["waiting_clients"])
-    yield _gauge("waiting_requests", "Received, and waiting for room.", gate["waiting_requests"])
-    yield _gauge("connections_open", "Client connections.", gate["connections"])
-    yield _gauge("connections_limit", "limits.max_connections.", gate["max_connections"])
-    yield _gauge("connections_peak", "The highest value.", connections["peak_connections"])
-    yield _counter(
-        "connections_opened",
-        "Client connections; one that is handed over to another worker counts there again.",
-        numbers["opened"],
-    )
-    yield _counter("connections_handed_over", "Those that count again.", numbers["taken_over"])
-    yield _counter(
-        "connections_turned_away",
-        "Rejected with Overloaded.",
-        numbers["rejected"],
-    )
-    yield _counters(
-        "overloaded", "Rejections with Overloaded, by what was full.", "reason", gate["overloaded"]
-    )
-
-
-def _load(numbers: dict[str, Any]) -> Iterator[Metric]:
-    load, limits = numbers["metrics"]["resource_status"], numbers["limits"]
-    yield _gauge(
-        "memory_bytes", "Of all processes; shared pages count once.", load["memory_mb"] * _MEGABYTE
-    )
-    yield _gauge("memory_limit_bytes", "limits.max_memory_mb.", limits["memory"] * _MEGABYTE)
-    yield _gauge("memory_peak_bytes", "The highest value.", load["peak_memory"] * _MEGABYTE)
-    yield _gauge("cpu_cores", "Cores in use, by all processes.", load["cpu_percent"] * _PER_CENT)
-    yield _gauge("cpu_limit_cores", "limits.max_cpu_percent.", limits["cpu"] * _PER_CENT)
-    yield _gauge("cpu_peak_cores", "The highest value.", load["peak_cpu"] * _PER_CENT)
-    yield _counters("alerts", "Violations that have begun, by limit.", "limit", load["alerts"])
-
-
-def _requests(numbers: dict[str, Any]) -> Iterator[Metric]:
-    gate, security = numbers["metrics"]["gate"], numbers["metrics"]["security_summary"]
-    counts = numbers["metrics"]["performance_metrics"]
-    yield _counters(
-        "requests",
-        "Requests that have run, by how they ended.",
-        "outcome",
-        {"succeeded": counts["successful_requests"], "failed": counts["failed_requests"]},
-    )
-    yield _counter(
-        "requests_refused", "Answered with an error, not run.", security["requests_rejected"]
-    )
-    yield _gauge("requests_running", "Requests that run now.", gate["running"])
-    yield _gauge(
-        "requests_running_limit",
-        "limits.max_concurrent_requests.",
-        gate["max_concurrent_requests"],
-    )
-    yield _gauge(
-        "requests_last_minute", "Admitted within the last 60 s.", gate["admitted_last_minute"]
-    )
-    yield _gauge(
-        "requests_last_minute_limit",
-        "limits.max_requests_per_minute; +Inf without one.",
-        _limit(gate["max_requests_per_minute"]),
-    )
-    yield _durations(counts, numbers["busy_seconds"])
-    yield _counters(
-        "security_events",
-        "Refused requests, by kind.",
-        "event",
-        numbers["security_events"],
-    )
 
 
 def _durations(counts: dict[str, Any], busy_seconds: float) -> Metric:
     name = _PREFIX + "request_duration_seconds"
-    family = SummaryMetricFamily(
+    family = Summary(
         name,
         "How long requests ran: quantiles of the last five minutes, NaN without any.",
         count_value=counts["total_requests"],
@@ -169,46 +172,3 @@ def _durations(counts: dict[str, Any], busy_seconds: float) -> Metric:
         value = seconds if counts["requests_last_5_minutes"] else math.nan
         family.add_sample(name, {"quantile": str(percent / 100)}, value)
     return family
-
-
-def _workers(workers: list[dict[str, Any]]) -> Iterator[Metric]:
-    """Of each slot. One without a worker keeps its totals, so that no counter disappears."""
-    gauges = {
-        "memory_mb": ("memory_bytes", "With all that the worker has started.", _MEGABYTE),
-        "running": ("requests_running", "Requests that run in it.", 1),
-        "connections": ("connections_open", "Client connections that it has.", 1),
-        "sessions": ("sessions", "Client processes that have state in it.", 1),
-        "generation": ("generation", "The generation of the worker.", 1),
-        "uptime_seconds": ("uptime_seconds", "Its age.", 1),
-    }
-    for field, (name, help_text, unit) in gauges.items():
-        family = GaugeMetricFamily(f"{_PREFIX}worker_{name}", help_text, labels=["worker"])
-        for each in workers:
-            if each["pid"]:
-                family.add_metric([str(each["worker"])], each[field] * unit)
-        yield family
-    totals = {
-        "requests": ("requests", "Requests that have run in this slot."),
-        "failed": ("failures", "Of these, those that failed."),
-    }
-    for field, (name, help_text) in totals.items():
-        counter = CounterMetricFamily(f"{_PREFIX}worker_{name}", help_text, labels=["worker"])
-        for each in workers:
-            counter.add_metric([str(each["worker"])], each[field])
-        yield counter
-
-
-def _functions(functions: list[dict[str, Any]]) -> Iterator[Metric]:
-    counters = {
-        "calls": ("calls", "Calls that have ended."),
-        "failed": ("failures", "Of these, those that failed."),
-        "busy_seconds": ("busy_seconds", "How long they took in total."),
-    }
-    for field, (name, help_text) in counters.items():
-        family = CounterMetricFamily(
-            f"{_PREFIX}function_{name}", help_text, labels=["module", "function"]
-        )
-        for each in functions:
-            module, _, function = each["name"].partition(".")
-            family.add_metric([module, function], each[field])
-        yield family

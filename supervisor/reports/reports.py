@@ -10,14 +10,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import psutil
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.memory.connection_table import STATUS_NAMES
-from cpanbridge.supervisor.memory.fields import GATE_OPEN, OVERLOAD, WAITS_FOR_NOTHING, Slot
+from cpanbridge.supervisor.memory.event_ring import Event, EventRing
+from cpanbridge.supervisor.memory.fields import GATE_OPEN, OVERLOAD, WAITS_FOR_NOTHING
 from cpanbridge.supervisor.memory.layout import Shared, Statistics
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Level, at_level
 from cpanbridge.supervisor.reports import totals
@@ -30,20 +32,14 @@ RECENT = 20  # errors or events, of all workers together
 
 def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
     """`system.metrics`: all numbers of the whole daemon."""
-    return {
-        **numbers(shared, settings),
-        "module_status": {
-            "loaded_modules": list(modules),
-            "available_modules": list(modules),
-        },
-    }
+    status = {"loaded_modules": list(modules), "available_modules": list(modules)}
+    return {**numbers(shared, settings), "module_status": status}
 
 
 def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
     """The part from the shared memory: all but the modules, which only a worker knows."""
     counts = totals.count(shared)
     uptime = shared.uptime
-    per_minute = shared.admitted_in_window()
     return {
         "timestamp": time.time(),
         "daemon_info": {
@@ -51,28 +47,33 @@ def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
             "uptime_seconds": uptime,
             "uptime_formatted": format_duration(uptime),
         },
-        "resource_status": resource_status(shared, counts, per_minute),
+        "resource_status": resource_status(shared, counts),
         "performance_metrics": performance_metrics(shared, counts),
         "security_summary": {
             "total_security_events": sum(counts.security_events.values()),
-            "validation_failures": counts.invalid_requests,
+            "validation_failures": counts.security_events["invalid_request"],
             "requests_rejected": counts.refused,
         },
-        "connection_summary": connection_summary(shared, settings, counts),
-        "system_stats": system_stats(shared),
+        "connection_summary": {
+            "total_connections": counts.accepted,
+            "active_connections": counts.connections,
+            "stale_connections": len(stale_connections(shared, settings)),
+            "peak_connections": shared.header.peak_connections,
+        },
+        "system_stats": _system_stats(shared),
         "workers": workers(shared),
-        "gate": gate(shared, settings, counts, per_minute),
+        "gate": gate(shared, settings, counts),
     }
 
 
-def resource_status(shared: Shared, counts: Totals, per_minute: int) -> dict[str, Any]:
+def resource_status(shared: Shared, counts: Totals) -> dict[str, Any]:
     """The load of the whole tree of processes, and which limits it is near or over."""
     header = shared.header
     readings = totals.readings(shared)
     return {
         "memory_mb": header.values[Kind.MEMORY] / SCALE,
         "cpu_percent": header.values[Kind.CPU] / SCALE,
-        "requests_per_minute": per_minute,
+        "requests_per_minute": counts.admitted_last_minute,
         "concurrent_requests": counts.running,
         "violations": at_level(readings, Level.VIOLATION),
         "warnings": at_level(readings, Level.WARNING),
@@ -100,23 +101,13 @@ def performance_metrics(shared: Shared, counts: Totals) -> dict[str, Any]:
     }
 
 
-def connection_summary(shared: Shared, settings: Settings, counts: Totals) -> dict[str, Any]:
-    """How many connections there were and are."""
-    return {
-        "total_connections": counts.accepted,
-        "active_connections": counts.connections,
-        "stale_connections": len(stale_connections(shared, settings)),
-        "peak_connections": shared.header.peak_connections,
-    }
-
-
 def stale_connections(shared: Shared, settings: Settings) -> list[Listed]:
     """The connections whose clients have been silent for `stale_timeout`."""
     now, limit = time.monotonic_ns(), settings.limits.stale_timeout
     return [each for each in totals.connections(shared) if each.connection.is_stale(now, limit)]
 
 
-def system_stats(shared: Shared) -> dict[str, Any]:
+def _system_stats(shared: Shared) -> dict[str, Any]:
     """The tree of processes, and the machine that it runs on."""
     memory = psutil.virtual_memory()
     return {
@@ -131,34 +122,31 @@ def system_stats(shared: Shared) -> dict[str, Any]:
 
 def workers(shared: Shared) -> list[dict[str, Any]]:
     """The worker in each slot that has one, or has had one."""
-    return [_worker(shared, number, slot) for number, slot in enumerate(shared.used_slots)]
+    names, stats_of = shared.names.all(), shared.statistics
+    return [
+        {
+            "worker": number,
+            "pid": slot.pid,
+            "generation": slot.generation,
+            "uptime_seconds": _age(slot.since) if slot.pid else 0.0,
+            "memory_mb": slot.memory / MEGABYTE,
+            "connections": slot.connections,
+            "taken_over": slot.taken_over,
+            "sessions": slot.sessions,
+            "running": slot.running,
+            "requests": slot.finished,
+            "failed": slot.failed,
+            "recent_functions": stats_of[number].function_stats.latest(names, slot.since, 5),
+        }
+        for number, slot in enumerate(shared.used_slots)
+    ]
 
 
-def _worker(shared: Shared, number: int, slot: Slot) -> dict[str, Any]:
-    names = shared.names.all()
-    return {
-        "worker": number,
-        "pid": slot.pid,
-        "generation": slot.generation,
-        "uptime_seconds": _age(slot.since) if slot.pid else 0.0,
-        "memory_mb": slot.memory / MEGABYTE,
-        "connections": slot.connections,
-        "taken_over": slot.taken_over,
-        "sessions": slot.sessions,
-        "running": slot.running,
-        "requests": slot.finished,
-        "failed": slot.failed,
-        "recent_functions": shared.statistics[number].function_stats.latest(names, slot.since, 5),
-    }
-
-
-def gate(shared: Shared, settings: Settings, counts: Totals, per_minute: int) -> dict[str, Any]:
+def gate(shared: Shared, settings: Settings, counts: Totals) -> dict[str, Any]:
     """What is accepted and admitted, what waits, and for what."""
     header = shared.header
     return {
-        "verdict": "open"
-        if shared.counters.overload_state.get_obj().value == GATE_OPEN
-        else "closed",
+        "verdict": "open" if header.overload_state == GATE_OPEN else "closed",
         "verdict_seconds": _age(header.changed_at or header.started_monotonic),
         "verdict_closings": header.closings,
         "overload": settings.overload,
@@ -166,7 +154,7 @@ def gate(shared: Shared, settings: Settings, counts: Totals, per_minute: int) ->
         "max_connections": header.max_connections,
         "running": counts.running,
         "max_concurrent_requests": header.max_concurrent_requests,
-        "admitted_last_minute": per_minute,
+        "admitted_last_minute": counts.admitted_last_minute,
         "max_requests_per_minute": shared.window.limit,
         "waiting_clients": header.backlog,
         "waiting_doors": sum(s.accept_waits_for != WAITS_FOR_NOTHING for s in shared.used_slots),
@@ -201,7 +189,7 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
             "threads": settings.thread_count,
             "overload": settings.overload,
             "connection_timeout": limits.idle_timeout,
-            **{name: getattr(limits, name) for name in limits.__struct_fields__},
+            **msgspec.structs.asdict(limits),
         },
     }
 
@@ -209,7 +197,6 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
 def connections(shared: Shared, settings: Settings) -> dict[str, Any]:
     """`system.connections`: the open connections, and what each is doing."""
     counts = totals.count(shared)
-    limits = settings.limits
     return {
         "total_connections": counts.accepted,
         "active_connections": counts.connections,
@@ -217,16 +204,15 @@ def connections(shared: Shared, settings: Settings) -> dict[str, Any]:
         "connections": [describe_connection(each, settings) for each in totals.connections(shared)],
         "connection_limits": {
             "max_concurrent": shared.header.max_connections,
-            "stale_timeout": limits.stale_timeout,
+            "stale_timeout": settings.limits.stale_timeout,
         },
     }
 
 
 def describe_connection(each: Listed, settings: Settings) -> dict[str, Any]:
     """One connection in the reports."""
-    now = time.monotonic_ns()
     connection = each.connection
-    stale = connection.is_stale(now, settings.limits.stale_timeout)
+    stale = connection.is_stale(time.monotonic_ns(), settings.limits.stale_timeout)
     return {
         "connection_id": each.id,
         "worker": each.slot,
@@ -243,20 +229,21 @@ def stats(shared: Shared, settings: Settings) -> dict[str, Any]:
     """`system.stats`: what was counted since the start."""
     counts = totals.count(shared)
     header, limits = shared.header, settings.limits
+    security_events = sum(counts.security_events.values())
     return {
         **_counted(shared, counts),
-        "validation_failures": counts.invalid_requests,
-        "security_events": sum(counts.security_events.values()),
+        "validation_failures": counts.security_events["invalid_request"],
+        "security_events": security_events,
         "last_cleanup": _wall_time(header.cleanup_at) if header.cleanup_at else None,
         "last_resource_check": _wall_time(header.checked_at) if header.checked_at else None,
         "connections_rejected": counts.rejected,
         "security_metrics": {
-            "total_events": sum(counts.security_events.values()),
+            "total_events": security_events,
             "events_by_type": counts.security_events,
             "recent_events": recent_events(shared),
         },
         "performance_summary": performance_metrics(shared, counts),
-        "resource_status": resource_status(shared, counts, shared.admitted_in_window()),
+        "resource_status": resource_status(shared, counts),
         "validation_config": {
             "strict_mode": True,  # an invalid request is refused, never altered
             "max_string_length": limits.max_string_length,
@@ -285,27 +272,17 @@ def _counted(shared: Shared, counts: Totals) -> dict[str, Any]:
 
 def recent_events(shared: Shared) -> list[dict[str, Any]]:
     """The last security events, the newest first."""
-    events = [event for statistics in _statistics(shared) for event in statistics.events.read()]
-    events.sort(reverse=True)
     found = []
-    for event in events[:RECENT]:
+    for event in _newest(shared, lambda each: each.events):
         kind, _, message = event.text.partition("\n")
-        found.append(
-            {
-                "timestamp": event.at / 1e9,
-                "event": kind,
-                "message": message,
-                "pid": event.first,
-                "uid": event.second,
-            }
-        )
+        about = {"event": kind, "message": message, "pid": event.first, "uid": event.second}
+        found.append({"timestamp": event.at / 1e9, **about})
     return found
 
 
 def recent_errors(shared: Shared) -> list[dict[str, Any]]:
     """The last requests that failed, the newest first."""
-    events = [event for statistics in _statistics(shared) for event in statistics.errors.read()]
-    events.sort(reverse=True)
+    events = _newest(shared, lambda each: each.errors)
     names = shared.names.all()  # after the events: each was written when its function had a name
     return [
         {
@@ -314,12 +291,13 @@ def recent_errors(shared: Shared) -> list[dict[str, Any]]:
             "error": event.text,
             "duration_ms": event.first / 1e6,
         }
-        for event in events[:RECENT]
+        for event in events
     ]
 
 
-def _statistics(shared: Shared) -> list[Statistics]:
-    return shared.statistics[: shared.header.slots_used]
+def _newest(shared: Shared, ring_of: Callable[[Statistics], EventRing]) -> list[Event]:
+    events = [event for each in totals.statistics(shared) for event in ring_of(each).read()]
+    return sorted(events, reverse=True)[:RECENT]
 
 
 def _age(since: int) -> float:

@@ -4,31 +4,40 @@ A report is made from one reading, so that its numbers agree: succeeded and fail
 to the finished ones, in every field.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from cpanbridge.supervisor.memory import histogram
+from cpanbridge.supervisor.memory import function_stats, histogram
 from cpanbridge.supervisor.memory.connection_table import Connection
 from cpanbridge.supervisor.memory.fields import EVENT_KINDS, REASONS
 from cpanbridge.supervisor.memory.histogram import Latencies
-from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.layout import Shared, Statistics
 from cpanbridge.supervisor.memory.overload_state import SCALE, Kind, Reading
 
 
 class Totals(NamedTuple):
     """What all workers have counted, those included that have ended."""
 
+    # Fields of the slots, in the order in which they are read. What is given back comes before what
+    # is taken, so that no difference is ever below zero.
+    closed: int
     succeeded: int
     failed: int
+    opened: int
+    accepted: int
+    admitted: int
     refused: int
     rejected: int
     busy_ns: int
-    running: int
     queued: int
-    accepted: int
-    connections: int
-    invalid_requests: int
     security_events: dict[str, int]  # by kind
     overloaded: dict[str, int]  # by reason
+    admitted_last_minute: int
+
+    @property
+    def connections(self) -> int:
+        """Those that are open."""
+        return self.opened - self.closed
 
     @property
     def finished(self) -> int:
@@ -36,8 +45,13 @@ class Totals(NamedTuple):
         return self.succeeded + self.failed
 
     @property
+    def running(self) -> int:
+        """Requests that run now."""
+        return self.admitted - self.finished
+
+    @property
     def error_rate(self) -> float:
-        """The share of them that failed."""
+        """The share of the finished requests that failed."""
         return self.failed / self.finished if self.finished else 0.0
 
     @property
@@ -46,42 +60,21 @@ class Totals(NamedTuple):
         return self.busy_ns / self.finished / 1e9 if self.finished else 0.0
 
 
+_BY_NAME = {"security_events": EVENT_KINDS, "overloaded": REASONS}
+_SUMS = Totals._fields[: Totals._fields.index("security_events")]
+
+
 def count(shared: Shared) -> Totals:
     """Read all counts once."""
-    succeeded = failed = refused = rejected = busy_ns = 0
-    admitted = queued = accepted = opened = closed = 0
-    events = dict.fromkeys(EVENT_KINDS, 0)
-    overloaded = dict.fromkeys(REASONS, 0)
+    sums: dict[str, Any] = dict.fromkeys(_SUMS, 0)
+    by_name: dict[str, Any] = {field: dict.fromkeys(names, 0) for field, names in _BY_NAME.items()}
     for slot in shared.used_slots:
-        # What is given back is read before what is taken, so that nothing is ever below zero.
-        closed += slot.closed
-        succeeded += slot.succeeded
-        failed += slot.failed
-        opened += slot.opened
-        accepted += slot.accepted
-        admitted += slot.admitted
-        refused += slot.refused
-        rejected += slot.rejected
-        busy_ns += slot.busy_ns
-        queued += slot.queued
-        for number, name in enumerate(EVENT_KINDS):
-            events[name] += slot.security_events[number]
-        for number, name in enumerate(REASONS):
-            overloaded[name] += slot.overloaded[number]
-    return Totals(
-        succeeded=succeeded,
-        failed=failed,
-        refused=refused,
-        rejected=rejected,
-        busy_ns=busy_ns,
-        running=admitted - succeeded - failed,
-        queued=queued,
-        accepted=accepted,
-        connections=opened - closed,
-        invalid_requests=events["invalid_request"],
-        security_events=events,
-        overloaded=overloaded,
-    )
+        for field in _SUMS:
+            sums[field] += getattr(slot, field)
+        for field, names in _BY_NAME.items():
+            for name, value in zip(names, getattr(slot, field), strict=True):
+                by_name[field][name] += value
+    return Totals(**sums, **by_name, admitted_last_minute=shared.admitted_in_window())
 
 
 class Listed(NamedTuple):
@@ -96,20 +89,29 @@ class Listed(NamedTuple):
         return f"{self.slot}-{self.connection.number}"
 
 
+def statistics(shared: Shared) -> Sequence[Statistics]:
+    """The statistics of each slot that a worker has, or has had."""
+    return shared.statistics[: shared.header.slots_used]
+
+
 def connections(shared: Shared) -> list[Listed]:
     """The open connections, of each worker as many as its table holds."""
     return [
         Listed(number, connection)
-        for number, statistics in enumerate(shared.statistics[: shared.header.slots_used])
-        for connection in statistics.connection_table.connections()
+        for number, each in enumerate(statistics(shared))
+        for connection in each.connection_table.connections()
     ]
 
 
 def latencies(shared: Shared) -> Latencies:
     """How long the requests of the last five minutes took."""
-    return histogram.merged(
-        each.histogram for each in shared.statistics[: shared.header.slots_used]
-    )
+    return histogram.merged(each.histogram for each in statistics(shared))
+
+
+def functions(shared: Shared) -> list[function_stats.Count]:
+    """How often each function was called, and how that went."""
+    all_stats = [each.function_stats for each in statistics(shared)]
+    return function_stats.counts(shared.names.all(), all_stats)
 
 
 def readings(shared: Shared) -> list[Reading]:

@@ -6,6 +6,7 @@ system call: nothing is polled. A handler must return quickly, because nothing e
 Times are CLOCK_MONOTONIC seconds: setting the machine's clock changes nothing.
 """
 
+import collections
 import heapq
 import itertools
 import logging
@@ -24,8 +25,6 @@ WRITE = selectors.EVENT_WRITE
 
 class Timer:
     """An action that is to run once, unless it is cancelled before."""
-
-    __slots__ = ("_action",)
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action: Callable[[], None] | None = action
@@ -54,7 +53,7 @@ class Loop:
         # The number keeps timers for the same instant in the order in which they were set.
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
-        self._faults: list[float] = []
+        self._faults: collections.deque[float] = collections.deque(maxlen=MOST_FAULTS + 1)
 
     def watch(self, descriptor: int, handler: Callable[[], None], events: int = READ) -> None:
         """Call `handler` whenever the descriptor is ready; replaces an earlier handler."""
@@ -64,8 +63,9 @@ class Loop:
             self._selector.register(descriptor, events, handler)
 
     def forget(self, descriptor: int) -> None:
-        """Stop watching a descriptor. To be called before it is closed."""
-        self._selector.unregister(descriptor)
+        """Stop watching a descriptor, if it is watched. To be called before it is closed."""
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
 
     def after(self, seconds: float, action: Callable[[], None]) -> Timer:
         """Call `action` once, in so many seconds."""
@@ -90,9 +90,8 @@ class Loop:
             step()
         except Exception:
             LOGGER.exception("A step of the master failed, by a fault of the daemon's own")
-            now = time.monotonic()
-            self._faults = [at for at in self._faults if now - at < 1.0] + [now]
-            if len(self._faults) > MOST_FAULTS:
+            self._faults.append(time.monotonic())
+            if len(self._faults) > MOST_FAULTS and self._faults[-1] - self._faults[0] < 1.0:
                 raise
 
     def let_go(self) -> None:

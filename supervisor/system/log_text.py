@@ -5,6 +5,7 @@ import os
 import re
 import signal
 
+TIME = "%Y-%m-%d %H:%M:%S"  # the log's format, for strftime(3)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 

@@ -14,18 +14,17 @@ import logging
 import os
 import socket
 import stat
-import time
 from typing import Literal, NamedTuple
 
-from cpanbridge.supervisor.config import Loaded
-from cpanbridge.supervisor.system.log_text import escaped, json_line, printable
+from cpanbridge.supervisor.config import Loaded, OperatorError
+from cpanbridge.supervisor.system.log_text import TIME, escaped, json_line, printable
 
 STANDARD_ERROR = 2
 LOGGER = logging.getLogger("cpanbridge.master")
 
 
-class LogError(Exception):
-    """A log file cannot be opened; one line that says which and why."""
+class LogError(OperatorError):
+    """A log file cannot be opened."""
 
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
@@ -42,8 +41,9 @@ class LineFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        line = f"{when} [{record.levelname}] {escaped(record.getMessage())}"
+        line = (
+            f"{self.formatTime(record, TIME)} [{record.levelname}] {escaped(record.getMessage())}"
+        )
         for each in _trace(self, record).splitlines():
             line += "\n    " + escaped(each)
         return line
@@ -62,13 +62,6 @@ class JsonFormatter(logging.Formatter):
         if trace := _trace(self, record):
             line["traceback"] = printable(trace)
         return json_line(line)
-
-
-class MessageFormatter(logging.Formatter):
-    """The message alone, which is a line of JSON already."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage()
 
 
 class DescriptorHandler(logging.Handler):
@@ -132,14 +125,9 @@ class LogSettings(NamedTuple):
     @classmethod
     def of(cls, loaded: Loaded) -> "LogSettings":
         """The log settings of a whole configuration."""
-        settings = loaded.settings
-        return cls(
-            settings.log_file,
-            settings.security_log,
-            settings.log_format,
-            settings.debug,
-            loaded.follow_link,
-        )
+        log = loaded.settings
+        where = log.log_file, log.security_log
+        return cls(*where, log.log_format, log.debug, loaded.follow_link)
 
 
 class _Current:
@@ -165,14 +153,14 @@ def configure(settings: LogSettings) -> None:
         raise
     formatter = JsonFormatter() if settings.log_format == "json" else LineFormatter()
     root = logging.getLogger("cpanbridge")
-    _replace_handler(root, DescriptorHandler(STANDARD_ERROR, formatter))
+    _replace_handlers(root, DescriptorHandler(STANDARD_ERROR, formatter))
     root.setLevel(logging.DEBUG if settings.debug else logging.INFO)
     root.propagate = False
     logger = logging.getLogger("cpanbridge.security")
-    _replace_handler(
-        logger, DescriptorHandler(security, MessageFormatter()) if security >= 0 else None
-    )
-    logger.propagate = security < 0
+    # Its messages are lines of JSON already.
+    own = [DescriptorHandler(security, logging.Formatter())] if security >= 0 else []
+    _replace_handlers(logger, *own)
+    logger.propagate = not own
     if _Current.security >= 0:
         os.close(_Current.security)
     _Current.settings, _Current.security = settings, security
@@ -216,8 +204,8 @@ def _open_log_file(settings: LogSettings) -> None:
         os.close(descriptor)
 
 
-def _replace_handler(logger: logging.Logger, handler: DescriptorHandler | None) -> None:
-    before, logger.handlers = logger.handlers, [handler] if handler is not None else []
+def _replace_handlers(logger: logging.Logger, *handlers: logging.Handler) -> None:
+    before, logger.handlers = logger.handlers, list(handlers)
     for each in before:
         each.close()
 

@@ -10,13 +10,13 @@ import os
 import pwd
 from typing import NamedTuple
 
-from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.config import OperatorError, Settings
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.system import logs
 
 
-class PrivilegeError(Exception):
-    """The daemon cannot become the configured user; one line that says why."""
+class PrivilegeError(OperatorError):
+    """The daemon cannot become the configured user."""
 
 
 class Identity(NamedTuple):
@@ -36,12 +36,10 @@ def identity(settings: Settings) -> Identity | None:
         entry = pwd.getpwnam(settings.user)
     except KeyError:
         raise PrivilegeError(f"user = {settings.user!r}: there is no such user") from None
-    gid = entry.pw_gid
-    if settings.group is not None:
-        try:
-            gid = grp.getgrnam(settings.group).gr_gid
-        except KeyError:
-            raise PrivilegeError(f"group = {settings.group!r}: there is no such group") from None
+    try:
+        gid = grp.getgrnam(settings.group).gr_gid if settings.group else entry.pw_gid
+    except KeyError:
+        raise PrivilegeError(f"group = {settings.group!r}: there is no such group") from None
     return Identity(entry.pw_name, entry.pw_uid, gid, entry.pw_dir)
 
 

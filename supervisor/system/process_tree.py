@@ -170,8 +170,7 @@ class Tree:
         """
         used = inherited = 0.0
         for pid, process in self._known.items():
-            old = before.get(pid)
-            if old is not None:
+            if old := before.get(pid):
                 used += process.own - old.own
                 inherited += process.waited - old.waited
             elif before:
@@ -218,22 +217,25 @@ def _measured(pid: int, old: _Process | None) -> _Process | None:
             return None  # the pid was reused by a process outside the tree
         with handle.oneshot():
             times = handle.cpu_times()
-            rss = handle.memory_info().rss
-            ended = handle.status() == psutil.STATUS_ZOMBIE
-            parent = handle.ppid()
+            return replace(
+                old or _Process(handle),
+                handle=handle,
+                parent=handle.ppid(),
+                own=times.user + times.system,
+                waited=times.children_user + times.children_system,
+                rss=handle.memory_info().rss,
+                ended=handle.status() == psutil.STATUS_ZOMBIE,
+            )
     except psutil.Error:
         return None
-    process = replace(old, handle=handle) if old is not None else _Process(handle)
-    process.parent = parent
-    process.own = times.user + times.system
-    process.waited = times.children_user + times.children_system
-    process.rss = rss
-    process.ended = ended
-    return process
 
 
 def _children(pid: int) -> Iterator[int]:
-    """The children of all threads of a process."""
+    """The children of all threads of a process.
+
+    psutil's `children` reads every process of the host in one step: with 600 of them 10 ms, where
+    these lists of a master and two workers take 0.2.
+    """
     # It has ended, or its files may not be read.
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for thread in os.listdir(f"/proc/{pid}/task"):

@@ -9,7 +9,6 @@ from cpanbridge.supervisor.gate import MOST_REJECTED, Wakeups
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-_PER_SLOT = len(Wakeups._fields)
 _SPARE = 128
 
 
@@ -20,7 +19,7 @@ def raise_limit(limits: Limits, slots: int) -> None:
     Called in the master.
     """
     clients = limits.max_connections + MOST_REJECTED + limits.max_sessions
-    needed = clients + _PER_SLOT * slots + _SPARE
+    needed = clients + len(Wakeups._fields) * slots + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
         return
@@ -30,8 +29,5 @@ def raise_limit(limits: Limits, slots: int) -> None:
         LOGGER.warning(
             "limits.max_connections = %d and limits.max_sessions = %d need %d file descriptors, "
             "but only %d are allowed: raise the limit (ulimit -n, LimitNOFILE=)",
-            limits.max_connections,
-            limits.max_sessions,
-            needed,
-            hard,
+            *(limits.max_connections, limits.max_sessions, needed, hard),
         )

@@ -31,17 +31,13 @@ class ServiceManager:
     ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._socket: socket.socket | None = None
-        if self._address:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.setblocking(False)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         self._loop = loop
         self._silent = silent
         self._state: Sequence[str] = ()  # the last state, sent or not
         self._complained = False
-        self._pause = 0.0
-        if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            self._pause = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2
+        mine = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._pause = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2 if mine else 0.0
 
     def watch_dog(self) -> None:
         """Send a keep-alive now, and twice in each watchdog interval. Called once."""
@@ -57,23 +53,17 @@ class ServiceManager:
 
     def ready(self, status: str) -> None:
         """The daemon serves: after the start, and after each reload or upgrade, failed or not."""
-        self._say("READY=1", f"STATUS={status}")
+        self._say("READY=1", status)
 
     def reloading(self) -> None:
         """A reload has begun; `ready` follows."""
-        self._say(
-            "RELOADING=1",
-            f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",
-            "STATUS=Reloading: a new generation boots",
-        )
+        now = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
+        self._say("RELOADING=1", "Reloading: a new generation boots", now)
 
     def stopping(self, seconds: float) -> None:
         """The daemon stops, which may take so many seconds."""
-        self._say(
-            "STOPPING=1",
-            f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}",
-            "STATUS=Stopping: running requests finish",
-        )
+        extend = f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
+        self._say("STOPPING=1", "Stopping: running requests finish", extend)
 
     def status(self, status: str) -> None:
         """A status text; the state stays as it is."""
@@ -84,18 +74,17 @@ class ServiceManager:
         self._send(f"MAINPID={pid}", "STATUS=Upgraded")
         self._silent = True
 
-    def _say(self, *lines: str) -> None:
-        self._state = lines
-        self._send(*lines)
+    def _say(self, state: str, status: str, *more: str) -> None:
+        self._state = (state, *more, f"STATUS={status}")
+        self._send(*self._state)
 
     def _send(self, *lines: str) -> None:
         if self._socket is None or self._silent:
             return
         try:
-            self._socket.sendto("\n".join(lines).encode(), self._address)
+            self._socket.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
         except OSError as error:
             if not self._complained:
                 self._complained = True
-                LOGGER.warning(
-                    "The service manager cannot be notified (NOTIFY_SOCKET): %s", error.strerror
-                )
+                reason = error.strerror
+                LOGGER.warning("The service manager cannot be notified (NOTIFY_SOCKET): %s", reason)

@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor.system.event_loop import Loop
 
-_CAUGHT = ("TERM", "INT", "QUIT", "HUP", "CHLD", "USR1", "USR2", "TTIN", "TTOU")
+_COMMANDS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU),
+)
 
 
 class Signals:
@@ -27,14 +30,13 @@ class Signals:
             end.setblocking(False)
         self._loop.watch(self._received.fileno(), self._receive)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for name in _CAUGHT:
-            signal.signal(signal.Signals[f"SIG{name}"], lambda *_: None)
+        for number in (*_COMMANDS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
 
     def ignore(self) -> None:
         """Ignore them while the master ends: Python would restore the default actions."""
-        for name in _CAUGHT:
-            if name != "CHLD":
-                signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
+        for number in _COMMANDS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _receive(self) -> None:
         numbers = dict.fromkeys(self._received.recv(4096))

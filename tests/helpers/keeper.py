@@ -43,7 +43,7 @@ def length(text: str) -> int:
 
 
 class Thing:
-    """What tells the file `note` when it is closed."""
+    """Writes its value to the file `event` when it is closed."""
 
     def __init__(self, event: str, value: Any) -> None:
         self.event = event
@@ -76,7 +76,7 @@ def keep_bad() -> str:
 
 
 def use(name: str, seconds: float) -> None:
-    """Uses an object for a while; then it writes so to the object's note."""
+    """Uses an object for a while; then it writes so to the object's file."""
     thing = current_session().find(name)
     time.sleep(seconds)
     with open(thing.event, "a") as stream:
@@ -90,7 +90,7 @@ def span(seconds: float) -> list[float]:
 
 
 def keep_later(event: str, go_on: str) -> None:
-    """A thread of the function's own keeps something once a file exists, and notes the outcome."""
+    """A thread of the function's own keeps something once a file exists, and writes the outcome."""
     session = current_session()
 
     def work() -> None:

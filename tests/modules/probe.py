@@ -23,8 +23,8 @@ def echo(**params: Any) -> dict[str, Any]:
     return params
 
 
-def keep_book(number: int, file: str) -> dict[str, int]:
-    """Appends a call's number to a file, which tells at the end what has run, and how often."""
+def record(number: int, file: str) -> dict[str, int]:
+    """Appends a call's number to a file: the record of what has run, and how often."""
     with open(file, "a") as stream:
         stream.write(f"{number}\n")
     return {"number": number}
@@ -47,7 +47,7 @@ def nap(seconds: float) -> float:
 
 
 def span(seconds: float, event: str | None = None) -> list[float]:
-    """Sleeps; returns when it began and ended. Before, it writes its pid to the file `note`."""
+    """Sleeps; returns when it began and ended. Before, it writes its pid to the file `event`."""
     began = time.monotonic()
     if event is not None:
         with open(f"{event}.new", "w") as stream:
@@ -58,7 +58,7 @@ def span(seconds: float, event: str | None = None) -> list[float]:
 
 
 def run_until(file: str, event: str) -> None:
-    """Ends when the file is there. Before, it writes its pid to the file `note`."""
+    """Ends when the file is there. Before, it writes its pid to the file `event`."""
     span(0, event)
     while not os.path.exists(file):
         time.sleep(0.02)
@@ -328,14 +328,22 @@ def backtrack(event: str | None = None) -> bool:
     return re.match(r"(a+)+$", "a" * 64 + "b") is not None
 
 
+def deadlock(event: str | None = None) -> None:
+    """As `backtrack`, without using the processor: C code that waits for a lock that it holds."""
+    span(0, event)
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        library.pthread_mutex_lock(mutex)
+
+
 def hold_gate(event: str) -> None:
     """Takes the gate's lock and hangs, as a call may do that gets to run in the wrong moment."""
     frame = sys._getframe()
-    while not hasattr(frame.f_locals.get("self"), "_gate"):  # of the worker's code that calls this
+    while not hasattr(frame.f_locals.get("self"), "gate"):  # of the worker's code that calls this
         assert frame.f_back is not None
         frame = frame.f_back
-    with frame.f_locals["self"]._gate._lock:
-        backtrack(event)
+    with frame.f_locals["self"].gate._lock:
+        deadlock(event)
 
 
 def fork_bomb() -> list[int]:

@@ -754,6 +754,35 @@ def test_a_thread_that_was_killed_while_it_waited_is_counted_no_longer(
     assert waiting.value == 0
 
 
+def test_room_of_a_dead_worker_is_there_for_a_client_that_is_only_to_be_told(
+    new_workers: NewWorkers,
+) -> None:
+    workers = new_workers(max_connections=1)
+    assert workers.try_to_open(workers.gates[0])
+    workers.shared.clear(workers.shared.slots[0])
+    assert workers.gates[1].open_any()
+
+
+def test_a_master_killed_while_it_clears_a_slot_leaks_no_room() -> None:
+    step, killed = 0, True
+    while killed:
+        workers = Workers(2, max_connections=1, max_concurrent_requests=1)
+        try:
+            assert workers.try_to_open(workers.gates[0])
+            assert workers.try_to_admit(workers.gates[0])
+            workers.shared.slots[0].pid = 1234
+            killed = kill_at(step, lambda w=workers: w.shared.clear(w.shared.slots[0]))  # type: ignore
+            shared = Shared.attach(workers.shared.fd)  # the next master
+            if shared.slots[0].pid:  # of a process that is not there
+                shared.clear(shared.slots[0])
+            assert workers.try_to_open(workers.gates[1])
+            assert workers.try_to_admit(workers.gates[1])
+        finally:
+            workers.close()
+        step += 1
+    assert step > 10
+
+
 def test_the_counters_are_those_of_multiprocessing(new_workers: NewWorkers) -> None:
     workers = new_workers(2)
     gate, counters = workers.gates[0], workers.shared.counters

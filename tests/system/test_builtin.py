@@ -207,11 +207,12 @@ def test_totals_equal_what_clients_saw_though_workers_are_killed(new_daemon: New
                 outcome = "lost"
             with lock:
                 seen[outcome] += 1
+            time.sleep(0.005)  # or they would take the processor from what is tested
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
-    for deaths in range(1, 6):
+    for deaths in range(1, 4):
         calls = sum(seen.values())
         until(lambda calls=calls: sum(seen.values()) > calls + 50)
         os.kill(daemon.workers()[0], signal.SIGKILL)
@@ -235,7 +236,7 @@ def test_totals_equal_what_clients_saw_though_workers_are_killed(new_daemon: New
     assert seen["good"] <= good
     assert seen["bad"] <= bad
     assert good + bad <= sum(seen.values())
-    assert daemon.metrics()["gate"]["worker_deaths"] == 5
+    assert daemon.metrics()["gate"]["worker_deaths"] == 3
     functions = {
         each["module_function"]: each
         for each in daemon.call("system", "performance")["module_performance"]["top_modules"]

@@ -43,7 +43,7 @@ def test_an_exception_in_a_modules_thread_is_logged_and_ends_nothing(daemon: Dae
     assert sorted(daemon.workers()) == before
 
 
-def test_health_tells_when_workers_die_often(daemon: Daemon) -> None:
+def test_health_warns_when_workers_die_often(daemon: Daemon) -> None:
     def check() -> dict[str, object]:
         found: dict[str, object] = daemon.call("system", "health")["checks"]["workers"]
         return found
@@ -153,7 +153,7 @@ def test_a_reload_and_an_upgrade_without_descriptors_change_nothing(daemon: Daem
 
 
 def test_rotation_by_rename_loses_no_line(daemon: Daemon) -> None:
-    lines = 1000
+    lines = 300
     over = False
 
     def rotate() -> int:

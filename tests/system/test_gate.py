@@ -1,4 +1,4 @@
-"""The limits hold over all workers together, at every instant, and nobody is turned away."""
+"""The limits hold over all workers together, at every instant, and no client is rejected."""
 
 import contextlib
 import itertools
@@ -217,7 +217,7 @@ def test_never_more_connections_are_open_than_allowed_and_the_others_are_served_
             read(number)
             assert not answered(1, 0.02)
     with capsys.disabled():
-        print(f"\n  let in after another one left: {max(waits) * 1e3:.1f} ms at most")
+        print(f"\n  accepted after another one left: {max(waits) * 1e3:.1f} ms at most")
     assert max(waits) < 1.0
     until(lambda: daemon.metrics()["gate"]["connections"] == 1)
     assert daemon.metrics()["gate"]["waiting_doors"] == 0
@@ -249,7 +249,7 @@ def rate_is_used_up(daemon: Daemon, stack: ExitStack) -> None:
         daemon.call("test", "ping")
     for _ in range(10):
         in_background(stack, lambda: one_shot(daemon.path, "test", "ping"))
-        # These were let in when there was room, and wait with their connection open.
+        # These were accepted when there was room, and wait with their connection open.
         stack.enter_context(Framed(daemon.path)).send("test", "ping")
 
 

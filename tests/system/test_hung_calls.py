@@ -1,4 +1,4 @@
-"""Calls that take too long: clients are told in time, the log says where, others go on."""
+"""Calls that take too long: clients are answered in time, the log says where, others go on."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from conftest import Daemon, NewDaemon
 from plain_client import Framed, connect, one_shot, request, send_one_shot, until
 
-TOLD_SECONDS = 0.2  # after its time, a hung call's client has been told
+ANSWER_SECONDS = 0.2  # after its time, a hung call's client has its reply
 TRIES = 5  # for that, on a machine that has other things to do
 PROBE = Path(__file__).parents[1] / "modules" / "probe.py"
 
@@ -61,7 +61,7 @@ def test_a_hung_calls_client_is_told_and_the_log_names_the_line(
 
 
 def hung_for(daemon: Daemon, form: str, **fields: Any) -> float:
-    """Seconds until a hung call's client is told that its time is over."""
+    """Seconds until a hung call's client receives that its time is over."""
     sent = time.monotonic()
     if form == "one-shot":
         body = json.dumps(request("probe", "nap", [60], **fields)).encode()
@@ -76,8 +76,10 @@ def hung_for(daemon: Daemon, form: str, **fields: Any) -> float:
     return told - sent
 
 
-@pytest.mark.parametrize("form", ["one-shot", "framed"])
-@pytest.mark.parametrize(("daemons", "clients"), [(0.5, 0), (0, 0.5), (0.5, 60), (60, 0.5)])
+@pytest.mark.parametrize(
+    ("form", "daemons", "clients"),
+    [("one-shot", 0.5, 60), ("one-shot", 0, 0.5), ("framed", 0.5, 0), ("framed", 60, 0.5)],
+)
 def test_a_hung_calls_client_is_told_within_a_fifth_of_a_second_of_its_time(
     new_daemon: NewDaemon, form: str, daemons: float, clients: float
 ) -> None:
@@ -87,9 +89,9 @@ def test_a_hung_calls_client_is_told_within_a_fifth_of_a_second_of_its_time(
     ).run()
     fields = {"timeout": clients} if clients else {}
     waited: list[float] = []
-    while len(waited) < TRIES and min(waited, default=60) > limit + TOLD_SECONDS:
+    while len(waited) < TRIES and min(waited, default=60) > limit + ANSWER_SECONDS:
         waited.append(hung_for(daemon, form, **fields))
-    assert limit <= min(waited) <= limit + TOLD_SECONDS
+    assert limit <= min(waited) <= limit + ANSWER_SECONDS
 
 
 @pytest.mark.parametrize("form", ["one-shot", "framed"])
@@ -160,7 +162,7 @@ def test_the_clients_own_time_is_kept(daemon: Daemon) -> None:
 def test_a_call_that_ends_in_time_is_no_hung_one(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2\nlimits.request_timeout = 5").run()
     before = sorted(daemon.workers())
-    for _ in range(200):
+    for _ in range(50):
         daemon.call("probe", "echo", {})
     assert daemon.call("probe", "nap", [1])
     assert sorted(daemon.workers()) == before

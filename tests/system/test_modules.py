@@ -180,17 +180,3 @@ def test_modules_come_from_tables_libraries_and_folders(new_daemon: NewDaemon) -
     assert one_shot(daemon.path, "math", "sqrt", "x")["error_type"] == "TypeError"
     assert one_shot(daemon.path, "math", "cos", 1)["error_type"] == "FunctionNotAllowed"
     assert one_shot(daemon.path, "from_library", "where")["error_type"] == "ModuleNotAllowed"
-
-
-@pytest.mark.parametrize("command", ["start", "run", "check"])
-def test_a_broken_module_stops_the_start_with_one_line(new_daemon: NewDaemon, command: str) -> None:
-    daemon = new_daemon()
-    folder = write_modules(
-        daemon.folder / "helpers", broken="x = 1\nraise ValueError('not today')\n"
-    )
-    daemon.write_config(f'{UNLIMITED}\n[[module_dirs]]\npath = "{folder}"')
-    done = daemon.command(command)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert f"{folder}/broken.py failed: ValueError: not today" in line
-    assert f"({folder}/broken.py:2)" in line

@@ -106,7 +106,7 @@ def too_many_workers(daemon: Daemon) -> str:
     return "workers = 200: the running daemon has room for 32"
 
 
-def somebody_elses_path(daemon: Daemon) -> str:
+def another_programs_path(daemon: Daemon) -> str:
     path = daemon.folder / "file"
     path.write_text("precious")
     text = daemon.config.read_text()
@@ -124,7 +124,7 @@ def somebody_elses_path(daemon: Daemon) -> str:
         no_group,
         no_log,
         too_many_workers,
-        somebody_elses_path,
+        another_programs_path,
     ],
 )
 def test_a_reload_that_cannot_be_changes_nothing_and_says_why(
@@ -138,7 +138,7 @@ def test_a_reload_that_cannot_be_changes_nothing_and_says_why(
         until(lambda: sorted(daemon.workers()) == before)
         assert kept.call("test", "ping") is not None
     assert daemon.call("test", "echo", [1]) == [1]
-    assert not Path(f"{daemon.folder}/file.lock").exists() or spoil is somebody_elses_path
+    assert not Path(f"{daemon.folder}/file.lock").exists() or spoil is another_programs_path
     daemon.write_config("workers = 2")
     reload(daemon)
     assert daemon.call("test", "echo", [2]) == [2]

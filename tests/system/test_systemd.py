@@ -1,6 +1,5 @@
 """What systemd relies on: sd_notify, the watchdog, sockets of its making, the units in etc/."""
 
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ CREDENTIALS = struct.Struct("3i")
 
 
 class Manager:
-    """Listens where systemd would, and keeps what it is told, and by whom."""
+    """Listens where systemd would, and keeps what it receives, and from which process."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -45,15 +44,15 @@ class Manager:
             self.speakers.append(CREDENTIALS.unpack(ancillary[0][2])[0])
             self.messages.append(dict(line.split("=", 1) for line in lines))
 
-    def told(self, name: str, value: str | None = None) -> list[dict[str, str]]:
+    def received(self, name: str, value: str | None = None) -> list[dict[str, str]]:
         """The messages so far that have a field."""
         return [m for m in self.messages if name in m and value in (None, m[name])]
 
     def catch_up(self) -> None:
         """Wait until all that has been sent is heard."""
-        before = len(self.told("TEST"))
+        before = len(self.received("TEST"))
         self._send(b"TEST=1")
-        until(lambda: len(self.told("TEST")) > before)
+        until(lambda: len(self.received("TEST")) > before)
 
     def check_speakers(self) -> None:
         """See that only the main process has spoken: systemd hears no other."""
@@ -93,44 +92,44 @@ def managed(prepared: tuple[Daemon, Manager]) -> tuple[Daemon, Manager]:
 
 def test_it_says_when_it_is_ready_reloads_and_stops(managed: tuple[Daemon, Manager]) -> None:
     daemon, manager = managed
-    until(lambda: manager.told("READY"))
-    (ready,) = manager.told("READY")
+    until(lambda: manager.received("READY"))
+    (ready,) = manager.received("READY")
     assert ready["STATUS"] == "Serving with 2 workers, generation 1"
     os.kill(daemon.pid, signal.SIGHUP)
-    until(lambda: len(manager.told("READY")) == 2)
-    (reloading,) = manager.told("RELOADING")
+    until(lambda: len(manager.received("READY")) == 2)
+    (reloading,) = manager.received("RELOADING")
     assert int(reloading["MONOTONIC_USEC"]) > 0
-    assert manager.messages.index(reloading) < manager.messages.index(manager.told("READY")[1])
-    assert manager.told("READY")[1]["STATUS"] == "Serving with 2 workers, generation 2"
+    assert manager.messages.index(reloading) < manager.messages.index(manager.received("READY")[1])
+    assert manager.received("READY")[1]["STATUS"] == "Serving with 2 workers, generation 2"
     daemon.write_config("workers = 200")
     os.kill(daemon.pid, signal.SIGHUP)
-    until(lambda: len(manager.told("READY")) == 3)
-    assert manager.told("READY")[2]["STATUS"].startswith("Not reloaded: workers = 200")
+    until(lambda: len(manager.received("READY")) == 3)
+    assert manager.received("READY")[2]["STATUS"].startswith("Not reloaded: workers = 200")
     assert daemon.stop() == 0
-    (stopping,) = until(lambda: manager.told("STOPPING"))
+    (stopping,) = until(lambda: manager.received("STOPPING"))
     assert int(stopping["EXTEND_TIMEOUT_USEC"]) == 33_000_000
 
 
 def test_the_watchdog_is_told_as_long_as_the_loop_turns(managed: tuple[Daemon, Manager]) -> None:
     daemon, manager = managed
-    until(lambda: len(manager.told("WATCHDOG")) > 3)
+    until(lambda: len(manager.received("WATCHDOG")) > 3)
     os.kill(daemon.pid, signal.SIGSTOP)
-    count = len(manager.told("WATCHDOG"))
+    count = len(manager.received("WATCHDOG"))
     with pytest.raises(AssertionError):
-        until(lambda: len(manager.told("WATCHDOG")) > count, 1.0)
+        until(lambda: len(manager.received("WATCHDOG")) > count, 1.0)
     os.kill(daemon.pid, signal.SIGCONT)
-    until(lambda: len(manager.told("WATCHDOG")) > count)
+    until(lambda: len(manager.received("WATCHDOG")) > count)
 
 
-def test_an_upgrade_tells_the_new_main_pid(managed: tuple[Daemon, Manager]) -> None:
+def test_an_upgrade_announces_the_new_main_pid(managed: tuple[Daemon, Manager]) -> None:
     daemon, manager = managed
     old = daemon.pid
     assert daemon.command("upgrade").returncode == 0
-    until(lambda: manager.told("MAINPID", str(daemon.pid)))
+    until(lambda: manager.received("MAINPID", str(daemon.pid)))
     assert daemon.pid != old
-    until(lambda: len(manager.told("READY")) == 2)
-    count = len(manager.told("WATCHDOG"))
-    until(lambda: len(manager.told("WATCHDOG")) > count)  # the new one goes on with that
+    until(lambda: len(manager.received("READY")) == 2)
+    count = len(manager.received("WATCHDOG"))
+    until(lambda: len(manager.received("WATCHDOG")) > count)  # the new one goes on with that
     assert daemon.stop() == 0
     manager.check_speakers()
 
@@ -153,12 +152,12 @@ def test_a_new_master_says_nothing_before_the_old_one_has_named_it(
     old = daemon.run().pid
     os.kill(old, signal.SIGUSR2)
     until(lambda: daemon.pid != old)
-    until(lambda: json.loads(daemon.command("status", "--json").stdout)["state"] == "running")
+    until(lambda: daemon.status()["state"] == "running")
     manager.check_speakers()
-    assert not manager.told("MAINPID")
+    assert not manager.received("MAINPID")
     go.touch()
-    (named,) = until(lambda: manager.told("MAINPID", str(daemon.pid)))
-    _, ready = until(lambda: len(manager.told("READY")) == 2 and manager.told("READY"))
+    (named,) = until(lambda: manager.received("MAINPID", str(daemon.pid)))
+    _, ready = until(lambda: len(manager.received("READY")) == 2 and manager.received("READY"))
     assert ready["STATUS"] == "Serving with 2 workers, generation 2"
     assert manager.messages.index(named) < manager.messages.index(ready)
     assert daemon.stop() == 0
@@ -175,13 +174,13 @@ def test_a_failed_upgrade_is_told_by_the_old_master_and_by_nobody_else(
     (folder / "bad.py").write_text("def broken(:")
     daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{folder}"')
     assert daemon.command("upgrade").returncode == 1
-    _, told = until(lambda: len(manager.told("READY")) == 2 and manager.told("READY"))
+    _, told = until(lambda: len(manager.received("READY")) == 2 and manager.received("READY"))
     assert told["STATUS"].startswith("Not upgraded: ")
     assert "SyntaxError" in told["STATUS"]
     new = int(daemon.log().rpartition("the new master is pid ")[2].split()[0])
     until(lambda: not Path(f"/proc/{new}").exists())
     manager.check_speakers()
-    assert not manager.told("STOPPING")
+    assert not manager.received("STOPPING")
     daemon.replace_config(working)
     assert daemon.command("upgrade").returncode == 0
     assert daemon.stop() == 0
@@ -207,10 +206,10 @@ def test_an_upgrade_that_is_refused_at_once_ends_no_reload(managed: tuple[Daemon
     daemon, manager = managed
     go = hanging(daemon, signal.SIGHUP)
     os.kill(daemon.pid, signal.SIGUSR2)
-    (told,) = until(lambda: manager.told("STATUS", "Not upgraded: the daemon is reloading"))
+    (told,) = until(lambda: manager.received("STATUS", "Not upgraded: the daemon is reloading"))
     assert "READY" not in told  # by which systemd would take the reload as over
     go.touch()
-    until(lambda: len(manager.told("READY")) == 2)
+    until(lambda: len(manager.received("READY")) == 2)
     assert daemon.stop() == 0
 
 
@@ -237,12 +236,12 @@ def test_a_reload_that_an_upgrade_refuses_is_told_and_logged(
     old = daemon.pid
     os.kill(old, signal.SIGHUP)
     refused = "Not reloaded: an upgrade is under way"
-    (told,) = until(lambda: manager.told("STATUS", refused))
+    (told,) = until(lambda: manager.received("STATUS", refused))
     assert "READY" in told
-    (reloading,) = manager.told("RELOADING")
+    (reloading,) = manager.received("RELOADING")
     assert manager.messages.index(reloading) < manager.messages.index(told)
     assert "Not reloaded, nothing has changed: an upgrade is under way" in daemon.log()
-    state = json.loads(daemon.command("status", "--json").stdout)
+    state = daemon.status()
     assert state["last_reload"]["error"] == "an upgrade is under way"
     os.kill(new, signal.SIGCONT)
     until(lambda: daemon.pid != old)

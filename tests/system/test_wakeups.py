@@ -43,8 +43,8 @@ def test_a_lone_client_does_not_wake_all_workers(new_daemon: NewDaemon) -> None:
 
 NO_LOOKS = "from cpanbridge.workers import main_thread\nmain_thread.TICK_SECONDS = 3600.0\n"
 NO_REPLACEMENT = (
-    "from cpanbridge.supervisor.processes import starter\n"
-    "starter.SETTLED_SECONDS = starter.PAUSE_AFTER_READY = 3600.0\n"
+    "from cpanbridge.supervisor.processes import pool\n"
+    "pool.SETTLED_SECONDS = pool.PAUSE_AFTER_READY = 3600.0\n"
 )
 HELD_SECONDS = 40  # longer than anybody here waits
 
@@ -65,6 +65,7 @@ def hold_up(daemon: Daemon, folder: Path) -> int:
         file = folder / f"begin-{number}"
         params = {"seconds": HELD_SECONDS, "file": str(file), "known": False}
         pid = daemon.call("probe", "hold_interpreter_aside", params)
+        called(daemon)  # its leader began to wait during that call: it is woken besides this once
         if all(called(daemon) == pid for _ in range(10)):
             hold(daemon, file)
             return int(pid)

@@ -1,4 +1,4 @@
-"""Clients that send nonsense, too much, too slowly or nothing: told so, and nobody else suffers."""
+"""Clients that send nonsense, too much, too slowly or nothing: refused, without harm to others."""
 
 import contextlib
 import json
@@ -455,7 +455,7 @@ def _many_descriptors() -> Iterator[None]:
 @pytest.mark.usefixtures("_many_descriptors")
 @pytest.mark.parametrize("silent", [0, 60])
 def test_a_thousand_connections_at_once_are_all_served(new_daemon: NewDaemon, silent: int) -> None:
-    """They wait in the backlog, 100 are let in at a time; silent ones keep their place a while."""
+    """They wait in the backlog, 100 are accepted at a time; silent ones keep their connection a while."""
     daemon = new_daemon(
         "workers = 2\nlimits.max_requests_per_minute = 0\nlimits.max_connections = 100\n"
         "limits.read_timeout = 2.0"

@@ -49,10 +49,10 @@ C = TypeVar("C")
 class _Outcome(Enum):
     """Why no client was accepted."""
 
-    NONE_WAITS = "none waits, or something else has to be done first"
+    NONE_WAITS = "none waits"
+    AGAIN = "something else has to be done first, or the last one was rejected"
     HELD_BACK = "the last ones are on their way to other workers"
     EXHAUSTED = "one waits, and there is no descriptor, memory or place for it"
-    REJECTED = "one was accepted and rejected"
 
 
 class Acceptor(Generic[C]):
@@ -80,9 +80,8 @@ class Acceptor(Generic[C]):
         self._receiver = syscalls.Receiver()
         self._accepts_first = True  # before ready clients are served
         self._in_a_row = 0
-        self._outcome = _Outcome.NONE_WAITS
-        self._held_back = False  # before the next client is accepted
-        self._woken_for_client = False  # and has not tried to accept it yet
+        self._outcome = _Outcome.AGAIN
+        self._claimed = -1  # how many clients had been claimed when accepting was last held back
         self._rejects = False  # since there was room last
         self._complained = -COMPLAIN_SECONDS
         self._is_told_to_shut = self._is_closed = False
@@ -114,19 +113,20 @@ class Acceptor(Generic[C]):
 
     def _wait(self) -> None:
         """Wait until there may be a client."""
-        if self._ready.pending or self._outcome is _Outcome.REJECTED or self._is_closed:
+        ready = self._ready
+        if ready.pending or ready.was_woken or self._outcome is _Outcome.AGAIN or self._is_closed:
             return
         if self._is_told_to_shut:
             self.is_shut = True
-            self._ready.wait()
+            ready.wait()
         elif self._outcome is _Outcome.NONE_WAITS:
-            ready = self._listen_queue.wait(exclusive=not self._may_be_held_up())
-            self._accepts_first = self._woken_for_client = ready.listener
+            exclusive = not self._may_be_held_up()
+            self._accepts_first = self._listen_queue.wait(exclusive=exclusive)
         elif self._outcome is _Outcome.HELD_BACK:
-            self._ready.wait(HOLD_SECONDS)
+            ready.wait(HOLD_SECONDS)
         else:
             self._listen_queue.leave_to_others()
-            self._ready.wait(EXHAUSTED_SECONDS)
+            ready.wait(EXHAUSTED_SECONDS)
 
     def _next_ready(self) -> Arrival[C] | None:
         try:
@@ -139,16 +139,15 @@ class Acceptor(Generic[C]):
 
     def _accept(self) -> Arrival[C] | None:
         """Accept a client, as soon as there is room; None: see `_outcome`."""
-        self._outcome = _Outcome.NONE_WAITS
+        self._outcome = _Outcome.AGAIN
+        self._ready.was_woken = False
         if self._is_told_to_shut:
             self.is_shut = True
+            self._outcome = _Outcome.NONE_WAITS
             return None
-        self._woken_for_client = False
-        if self._ready.on_their_way >= SOME_ON_THEIR_WAY and not self._held_back:
-            self._held_back = True
+        if self._holds_back():
             self._outcome = _Outcome.HELD_BACK
             return None
-        self._held_back = False
         descriptor = self._accept_or_reject() if self._rejecter else self._accept_when_room()
         if descriptor is None:
             return None
@@ -161,10 +160,23 @@ class Acceptor(Generic[C]):
             return Arrival(descriptor, number, b"", None)  # it has left already
         return Arrival(descriptor, number, data, self._prepare(data, None))
 
+    def _holds_back(self) -> bool:
+        """Whether to wait a moment for the owners of the clients that are on their way.
+
+        Not again before one of them has claimed a client: it may be stopped.
+        """
+        handoffs = self._ready.handoffs
+        if handoffs.on_their_way < SOME_ON_THEIR_WAY or handoffs.claimed == self._claimed:
+            return False
+        self._claimed = handoffs.claimed
+        return True
+
     def _accept_when_room(self) -> int | None:
         gate = self._gate
         if gate.attempt(gate.open, connection=True) is not True:
             self._ready.settle()  # clients that others have claimed may be what takes the room
+            if self._ready.pending:
+                return None
             stop = self._ready.epoll.fileno()
             if gate.wait_and_take(gate.open, stop, connection=True) is None:
                 return None
@@ -175,7 +187,7 @@ class Acceptor(Generic[C]):
 
     def _accept_or_reject(self) -> int | None:
         assert self._rejecter is not None
-        if not self._rejecter.has_place:
+        if not self._rejecter.can_take():
             self._outcome = _Outcome.EXHAUSTED
             return None
         descriptor = self._accept_one()
@@ -184,7 +196,6 @@ class Acceptor(Generic[C]):
         obstacle = self._lasting_obstacle()
         if obstacle is None:
             return descriptor
-        self._outcome = _Outcome.REJECTED
         client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
         self._rejecter.take(client, obstacle)
         return None
@@ -205,7 +216,10 @@ class Acceptor(Generic[C]):
     def _accept_one(self) -> int | None:
         """A waiting client's descriptor."""
         try:
-            return self._listen_queue.accept()
+            descriptor = self._listen_queue.accept()
+            if descriptor is None:
+                self._outcome = _Outcome.NONE_WAITS
+            return descriptor
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
@@ -239,8 +253,8 @@ class Acceptor(Generic[C]):
         Called in the thread that begins to serve, or in the main thread.
         """
         self._listen_queue.will_not_accept()
-        if self._woken_for_client:
-            self._woken_for_client = False
+        if self._listen_queue.woken:
+            self._listen_queue.woken = False
             self._gate.wake_other_workers()
 
     def shut(self) -> None:

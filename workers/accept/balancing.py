@@ -35,11 +35,13 @@ _MORE = 2
 class Balancer:
     """One worker's part in it. Times are CLOCK_MONOTONIC seconds."""
 
-    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing) -> None:
+    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing, threads: int) -> None:
+        """`threads` is how many a worker has; 0: as many as its calls need."""
         self._shared = shared
         self._number = slot
         self._slot = shared.slots[slot]
         self._outgoing = outgoing
+        self._threads = threads
         # Not the modules' generator: a module that calls random.seed must get what that promises.
         self._random = random.Random(slot)
         self._lock = threading.Lock()
@@ -66,7 +68,9 @@ class Balancer:
         return self._shared.owner(self._random.choice(fewer)) if fewer else None
 
     def _takes(self, slot: Slot) -> bool:
-        """Whether a worker is one of this generation, whose modules are the same."""
+        """Whether a worker has the same modules, being of this generation, and a thread left."""
+        if self._threads and slot.running >= self._threads:
+            return False
         return slot.is_staying and bool(slot.generation == self._slot.generation)
 
     def was_not_taken(self, now: float) -> None:

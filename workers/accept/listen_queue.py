@@ -18,7 +18,6 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.layout import Shared
@@ -28,13 +27,6 @@ _EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epol
 _WAKE_OTHERS_EVERY = 1.0
 AWAY_SECONDS = 0.004
 TIMES_IN_A_ROW = 40  # fewer, and of two clients one would be left to the other one's worker
-
-
-class Ready(NamedTuple):
-    """What a wait has ended for."""
-
-    listener: bool  # a client has connected
-    internal: bool  # a client that is here already needs a thread, or the acceptor was woken
 
 
 class ListenQueue:
@@ -60,6 +52,7 @@ class ListenQueue:
         self._gate = gate
         self._exclusive = self._watch(_EXCLUSIVE)
         self._always = self._watch(select.EPOLLIN)
+        self.woken = False  # for a client, and has not tried to accept it yet
         self._times_not_needed = 0  # in a row
         self._left_to = (0, 0)  # the worker that a client was left to, and what it had accepted
         self._others_woken = -_WAKE_OTHERS_EVERY
@@ -71,16 +64,18 @@ class ListenQueue:
         epoll.register(self._internal, select.EPOLLIN)
         return epoll
 
-    def wait(self, *, exclusive: bool) -> Ready:
-        """Wait for a client, or until `internal` is readable.
+    def wait(self, *, exclusive: bool) -> bool:
+        """Wait for a client, or until `internal` is readable; whether to accept first.
 
         With `exclusive` the kernel may wake another worker for a client instead of this one.
         """
         events = (self._exclusive if exclusive else self._always).poll()
         internal = any(descriptor == self._internal.fileno() for descriptor, _ in events)
+        self.woken = self.woken or len(events) > internal
         if exclusive and not internal and self._is_not_needed():
-            return Ready(False, bool(self._internal.poll(AWAY_SECONDS)))
-        return Ready(len(events) > internal, internal)
+            self._internal.poll(AWAY_SECONDS)
+            return False
+        return self.woken
 
     def _is_not_needed(self) -> bool:
         """Whether to leave the client to the worker that accepted last, which is awake.
@@ -105,6 +100,7 @@ class ListenQueue:
     def accept(self) -> int | None:
         """A waiting client's descriptor; None when none waits. Raises OSError."""
         self.will_not_accept()
+        self.woken = False
         for turn, listener in enumerate(self._listeners):
             try:
                 client = syscalls.accept(listener.fileno())

@@ -44,7 +44,7 @@ class ReadyClients(Generic[C]):
         self, incoming: Incoming, outgoing: Outgoing, keep_alive: KeepAlive, prepare: Prepare[C]
     ) -> None:
         self._incoming = incoming
-        self._outgoing = outgoing
+        self.handoffs = outgoing
         self._keep_alive = keep_alive
         self._prepare = prepare
         self._receiver = syscalls.Receiver()
@@ -55,6 +55,7 @@ class ReadyClients(Generic[C]):
         )
         for descriptor in watched:
             self.epoll.register(descriptor, select.EPOLLIN)
+        self.was_woken = False  # and the acceptor has not tried to accept since
         self._ready = syscalls.ReadySet(self.epoll, len(watched))
 
     @property
@@ -62,14 +63,9 @@ class ReadyClients(Generic[C]):
         """Whether there is one that no descriptor tells of any more."""
         return bool(self._keep_alive.ready or self._incoming.waiting)
 
-    @property
-    def on_their_way(self) -> int:
-        """Clients that this worker has handed over and that are not claimed yet."""
-        return self._outgoing.on_their_way
-
     def settle(self, most: int | None = None) -> None:
         """See what has become of the clients that were handed over, or of so many of them."""
-        self._outgoing.settle(most)
+        self.handoffs.settle(most)
 
     def wake(self) -> None:
         """Have the leading thread check everything. Called in any thread."""
@@ -87,9 +83,10 @@ class ReadyClients(Generic[C]):
         if self._wakeup in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wakeup)
+            self.was_woken = True
         if self._keep_alive.descriptor in ready:
             self._keep_alive.poll()
-        if self._outgoing.descriptor in ready and (arrival := self._next_returned()) is not None:
+        if self.handoffs.descriptor in ready and (arrival := self._next_returned()) is not None:
             return arrival
         if self._incoming.waiting or self._incoming.descriptor in ready:
             arrival = self._next_handed_over()
@@ -115,7 +112,7 @@ class ReadyClients(Generic[C]):
 
     def _next_returned(self) -> Arrival[C] | None:
         """A client that the worker with its state has not taken."""
-        if (client := self._outgoing.next_returned()) is None:
+        if (client := self.handoffs.next_returned()) is None:
             return None
         assert client.transfer is not None
         moving = client.transfer.moving

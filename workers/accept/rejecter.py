@@ -91,18 +91,25 @@ class Rejecter:
         self._empty = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
+    def can_take(self) -> bool:
+        """Whether one more client can be taken: there is a place for it, and a thread."""
+        if self._thread is None:
+            thread = OwnThread(target=self._run, name="rejecter", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return False
+            self._thread = thread
+        return not self._is_crowded
+
     @property
-    def has_place(self) -> bool:
-        """Whether one more can be taken."""
-        return self._rejected < MOST_REJECTED
+    def _is_crowded(self) -> bool:
+        return self._rejected >= MOST_REJECTED
 
     def take(self, client: SocketType, obstacle: Obstacle) -> None:
-        """Answer a client and close it."""
+        """Answer a client and close it. `can_take` was true."""
         with self._lock:
             self._rejected += 1
-            if self._thread is None:
-                self._thread = OwnThread(target=self._run, name="rejecter", daemon=True)
-                self._thread.start()
         self._arrivals.put(_RejectedClient(client, obstacle))
         os.eventfd_write(self._wake, 1)
 
@@ -116,7 +123,7 @@ class Rejecter:
             selector.register(self._wake, selectors.EVENT_READ)
             while True:
                 taken = [key.data for key in selector.get_map().values() if key.data]
-                now, crowded = time.monotonic(), not self.has_place
+                now, crowded = time.monotonic(), self._is_crowded
                 timeout = min((rejected.until(crowded) - now for rejected in taken), default=None)
                 for key, _ in selector.select(timeout):
                     if key.data is None:
@@ -125,7 +132,7 @@ class Rejecter:
                     elif key.data.is_done(self._answer):
                         self._close(selector, key.data)
                         taken.remove(key.data)
-                now, crowded = time.monotonic(), not self.has_place
+                now, crowded = time.monotonic(), self._is_crowded
                 for rejected in taken:
                     if rejected.until(crowded) <= now:
                         self._close(selector, rejected)

@@ -1,8 +1,6 @@
 """A client's socket: receiving and sending with time limits, and what a worker knows of the client.
 
-The socket is blocking, and the kernel ends a call that takes too long (SO_RCVTIMEO, SO_SNDTIMEO):
-unlike poll(2) before each read, that costs a call nothing. A limit is passed to the kernel only
-when it differs from the last one.
+The socket is blocking, and the kernel ends a call that takes too long (SO_RCVTIMEO, SO_SNDTIMEO).
 
 One thread at a time owns a client: the one that serves it, or the main thread where no thread does.
 Only that thread may use the socket, but for what says otherwise.
@@ -10,21 +8,9 @@ Only that thread may use the socket, but for what says otherwise.
 
 import contextlib
 import select
+import socket
 import struct
 import time
-from socket import (
-    AF_UNIX,
-    MSG_DONTWAIT,
-    SHUT_RD,
-    SHUT_RDWR,
-    SHUT_WR,
-    SO_PEERCRED,
-    SO_RCVTIMEO,
-    SO_SNDTIMEO,
-    SOCK_STREAM,
-    SOL_SOCKET,
-    SocketType,
-)
 from typing import NamedTuple
 
 import msgspec
@@ -40,11 +26,11 @@ _UCRED = struct.Struct("3i")
 
 
 class Credentials(NamedTuple):
-    """The client process when it connected, as the kernel says (SO_PEERCRED); -1 each: unknown."""
+    """The client process when it connected, as the kernel says (SO_PEERCRED)."""
 
-    pid: int  # 0: a process that has no number in this PID namespace
-    uid: int
-    gid: int
+    pid: int = -1  # 0: a process that has no number in this PID namespace; -1: unknown
+    uid: int = -1
+    gid: int = -1
 
 
 class ClientSocket(msgspec.Struct, eq=False):
@@ -77,15 +63,14 @@ class ClientSocket(msgspec.Struct, eq=False):
     # It is on its way to another worker, which has not taken it, or it was returned.
     transfer: Transfer | None = None
 
-    _socket: SocketType | None = None
-    _receive_limit: float | None = None  # seconds; None: none was set yet
+    _socket: socket.SocketType | None = None
 
     @property
-    def socket(self) -> SocketType:
+    def socket(self) -> socket.SocketType:
         """A socket object, for what may wait or needs an option. A quick call creates none."""
         if self._socket is None:
             # The C type: the Python class around it adds nothing to receiving and sending.
-            self._socket = SocketType(AF_UNIX, SOCK_STREAM, 0, self.descriptor)
+            self._socket = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, self.descriptor)
             self._socket.settimeout(None)  # whatever a module has told socket.setdefaulttimeout
         return self._socket
 
@@ -93,13 +78,6 @@ class ClientSocket(msgspec.Struct, eq=False):
     def input_may_have_ended(self) -> bool:
         """Whether an end of file may be the daemon's doing; then the client is told about it."""
         return self.input_ended or self.input_ended_before
-
-    def has_hung_up(self) -> bool:
-        """Whether nobody can read a reply: the client has closed its end altogether.
-
-        A client that has only shut down its sending side waits for the reply.
-        """
-        return syscalls.has_hung_up(self.descriptor)
 
     def send_last(self, data: bytes) -> None:
         """Send what the socket has room for, and shut it down both ways, without waiting.
@@ -110,21 +88,19 @@ class ClientSocket(msgspec.Struct, eq=False):
         with contextlib.suppress(OSError):
             syscalls.send(self.descriptor, data)
         with contextlib.suppress(OSError):
-            syscalls.shutdown(self.descriptor, SHUT_RDWR)
+            syscalls.shutdown(self.descriptor, socket.SHUT_RDWR)
 
     def credentials(self) -> Credentials:
-        """The client process (SO_PEERCRED); -1 each when the socket is broken already."""
+        """The client process; unknown when the socket is broken already."""
         try:
-            credentials = self.socket.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
+            credentials = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         except OSError:
-            return Credentials(-1, -1, -1)
+            return Credentials()
         return Credentials(*_UCRED.unpack(credentials))
 
     def receive(self, seconds: float) -> bytes:
         """Some bytes; none at the end of file. Raises TimeoutError when none come in `seconds`."""
-        if seconds != self._receive_limit:
-            self._receive_limit = seconds
-            _set_timeout(self.socket, SO_RCVTIMEO, seconds)
+        self._set_timeout(socket.SO_RCVTIMEO, seconds)
         try:
             return self.socket.recv(READ_SIZE)
         except BlockingIOError:
@@ -140,15 +116,12 @@ class ClientSocket(msgspec.Struct, eq=False):
     def send(self, data: bytes, seconds: float) -> None:
         """Send all of `data`. Raises TimeoutError when the client reads nothing for `seconds`."""
         try:
-            if len(data) <= syscalls.MOST:
-                sent = syscalls.send(self.descriptor, data)
-            else:
-                sent = self.socket.send(data, MSG_DONTWAIT)
+            sent = syscalls.send(self.descriptor, data[: syscalls.MOST])
         except BlockingIOError:
             sent = 0
         if sent == len(data):
             return
-        _set_timeout(self.socket, SO_SNDTIMEO, seconds)
+        self._set_timeout(socket.SO_SNDTIMEO, seconds)
         rest = memoryview(data)[sent:]
         while rest:
             try:
@@ -159,32 +132,29 @@ class ClientSocket(msgspec.Struct, eq=False):
     def discard_input(self) -> None:
         """Read and discard what a client has sent after its one request, such as a newline.
 
-        Closing a socket with unread bytes resets the connection, and the client would receive an
-        error after the reply instead of the end of file.
+        Closed with unread bytes, it would receive an error after the reply, not the end of file.
         """
         for _ in range(_MOST_DISCARDED):
             if not syscalls.unread(self.descriptor):
                 return
-            self.socket.recv(READ_SIZE, MSG_DONTWAIT)
+            self.socket.recv(READ_SIZE, socket.MSG_DONTWAIT)
 
     def linger(self, seconds: float) -> None:
         """Shut down the sending side, and read until the client ends or `seconds` are over.
 
-        For a client that may still be sending: closed with unread bytes, it would receive an error
-        instead of the reply that says what is wrong.
+        For a client that may still be sending, and would receive an error instead of the reply.
         """
-        syscalls.shutdown(self.descriptor, SHUT_WR)
+        syscalls.shutdown(self.descriptor, socket.SHUT_WR)
         until = time.monotonic() + seconds
         with contextlib.suppress(TimeoutError):
             while (left := until - time.monotonic()) > 0 and self.receive(left):
                 pass
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, which closing one of several descriptors alone would not."""
         if self.duplicated:
-            # Closing one of several descriptors would not end the connection for the client.
             with contextlib.suppress(OSError):
-                syscalls.shutdown(self.descriptor, SHUT_RDWR)
+                syscalls.shutdown(self.descriptor, socket.SHUT_RDWR)
         if self._socket is not None:
             self._socket.detach()
         descriptor, self.descriptor = self.descriptor, -1
@@ -199,11 +169,10 @@ class ClientSocket(msgspec.Struct, eq=False):
         self.stale = stale
         self.input_ended = True
         with contextlib.suppress(OSError):
-            syscalls.shutdown(self.descriptor, SHUT_RD)
+            syscalls.shutdown(self.descriptor, socket.SHUT_RD)
 
-
-def _set_timeout(client: SocketType, option: int, seconds: float) -> None:
-    # 0 would mean no limit, so a time that is over becomes the shortest possible one.
-    microseconds = max(1, int(seconds * 1e6))
-    timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
-    client.setsockopt(SOL_SOCKET, option, timeval)
+    def _set_timeout(self, option: int, seconds: float) -> None:
+        # 0 would mean no limit, so a time that is over becomes the shortest possible one.
+        microseconds = max(1, int(seconds * 1e6))
+        timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
+        self.socket.setsockopt(socket.SOL_SOCKET, option, timeval)

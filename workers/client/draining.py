@@ -1,13 +1,13 @@
 """Ending connections from the daemon's side: stale and idle timeouts, and draining.
 
-A worker ends the input of a client socket (`ClientSocket.end_input`), and its client can send no
-further request. A thread that waits for the client wakes. An idle connection becomes readable, and
-the leader takes it up and tells its client. A client on its way to another worker is left alone:
-either it belongs to that worker by now, or it is returned and told then.
+A worker ends the input of a client socket, and its client can send no further request. A thread
+that waits for the client wakes. An idle connection becomes readable, and the leader tells its
+client. A client on its way to another worker is left alone: either it belongs to that worker by
+now, or it is returned and told then.
 
 A worker drains when another one takes its slot over. Its keep-alive connections then stay as long
-as their client has a session here. When the daemon ends, or the worker's time to exit is over, no
-connection takes up a further request.
+as their client has a session here. When the daemon ends, or the worker's time to exit is over, none
+takes up a further request.
 """
 
 import contextlib
@@ -41,15 +41,11 @@ class ConnectionDrainer:
         self._one_shot: set[ClientSocket] = set()  # those whose thread may wait for the client
         self._lock = threading.Lock()
         self._next_idle = 0.0  # no idle timeout is over before that, CLOCK_MONOTONIC seconds
-        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        # Readable when kept connections without a session take up no further request.
-        self.drains = os.eventfd(0, flags)
-        # Readable when no connection takes up a further request.
-        self.stops = os.eventfd(0, flags)
-        # Readable when the last framed connection of a worker that drains has ended.
-        self.none_kept = os.eventfd(0, flags)
-
-    # -- the connections --
+        # Eventfds. They are readable when kept connections without a session take up no further
+        # request; when no connection does; when the last framed one of a worker that drains ended.
+        self.drains, self.stops, self.none_kept = (
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)
+        )
 
     @property
     def kept(self) -> int:
@@ -57,7 +53,6 @@ class ConnectionDrainer:
         return len(self._framed)
 
     def add_framed(self, client: ClientSocket) -> None:
-        """Add a keep-alive connection, until `remove`."""
         with self._lock:
             client.framed = True
             self._framed.add(client)
@@ -66,7 +61,6 @@ class ConnectionDrainer:
                 client.end_input()
 
     def remove(self, client: ClientSocket) -> None:
-        """Remove a connection that ends, or was taken by another worker."""
         with self._lock:
             self._framed.discard(client)
             if self.exiting and not self._framed:
@@ -95,8 +89,8 @@ class ConnectionDrainer:
             yield not (self.exiting or client.input_ended)
 
     def stays(self, client: ClientSocket) -> bool:
-        """Whether a keep-alive connection goes on in a worker that drains."""
-        return not self.stopping and self._has_session(client)
+        """Whether a connection goes on in a worker that drains."""
+        return not self.stopping and (not client.framed or self._has_session(client))
 
     # -- ending their input; called in the main thread --
 
@@ -107,7 +101,7 @@ class ConnectionDrainer:
         """
         with self._lock:
             self.exiting = True
-            for client in self._framed:
+            for client in self._framed | self._one_shot:
                 if client.transfer is None and not self.stays(client):
                     client.end_input()
         os.eventfd_write(self.drains, 1)  # at last: a thread that it wakes must find why
@@ -117,43 +111,41 @@ class ConnectionDrainer:
 
         For a daemon that ends, or a worker whose time to exit is over.
         """
-        with self._lock:
-            self.exiting = self.stopping = True
-            self.daemon_ends = daemon_ends
-            for client in self._framed | self._one_shot:
-                if client.transfer is None:
-                    client.end_input()
-        os.eventfd_write(self.drains, 1)
+        self.daemon_ends = daemon_ends  # first: a thread that finds `stopping` reads why
+        self.stopping = True
+        self.drain()
         os.eventfd_write(self.stops, 1)
 
     def close_stale(self) -> None:
         """End connections whose clients have been silent for `stale_timeout`."""
-        with self._lock:
-            clients = self._framed | self._one_shot
-        now, limit = time.monotonic_ns(), self._limits.stale_timeout * 1e9
-        for client in clients:
-            with self._lock:
-                quiet_since = client.quiet_since  # read once: its thread may reset it at any time
-                if quiet_since and now - quiet_since > limit and client.transfer is None:
-                    client.end_input(stale=True)
+        self._end_silent(self._limits.stale_timeout, stale=True)
 
     def close_idle(self) -> float:
         """End connections that have been idle for `idle_timeout`.
 
         Returns in how many seconds to call it again; called sooner, it costs little.
         """
-        now, limit = time.monotonic(), self._limits.idle_timeout
+        now = time.monotonic()
         if now >= self._next_idle:
-            self._next_idle = now + limit  # a connection that becomes idle now is due then
-            with self._lock:
-                idle = [each for each in self._framed if each.idle and not each.input_ended]
-            for client in idle:
-                with self._lock:
-                    quiet_since = client.quiet_since  # read once, as above
-                    ends = quiet_since / 1e9 + limit
-                    is_due = ends <= now and quiet_since and client.idle and client.transfer is None
-                    if is_due:
-                        client.end_input()
-                if quiet_since and not is_due:
-                    self._next_idle = min(self._next_idle, ends)
+            self._next_idle = self._end_silent(self._limits.idle_timeout, stale=False)
         return self._next_idle - now
+
+    def _end_silent(self, seconds: float, *, stale: bool) -> float:
+        """End connections of clients that have been silent for so long: if not `stale`, idle ones.
+
+        Returns when the next one is due, CLOCK_MONOTONIC seconds.
+        """
+        with self._lock:
+            clients = self._framed | self._one_shot
+        now = time.monotonic()
+        next_due = now + seconds  # of a client that falls silent now
+        for client in clients:
+            with self._lock:
+                quiet_since = client.quiet_since / 1e9  # read once: its thread may reset it anytime
+                if not quiet_since or client.input_ended or not (stale or client.idle):
+                    continue
+                if quiet_since + seconds > now:
+                    next_due = min(next_due, quiet_since + seconds)
+                elif client.transfer is None:
+                    client.end_input(stale=stale)
+        return next_due

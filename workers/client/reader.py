@@ -8,6 +8,7 @@ Called from the threads that serve clients, and each thread waits for its client
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.memory.connection_table import READING, ConnectionTableWriter
@@ -18,23 +19,17 @@ from cpanbridge.workers.protocol.refusal import Refusal
 from cpanbridge.workers.protocol.scanner import ObjectScanner
 
 
+@dataclass(eq=False)
 class Reader:
     """One worker's reader. `step_aside` is called before a thread waits for a client."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        connection_table: ConnectionTableWriter,
-        step_aside: Callable[[], None],
-    ) -> None:
-        self._limits = limits
-        self._connection_table = connection_table
-        self.step_aside = step_aside
-        self.read_timeout = limits.read_timeout  # seconds
+    limits: Limits
+    connection_table: ConnectionTableWriter
+    step_aside: Callable[[], None]
 
     def receive_timeout(self, deadline: float) -> float:
         """For how many seconds a client may be silent now; `deadline` is in CLOCK_MONOTONIC."""
-        return min(deadline - time.monotonic(), self._limits.stale_timeout)
+        return min(deadline - time.monotonic(), self.limits.stale_timeout)
 
     def read_one_shot(self, client: ClientSocket, data: bytes, deadline: float) -> bytes:
         """Read to the end of a one-shot request, which begins with `data`.
@@ -44,16 +39,14 @@ class Reader:
         scanner = ObjectScanner()
         pieces = [data]
         size = len(data)
-        while not scanner.feed(data):
-            if size > self._limits.max_request_size:
-                break
+        while not scanner.feed(data) and size <= self.limits.max_request_size:
             data = self._receive_more(client, deadline)
             if not data:
                 break  # end of file: the parser says what is missing
             pieces.append(data)
             size += len(data)
-        if size > self._limits.max_request_size:
-            raise self._too_large(f"over {self._limits.max_request_size}")
+        if size > self.limits.max_request_size:
+            raise self._too_large(f"over {self.limits.max_request_size}")
         return b"".join(pieces)
 
     def frame_end(self, data: bytes | bytearray, at: int) -> int:
@@ -61,22 +54,21 @@ class Reader:
 
         Raises Refusal when the request is too large.
         """
-        if len(data) < at + FRAME_HEADER.size:
-            return at + FRAME_HEADER.size + 1
-        (length,) = FRAME_HEADER.unpack_from(data, at)
-        if length > self._limits.max_request_size:
+        begins = at + FRAME_HEADER.size
+        if len(data) < begins:
+            return begins + 1
+        length = int.from_bytes(data[at:begins])
+        if length > self.limits.max_request_size:
             raise self._too_large(f"{length}")
-        end: int = at + FRAME_HEADER.size + length
-        return end
+        return begins + length
 
     def read_frame(self, client: ClientSocket, data: bytes, deadline: float) -> bytes:
         """Read to the end of a framed request, which begins with `data`, or a little further.
 
-        Returns no bytes when the client has ended the connection. `deadline` (CLOCK_MONOTONIC
-        seconds) is when the request must be complete; 0.0: `read_timeout` from now. Raises Refusal,
-        Draining.
+        No bytes when the client has ended the connection. `deadline` is in CLOCK_MONOTONIC seconds;
+        0.0: `read_timeout` from now. Raises Refusal, Draining.
         """
-        deadline = deadline or time.monotonic() + self._limits.read_timeout
+        deadline = deadline or time.monotonic() + self.limits.read_timeout
         buffer = bytearray(data)
         while self.frame_end(buffer, 0) > len(buffer):
             data = self._receive_more(client, deadline)
@@ -91,7 +83,7 @@ class Reader:
         Raises Refusal when none come in time, Draining.
         """
         self.step_aside()
-        self._connection_table.is_doing(client.entry, READING)
+        self.connection_table.is_doing(client.entry, READING)
         client.quiet_since = time.monotonic_ns()
         try:
             data = client.receive(self.receive_timeout(deadline))
@@ -103,20 +95,20 @@ class Reader:
             raise self._too_slow(deadline)
         if not data and client.input_may_have_ended:
             raise Draining
-        self._connection_table.heard(client.entry, time.monotonic_ns())
+        self.connection_table.heard(client.entry, time.monotonic_ns())
         return data
 
     def _too_large(self, size: str) -> Refusal:
-        limit = self._limits.max_request_size
+        limit = self.limits.max_request_size
         message = (
             f"Invalid request: {size} bytes; at most {limit} are allowed (limits.max_request_size)"
         )
         return Refusal("InvalidRequest", message)
 
     def _too_slow(self, deadline: float) -> Refusal:
-        limits = self._limits
+        limits = self.limits
+        problem = f"not complete after {limits.read_timeout:g} s (limits.read_timeout)"
         if time.monotonic() < deadline:
             silent = f"nothing came for {limits.stale_timeout:g} s (limits.stale_timeout)"
-            return Refusal("InvalidRequest", f"Invalid request: not complete, and {silent}")
-        message = f"not complete after {limits.read_timeout:g} s (limits.read_timeout)"
-        return Refusal("InvalidRequest", f"Invalid request: {message}")
+            problem = f"not complete, and {silent}"
+        return Refusal("InvalidRequest", f"Invalid request: {problem}")

@@ -22,10 +22,9 @@ from termios import FIONREAD
 MOST = 65536  # bytes at a time: copying more would hold the interpreter lock for too long
 
 _MOST = ctypes.c_size_t(MOST)
-_RECEIVE_FLAGS = socket.MSG_DONTWAIT
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_GONE = select.POLLHUP | select.POLLERR
-_EPOLL_CTL_ADD, _EPOLL_CTL_DEL = 1, 2
+_EPOLL_CTL_ADD, _EPOLL_CTL_DEL, _EPOLL_CTL_MOD = 1, 2, 3
+_READABLE_ONCE = select.EPOLLIN | select.EPOLLONESHOT
 
 # struct epoll_event of epoll_wait(2): the events, and 64 bits of data, in which `select.epoll`
 # stores the descriptor. There is no padding between them on x86-64 (EPOLL_PACKED).
@@ -33,35 +32,16 @@ _IS_PACKED = platform.machine() == "x86_64"
 _EVENT = struct.Struct("@Iixxxx" if _IS_PACKED else "@Ixxxxixxxx")
 _WORDS = _EVENT.size // 4
 _DESCRIPTOR_AT = 1 if _IS_PACKED else 2
-
-
-class _PollDescriptor(ctypes.Structure):
-    """struct pollfd of poll(2)."""
-
-    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
-
+_POLLFD = struct.Struct("@ihh")  # of poll(2): descriptor, events, returned events
 
 # Not CDLL, which releases the interpreter lock around each call.
 _libc = ctypes.PyDLL(None, use_errno=True)
-_accept4 = _libc.accept4
-_recv = _libc.recv
-_recv.restype = ctypes.c_ssize_t
-_send = _libc.send
-_send.restype = ctypes.c_ssize_t
-_close = _libc.close
-_shutdown = _libc.shutdown
-_epoll_ctl = _libc.epoll_ctl
-_epoll_wait = _libc.epoll_wait
-_ioctl = _libc.ioctl
-_poll = _libc.poll
+_libc.recv.restype = _libc.send.restype = ctypes.c_ssize_t
 
 
 def accept(listener: int) -> int:
     """Accept a client from a non-blocking listener; its descriptor, which is closed on exec."""
-    client: int = _accept4(listener, None, None, socket.SOCK_CLOEXEC)
-    if client < 0:
-        raise _error()
-    return client
+    return _checked(_libc.accept4(listener, None, None, socket.SOCK_CLOEXEC))
 
 
 class Receiver:
@@ -74,57 +54,52 @@ class Receiver:
 
     def receive(self, descriptor: int) -> bytes:
         """The bytes that have arrived, up to `MOST`; none at the end of file."""
-        length = _recv(descriptor, self._address, _MOST, _RECEIVE_FLAGS)
-        if length < 0:
-            raise _error()
+        length = _checked(_libc.recv(descriptor, self._address, _MOST, socket.MSG_DONTWAIT))
         return self._view[:length].tobytes()
 
 
 def send(descriptor: int, data: bytes) -> int:
     """Send what the socket has room for; returns how many bytes. `data` has at most `MOST`."""
-    sent: int = _send(descriptor, data, ctypes.c_size_t(len(data)), _SEND_FLAGS)
-    if sent < 0:
-        raise _error()
-    return sent
+    return _checked(_libc.send(descriptor, data, ctypes.c_size_t(len(data)), _SEND_FLAGS))
 
 
 def shutdown(descriptor: int, how: int) -> None:
     """Shut down a socket's receiving side (SHUT_RD), sending side (SHUT_WR) or both (SHUT_RDWR)."""
-    if _shutdown(descriptor, how) < 0:
-        raise _error()
+    _checked(_libc.shutdown(descriptor, how))
 
 
 def close(descriptor: int) -> None:
     """Close a socket without SO_LINGER."""
-    if _close(descriptor) < 0:
-        raise _error()
+    _checked(_libc.close(descriptor))
 
 
 def unread(descriptor: int) -> int:
     """How many bytes have arrived and were not received yet."""
     count = ctypes.c_int()
-    if _ioctl(descriptor, FIONREAD, ctypes.byref(count)) < 0:
-        raise _error()
+    _checked(_libc.ioctl(descriptor, FIONREAD, ctypes.byref(count)))
     return count.value
 
 
 def has_hung_up(descriptor: int) -> bool:
-    """Whether the other end of a socket is closed in both directions."""
-    polled = _PollDescriptor(descriptor, 0, 0)
-    return _poll(ctypes.byref(polled), 1, 0) == 1 and bool(polled.revents & _GONE)
+    """Whether the other end of a socket is closed in both directions, so nobody can read a reply.
+
+    A client that has only shut down its sending side waits for the reply.
+    """
+    # poll(2) counts a descriptor without any events asked for only if it has a hang-up or an error.
+    # It writes the returned events into the packed bytes, which nothing else refers to.
+    return bool(_libc.poll(_POLLFD.pack(descriptor, 0, 0), 1, 0) == 1)
 
 
-def watch(epoll: int, descriptor: int) -> None:
-    """As `select.epoll.register` with EPOLLIN."""
-    event = _EVENT.pack(select.EPOLLIN, descriptor)
-    if _epoll_ctl(epoll, _EPOLL_CTL_ADD, descriptor, event) < 0:
-        raise _error()
+def watch_once(epoll: int, descriptor: int, *, again: bool) -> None:
+    """Have an epoll report a descriptor when it is readable, once; `again`: it is in it already."""
+    event = _EVENT.pack(_READABLE_ONCE, descriptor)
+    operation = _EPOLL_CTL_MOD if again else _EPOLL_CTL_ADD
+    _checked(_libc.epoll_ctl(epoll, operation, descriptor, event))
 
 
 def unwatch(epoll: int, descriptor: int) -> None:
     """As `select.epoll.unregister`."""
-    if _epoll_ctl(epoll, _EPOLL_CTL_DEL, descriptor, None) < 0:
-        raise _error()
+    _checked(_libc.epoll_ctl(epoll, _EPOLL_CTL_DEL, descriptor, None))
 
 
 class ReadySet:
@@ -139,12 +114,12 @@ class ReadySet:
 
     def poll(self) -> list[int]:
         """The descriptors that are readable now, at most `most`; as `select.epoll.poll(0)`."""
-        count = _epoll_wait(self._descriptor, self._events, self._most, 0)
-        if count < 0:
-            raise _error()
+        count = _checked(_libc.epoll_wait(self._descriptor, self._events, self._most, 0))
         return self._words[_DESCRIPTOR_AT : count * _WORDS : _WORDS].tolist()
 
 
-def _error() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

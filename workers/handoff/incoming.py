@@ -97,6 +97,7 @@ class Incoming:
     def _refuse(self, sender: int, claim: Claim) -> None:
         with self._shared.lock:
             self._shared.claims[sender].refuse(claim)
+        self._gate.wake_if_waiting(sender)
 
     def _take_out(self) -> HandoffMessage | None:
         while True:
@@ -123,8 +124,9 @@ class Incoming:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         try:
             data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
-        except OSError:
+        except OSError:  # mmap needs a descriptor of its own
             os.close(descriptors[0])
+            self._refuse(sender, claim)
             raise
         input_may_have_ended = bool(flags & INPUT_ENDED)
         moving = MovingClient(

@@ -63,6 +63,7 @@ class Outgoing:
         # By their owners' slots: those whose owner's queue was full.
         self._waiting: dict[int, deque[ClientSocket]] = {}
         self._returned: deque[ClientSocket] = deque()
+        self.claimed = 0  # clients that other workers have taken so far
         self._watched = False  # by the main thread
         self._sent = False  # since the main thread's last check
         self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -196,6 +197,7 @@ class Outgoing:
             if not self._forget(claim):
                 continue
             if taken:
+                self.claimed += 1
                 self._taken(client)
             else:
                 self.return_client(client)

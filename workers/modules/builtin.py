@@ -25,8 +25,6 @@ from cpanbridge.workers.protocol.requests import Request
 NAMES = ("test", "system")
 _CLEANUP_SECONDS = 2.0  # for all workers to close their stale connections
 
-_Report = Callable[[], Any]
-
 
 def built_in(
     shared: Shared,
@@ -53,29 +51,22 @@ def built_in(
     def echo(request: Request, _: ClientSocket) -> Any:
         return request.params
 
-    def cleanup(request: Request, client: ClientSocket) -> dict[str, Any]:
-        _no_params(request)
-        _only_the_owner(request, client)
-        return _clean_up(shared, settings, wakeups)
-
-    def shutdown(request: Request, client: ClientSocket) -> dict[str, Any]:
-        _no_params(request)
-        _only_the_owner(request, client)
+    def shutdown() -> dict[str, Any]:
         os.kill(os.getppid(), signal.SIGTERM)
         return {"message": "The daemon is shutting down"}
 
-    health_report = _report(lambda: health.health(shared, settings))
-    stats_report = _report(lambda: reports.stats(shared, settings))
+    health_report = _plain(lambda: health.health(shared, settings))
+    stats_report = _plain(lambda: reports.stats(shared, settings))
     test = {"ping": ping, "echo": echo, "health": health_report, "stats": stats_report}
     system = {
-        "info": _report(lambda: reports.info(shared, settings, modules())),
+        "info": _plain(lambda: reports.info(shared, settings, modules())),
         "health": health_report,
-        "performance": _report(lambda: health.performance(shared, settings)),
-        "connections": _report(lambda: reports.connections(shared, settings)),
-        "metrics": _report(lambda: reports.metrics(shared, settings, modules())),
+        "performance": _plain(lambda: health.performance(shared, settings)),
+        "connections": _plain(lambda: reports.connections(shared, settings)),
+        "metrics": _plain(lambda: reports.metrics(shared, settings, modules())),
         "stats": stats_report,
-        "cleanup": cleanup,
-        "shutdown": shutdown,
+        "cleanup": _plain(lambda: _clean_up(shared, settings, wakeups), for_owner=True),
+        "shutdown": _plain(shutdown, for_owner=True),
     }
     return {
         "test": Exposed(test, None, takes_request=True),
@@ -83,29 +74,23 @@ def built_in(
     }
 
 
-def _report(make: _Report) -> Callable[[Request, ClientSocket], Any]:
-    def report(request: Request, _: ClientSocket) -> Any:
-        _no_params(request)
-        return make()
+def _plain(
+    function: Callable[[], Any], *, for_owner: bool = False
+) -> Callable[[Request, ClientSocket], Any]:
+    """A function without params; `for_owner`: for the daemon's own user and root only."""
 
-    return report
+    def checked(request: Request, client: ClientSocket) -> Any:
+        name = f"{request.module}.{request.function}"
+        if request.params:
+            message = f"Invalid params for {name}: it takes none"
+            raise Refusal("InvalidParams", message, request.request_id)
+        uid = client.credentials().uid if for_owner else 0
+        if uid not in (0, os.geteuid()):
+            message = f"{name} is for the daemon's own user and root, not for uid {uid}"
+            raise Refusal("PermissionDenied", message, request.request_id, request.perl_caller)
+        return function()
 
-
-def _no_params(request: Request) -> None:
-    if request.params:
-        message = f"Invalid params for {request.module}.{request.function}: it takes none"
-        raise Refusal("InvalidParams", message, request.request_id)
-
-
-def _only_the_owner(request: Request, client: ClientSocket) -> None:
-    """Raises Refusal (PermissionDenied) unless the client is the daemon's own user or root."""
-    _, uid, _ = client.credentials()
-    if uid not in (0, os.geteuid()):
-        message = (
-            f"{request.module}.{request.function} is for the daemon's own user and root, "
-            f"not for uid {uid}"
-        )
-        raise Refusal("PermissionDenied", message, request.request_id, request.perl_caller)
+    return checked
 
 
 def _clean_up(shared: Shared, settings: Settings, wakeups: Sequence[Wakeups]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """What a child that a module forks must not inherit from its worker.
 
 A module may fork without exec, as multiprocessing does. The child has copies of every descriptor
-and the worker's signal handlers. While it lives, a client that reads to the end of its reply would
-wait for the child to end too, and a TERM sent to the child would reach the worker, through the
-wake-up descriptor. So in such a child the signals are reset to their defaults, and every client's
-socket and the listening ones are replaced by /dev/null. Their numbers stay taken, because the
-objects that own them still exist.
+and the worker's signal handlers: a client that reads to the end of its reply would wait for the
+child to end too, and a TERM sent to the child would reach the worker, through the wake-up
+descriptor. So the interpreter resets the signals in such a child, and replaces every client's
+socket and the listening ones by /dev/null. Their numbers stay taken, because the objects that own
+them still exist.
 
 A template forks workers, which must inherit all of that: `fork_worker` is for them.
-
-Called in the child of a worker or a template, by the interpreter.
 """
 
 import os
@@ -21,19 +19,17 @@ from collections.abc import Collection
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class _State:
-    """Of this process. Written in a template, which has one thread."""
-
-    forks_a_worker = False
+_forks_a_worker = False  # written in a template, which has one thread
 
 
 def fork_worker() -> int:
     """As os.fork, for a child that is a process of the daemon."""
-    _State.forks_a_worker = True
+    global _forks_a_worker
+    _forks_a_worker = True
     try:
         return os.fork()
     finally:
-        _State.forks_a_worker = False
+        _forks_a_worker = False
 
 
 def clean_up_children(sockets: Collection[str]) -> None:
@@ -52,7 +48,7 @@ def clean_up_children(sockets: Collection[str]) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.kept)
 
     def after_in_child() -> None:
-        if not _State.forks_a_worker:
+        if not _forks_a_worker:
             _clean_up(paths)
         after()
 

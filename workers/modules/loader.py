@@ -13,30 +13,24 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from cpanbridge.supervisor.config import (
-    MAX_FUNCTION_NAME,
-    MAX_MODULE_NAME,
-    NAME_PATTERN,
-    Functions,
-    Module,
-    ModuleDir,
-    Settings,
-)
+from cpanbridge.supervisor import config
+from cpanbridge.supervisor.config import Functions, Module, ModuleDir, Settings
 from cpanbridge.workers.modules.module_dirs import HelperFolder
 from cpanbridge.workers.modules.registry import Exposed, Registry
 from cpanbridge.workers.modules.sources import load_fresh
 
+_HOOKS = ("cleanup_stale_resources", "shutdown")
 _IMPORTLIB = os.path.dirname(importlib.__file__)
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
 
 
-class ModuleLoadError(Exception):
+class ModuleLoadError(config.OperatorError):
     """A module cannot be exposed as configured; one line that says which, where and why."""
 
 
@@ -46,7 +40,6 @@ class Entry(NamedTuple):
     name: str  # as clients call it
     table: Module | ModuleDir  # the configuration's table that exposes it
     label: str  # what errors of the configuration begin with
-    import_label: str  # what errors of its import begin with
     importing: Callable[[], ModuleType]
 
 
@@ -54,25 +47,17 @@ class Loader:
     """Imports all that the settings expose, in one process or in one and its children."""
 
     def __init__(self, settings: Settings, built_in: Collection[str]) -> None:
-        """`built_in` are the names of the built-in modules."""
         self._settings = settings
-        self._built_in = built_in
-        self._found: list[Entry] | None = None  # None until all folders have been read
+        self._built_in = built_in  # the names of the built-in modules
         self.left_out: dict[str, str] = {}  # modules that could not be imported -> why
 
-    def entries(self) -> Iterator[Entry]:
+    @cached_property
+    def entries(self) -> list[Entry]:
         """All modules, in the order in which they are imported. Raises ModuleLoadError.
 
         Folders are read once: a file that is added later is for the next generation.
         """
-        if self._found is not None:
-            yield from self._found
-            return
-        found = []
-        for entry in self._find():
-            found.append(entry)
-            yield entry
-        self._found = found
+        return list(self._find())
 
     def import_module(self, entry: Entry) -> ModuleType | None:
         """Import a module; None when it is left out. Raises ModuleLoadError.
@@ -83,32 +68,31 @@ class Loader:
         if entry.name in self.left_out:
             return None
         try:
-            return _import(entry.import_label, entry.importing)
-        except ModuleLoadError as error:
-            if isinstance(entry.table, Module) or not isinstance(error.__cause__, ImportError):
-                raise
-            self.left_out[entry.name] = str(error)
+            return entry.importing()
+        except BaseException as error:  # a module may raise anything, or call sys.exit
+            table, what = entry.table, entry.label
+            if isinstance(table, Module):
+                what = f"{entry.label}: import of {table.import_!r}"
+            problem = f"{what} failed: {_describe(error)}"
+            if isinstance(table, Module) or not isinstance(error, ImportError):
+                raise ModuleLoadError(problem) from error
+            self.left_out[entry.name] = problem
             return None
 
     def load(self, built_in: dict[str, Exposed]) -> Registry:
         """Import all, and list what may be called. Raises ModuleLoadError at the first failure."""
         exposed: dict[str, Exposed] = {}
-        for entry in self.entries():
+        for entry in self.entries:
             module = self.import_module(entry)
             if module is None:
                 continue
             table = entry.table
             functions = _select(module, table.functions, entry.label)
             if isinstance(table, Module) and table.functions == "*" and not functions:
-                raise ModuleLoadError(
-                    f'{entry.label}: "*" finds no function of {table.import_!r}\'s own; name them'
-                )
-            exposed[entry.name] = Exposed(
-                functions,
-                module,
-                request_timeout=self._settings.timeout_of(table),
-                affinity=table.affinity,
-            )
+                problem = f"finds no function of {table.import_!r}'s own; name them"
+                raise ModuleLoadError(f'{entry.label}: "*" {problem}')
+            timeout = self._settings.timeout_of(table)
+            exposed[entry.name] = Exposed(functions, module, False, timeout, table.affinity)
         return Registry(built_in | exposed, self.left_out)
 
     def _find(self) -> Iterator[Entry]:
@@ -126,8 +110,7 @@ class Loader:
             label = f"modules.{name}"
             if name in self._built_in:
                 raise ModuleLoadError(f"{label}: the name is taken by a built-in module")
-            importing = partial(importlib.import_module, table.import_)
-            yield Entry(name, table, label, f"{label}: import of {table.import_!r}", importing)
+            yield Entry(name, table, label, partial(importlib.import_module, table.import_))
 
     def _find_in(self, directory: ModuleDir, seen: set[str]) -> Iterator[Entry]:
         """A folder's files, but those with a leading underscore and those of a table's name."""
@@ -142,63 +125,60 @@ class Loader:
             seen.add(name)
             if name in self._built_in:
                 self.left_out[name] = f"{file}: the name {name!r} is taken by a built-in module"
-            elif not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
+            elif not re.match(config.NAME_PATTERN, name) or len(name) > config.MAX_MODULE_NAME:
                 self.left_out[name] = f"{file}: clients cannot name a module {name!r}; rename it"
             else:
                 importing = partial(helpers.import_helper, name)
-                yield Entry(name, directory, str(file), str(file), importing)
+                yield Entry(name, directory, str(file), importing)
 
 
-def _import(label: str, importing: Callable[[], ModuleType]) -> ModuleType:
-    try:
-        return importing()
-    except BaseException as error:  # a module may raise anything, or call sys.exit
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
-        # The line in the operator's own code says more than the one in a library that it called.
-        own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or [
-            f for f in theirs if not f.filename.startswith(_IMPORTLIB)
-        ]
-        at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-        if isinstance(error, SyntaxError):
-            at = f" ({error.filename}:{error.lineno})"
-            error = SyntaxError(error.msg)
-        text = " ".join(str(error).split())
-        raise ModuleLoadError(f"{label} failed: {type(error).__name__}: {text}{at}") from error
+def _describe(error: BaseException) -> str:
+    """What an import has raised, and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+    # The line in the operator's own code says more than the one in a library that it called.
+    own = [f for f in theirs if not f.filename.startswith(_LIBRARIES)] or [
+        f for f in theirs if not f.filename.startswith(_IMPORTLIB)
+    ]
+    at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    if isinstance(error, SyntaxError):
+        at = f" ({error.filename}:{error.lineno})"
+        error = SyntaxError(error.msg)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{at}"
 
 
 def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, Callable[..., Any]]:
     if functions == "*":
-        return dict(_public_functions(module))
+        return _public_functions(module)
     selected = {}
     for name in functions:
         function = getattr(module, name, None)
         if not callable(function):
             problem = "is not callable" if hasattr(module, name) else "does not exist"
-            close = difflib.get_close_matches(name, [n for n, _ in _public_functions(module)], 1)
+            close = difflib.get_close_matches(name, _public_functions(module), 1)
+            problem += f" in {module.__name__}"
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ModuleLoadError(
-                f"{label}: function {name!r} {problem} in {module.__name__}{hint}"
-            )
+            raise ModuleLoadError(f"{label}: function {name!r} {problem}{hint}")
         if inspect.iscoroutinefunction(function):
             raise ModuleLoadError(f"{label}: {name!r} is a coroutine function; expose a plain one")
         selected[name] = function
     return selected
 
 
-def _public_functions(module: ModuleType) -> Iterable[tuple[str, Callable[..., Any]]]:
+def _public_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """What `"*"` exposes: functions that the module defines, or declares in `__all__`.
 
-    Not: names with a leading underscore, classes, coroutine functions, the hooks, and functions
-    that are merely imported.
+    Not: names that no request can have, as those with a leading underscore, classes, coroutine
+    functions, the hooks, and functions that are merely imported.
     """
     declared = set(getattr(module, "__all__", ()))
-    for name, value in vars(module).items():
-        if not re.match(NAME_PATTERN, name) or len(name) > MAX_FUNCTION_NAME:
-            continue  # no request can name it
-        if name in ("cleanup_stale_resources", "shutdown"):
-            continue
-        if not inspect.isroutine(value) or inspect.iscoroutinefunction(value):
-            continue
-        if name in declared or getattr(value, "__module__", None) == module.__name__:
-            yield name, value
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if re.match(config.NAME_PATTERN, name)
+        and len(name) <= config.MAX_FUNCTION_NAME
+        and name not in _HOOKS
+        and inspect.isroutine(value)
+        and not inspect.iscoroutinefunction(value)
+        and (name in declared or getattr(value, "__module__", None) == module.__name__)
+    }

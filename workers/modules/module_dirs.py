@@ -89,17 +89,15 @@ class HelperFolder(MetaPathFinder):
             spec.package = self._package
             return spec
         if fullname == self._package:
-            package = ModuleSpec(fullname, self._init(fullname), is_package=True)
+            init = self._folder / "__init__.py"
+            loader = FreshLoader(fullname, str(init)) if init.exists() else None
+            package = ModuleSpec(fullname, loader, is_package=True)
             package.submodule_search_locations = [str(self._folder)]
             return package
         above, _, stem = fullname.rpartition(".")
         if above == self._package and stem in self._names:
             return ModuleSpec(fullname, _Alias(self._names[stem]))
         return None
-
-    def _init(self, fullname: str) -> Loader | None:
-        file = self._folder / "__init__.py"
-        return FreshLoader(fullname, str(file)) if file.exists() else None
 
 
 def _is_taken(file: Path) -> bool:

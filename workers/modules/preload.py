@@ -3,13 +3,10 @@
 A fork copies memory and descriptors, and little else. A module is unfit to be shared, and left to
 each worker to import, when its import has
 
-- started a thread: the child has none;
-- opened a file, a socket or a database connection: two processes would move one file position and
-  write into one connection;
-- started a process: it is no child of the worker's;
+- started a thread, which the child does not have, or a process, which is no child of the worker's;
+- opened a file, a socket or a database connection, which processes would read and write together;
 - mapped memory that a fork shares;
-- made a generator of random numbers, as for keys and handles: all workers would have the same
-  numbers.
+- made a generator of random numbers, as for keys: all workers would have the same numbers.
 
 Called in a template.
 """
@@ -22,7 +19,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Set
 from types import ModuleType
-from typing import NamedTuple
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.processes.context import Imports
@@ -36,24 +32,15 @@ _NUMPY_GENERATORS = (
 _JOIN_SECONDS = 0.2  # the kernel still lists a thread for a moment after it was joined
 
 
-class _State(NamedTuple):
-    """What this process has that a fork does not simply copy."""
+class _State:
+    """What this process has that a fork does not simply copy, and its modules."""
 
-    threads: int
-    children: frozenset[int]
-    descriptors: frozenset[tuple[int, str]]
-    mappings: frozenset[str]  # writable memory that a fork shares
-    modules: frozenset[str]
-
-    @classmethod
-    def now(cls) -> "_State":
-        return cls(
-            len(os.listdir("/proc/self/task")),
-            frozenset(_children()),
-            frozenset(_descriptors()),
-            frozenset(_shared_mappings()),
-            frozenset(sys.modules),
-        )
+    def __init__(self) -> None:
+        self.threads = _thread_count()
+        self.children = set(_children())
+        self.descriptors = set(_descriptors())
+        self.mappings = set(_shared_mappings())
+        self.modules = set(sys.modules)
 
 
 def preload(loader: Loader, settings: Settings, kept_out: Collection[str]) -> Imports:
@@ -63,17 +50,16 @@ def preload(loader: Loader, settings: Settings, kept_out: Collection[str]) -> Im
     out. Raises ModuleLoadError at the first module that fails.
     """
     unfit, fit = {}, 0
-    for entry in loader.entries():
+    for entry in loader.entries:
         if entry.name in kept_out or not settings.preloads(entry.table):
             continue
-        before = _State.now()
+        before = _State()
         if loader.import_module(entry) is None:
             continue
-        reason = _why_unfit(before)
-        if reason is None:
-            fit += 1
-        else:
+        if (reason := _why_unfit(before)) is not None:
             unfit[entry.name] = reason
+        else:
+            fit += 1
     return Imports(unfit=unfit, shared=fit)
 
 
@@ -86,7 +72,7 @@ def end_children() -> None:
 
 def _why_unfit(before: _State) -> str | None:
     """What an import has made that cannot be shared; None when it is fit."""
-    now = _State.now()
+    now = _State()
     if now.threads > before.threads and not _threads_end_at_fork(before.threads):
         return "it starts a thread"
     if now.children - before.children:
@@ -105,13 +91,12 @@ def _threads_end_at_fork(threads: int) -> bool:
     Libraries that are made for forks end their threads with pthread_atfork(3), and start them again
     when they are needed, as numpy's OpenBLAS does.
     """
-    pid = os.fork()
-    if pid == 0:
+    if (pid := os.fork()) == 0:
         os._exit(0)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
     until = time.monotonic() + _JOIN_SECONDS
-    while len(os.listdir("/proc/self/task")) > threads:
+    while _thread_count() > threads:
         if time.monotonic() > until:
             return False
         time.sleep(0.001)
@@ -133,6 +118,10 @@ def _generators(names: Set[str]) -> Iterator[str]:
             pythons = issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom)
             if pythons or (kind.__module__, kind.__name__) in _NUMPY_GENERATORS:
                 yield f"{name}.{variable} is a generator of random numbers"
+
+
+def _thread_count() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _children() -> Iterator[int]:

@@ -1,13 +1,12 @@
 """What clients may call: finding it, calling it.
 
-Everything that is exposed has been imported before the worker serves (loader.py), so a call is two
-dictionary look-ups. What the tables do not hold does not exist for a client: no name that it sends
-ever reaches an import or an attribute.
+All of it has been imported before the worker serves (loader.py), so a call is two dictionary
+look-ups. No name that a client sends ever reaches an import or an attribute.
 """
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from cpanbridge.workers.protocol.requests import Request
 
 _QUICK_NS = 250_000  # less than switching to another thread and back costs under load
 _NAMES_SHOWN = 30
+FOR_CLIENT = 0
 
 
 class Exposed(NamedTuple):
@@ -32,33 +32,17 @@ class Exposed(NamedTuple):
     affinity: Affinity = "none"
 
 
-class Target:
+class Target(msgspec.Struct, eq=False):
     """A function that can be called, and whether its last calls have been quick."""
 
-    __slots__ = (
-        "_slow_share",
-        "function",
-        "number",
-        "owned_as",
-        "request_timeout",
-        "takes_request",
-    )
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        takes_request: bool,
-        request_timeout: float = 0.0,
-        owned_as: int | None = None,
-    ) -> None:
-        self.function = function
-        self.request_timeout = request_timeout
-        # None: any worker may run it; FOR_CLIENT: the worker that has the client's state; else the
-        # worker that has the state of the module with this number.
-        self.owned_as = owned_as
-        self.number = -1  # its index in the daemon's table of names; -1: not called in this worker
-        self.takes_request = takes_request
-        self._slow_share = 0.5  # of its calls, an exponential moving average
+    function: Callable[..., Any]
+    takes_request: bool
+    request_timeout: float
+    # None: any worker may run it; FOR_CLIENT: the worker that has the client's state; else the
+    # worker that has the state of the module with this number.
+    owned_as: int | None
+    number: int = -1  # its index in the daemon's table of names; -1: not called in this worker
+    _slow_share: float = 0.5  # of its calls, an exponential moving average
 
     @property
     def is_quick(self) -> bool:
@@ -71,14 +55,11 @@ class Target:
         self._slow_share += (slow - self._slow_share) / 16
 
 
-FOR_CLIENT = 0
-
-
-def owned_as(module: str, affinity: Affinity) -> int | None:
+def _owned_as(module: str, affinity: Affinity) -> int | None:
     """The key by which the owner of a module's state is found; see `Target.owned_as`.
 
-    It is a hash of the name alone, so it is the same in all workers of all generations. Two names
-    with the same one of 2**63 numbers are unlikely, and would only share a worker.
+    A hash of the name alone is the same in all workers of all generations. Two names with the same
+    one of 2**63 numbers are unlikely, and would only share a worker.
     """
     if affinity == "none":
         return None
@@ -88,44 +69,18 @@ def owned_as(module: str, affinity: Affinity) -> int | None:
     return int.from_bytes(digest, "little") >> 1 or 1
 
 
-class Outcome(msgspec.Struct):
-    """A function's return value, or the exception that ended it."""
-
-    result: Any
-    error: BaseException | None
-
-
 class Registry:
     """All that may be called, by name."""
 
     def __init__(self, exposed: dict[str, Exposed], left_out: dict[str, str] | None = None) -> None:
-        self._exposed = exposed
+        self.exposed = exposed
         self.left_out = left_out or {}  # modules that could not be loaded -> why
-        self._targets = {
-            name: {
-                function: Target(
-                    callable_,
-                    module.takes_request,
-                    module.request_timeout,
-                    owned_as(name, module.affinity),
-                )
-                for function, callable_ in module.functions.items()
+        self._targets: dict[str, dict[str, Target]] = {}
+        for name, module in exposed.items():
+            rules = module.takes_request, module.request_timeout, _owned_as(name, module.affinity)
+            self._targets[name] = {
+                called: Target(function, *rules) for called, function in module.functions.items()
             }
-            for name, module in exposed.items()
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """The modules' names, sorted."""
-        return sorted(self._exposed)
-
-    def affinity_of(self, name: str) -> Affinity:
-        """The affinity of a module."""
-        return self._exposed[name].affinity
-
-    def functions_of(self, name: str) -> list[str]:
-        """The functions that may be called in a module, sorted."""
-        return sorted(self._targets[name])
 
     def find(self, request: Request) -> Target:
         """The function that a request names.
@@ -134,60 +89,67 @@ class Registry:
         """
         functions = self._targets.get(request.module)
         if functions is None:
-            why = self.left_out.get(request.module)
-            message = f"Module {request.module!r} is not exposed; {_listed(self._targets)}"
-            if why is not None:
-                message = f"Module {request.module!r} could not be loaded: {why}"
+            problem = f"is not exposed; {_listed(self._targets)}"
+            if request.module in self.left_out:
+                problem = f"could not be loaded: {self.left_out[request.module]}"
+            message = f"Module {request.module!r} {problem}"
             raise Refusal("ModuleNotAllowed", message, request.request_id, request.perl_caller)
         target = functions.get(request.function)
         if target is None:
-            message = (
-                f"Function {request.function!r} of module {request.module!r} is not exposed; "
-                f"{_listed(functions)}"
-            )
+            function = f"Function {request.function!r} of module {request.module!r}"
+            message = f"{function} is not exposed; {_listed(functions)}"
             raise Refusal("FunctionNotAllowed", message, request.request_id, request.perl_caller)
         return target
 
     def hooks(self, name: str) -> Iterable[tuple[str, Callable[[], object]]]:
         """The hooks of this name, each with its module's name: each Python module once."""
         seen: set[int] = set()
-        for exposed_as, module in self._exposed.items():
+        for exposed_as, module in self.exposed.items():
             hook = getattr(module.python, name, None)
             if inspect.isroutine(hook) and id(module.python) not in seen:
                 seen.add(id(module.python))
                 yield exposed_as, hook
 
 
-def call(target: Target, request: Request, client: ClientSocket) -> Outcome:
+def call(
+    target: Target, request: Request, client: ClientSocket
+) -> tuple[Any, BaseException | None]:
     """Run a function with a request's params: an object as keywords, an array by position.
 
-    Whatever the function raises is the outcome's error, SystemExit included: a module must not be
+    Returns its value, or the exception that ended it, SystemExit included: a module must not be
     able to end the thread that serves a client. Raises Refusal (InvalidParams) when the params do
     not fit the signature; then the function has not run.
     """
-    function, params = target.function, request.params
+    function = target.function
+    positional: Sequence[Any] = ()
+    named: Mapping[str, Any] = {}
+    if target.takes_request:
+        positional = request, client
+    elif type(request.params) is dict:
+        named = request.params
+    elif type(request.params) is list:
+        positional = request.params
+    elif request.params is not None:
+        positional = (request.params,)
     try:
-        if target.takes_request:
-            return Outcome(function(request, client), None)
-        if params is None:
-            return Outcome(function(), None)
-        if type(params) is dict:
-            return Outcome(function(**params), None)
-        if type(params) is list:
-            return Outcome(function(*params), None)
-        return Outcome(function(params), None)
+        return function(*positional, **named), None
     except TypeError as error:
-        if not target.takes_request and _is_misfit(function, params, error):
+        if not target.takes_request and _is_misfit(function, positional, named, error):
             message = f"Invalid params for {request.module}.{request.function}: {error}"
             raise Refusal("InvalidParams", message, request.request_id) from None
-        return Outcome(None, error)
+        return None, error
     except Refusal:
         raise
     except BaseException as error:
-        return Outcome(None, error)
+        return None, error
 
 
-def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> bool:
+def _is_misfit(
+    function: Callable[..., Any],
+    positional: Sequence[Any],
+    named: Mapping[str, Any],
+    error: TypeError,
+) -> bool:
     """Whether the call itself failed, before any line of the function ran."""
     if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
         return False  # raised by Python code that the function ran
@@ -196,14 +158,7 @@ def _is_misfit(function: Callable[..., Any], params: Any, error: TypeError) -> b
     except (TypeError, ValueError):
         return False  # a C function without a signature
     try:
-        if params is None:
-            signature.bind()
-        elif type(params) is dict:
-            signature.bind(**params)
-        elif type(params) is list:
-            signature.bind(*params)
-        else:
-            signature.bind(params)
+        signature.bind(*positional, **named)
     except TypeError:
         return True
     return False

@@ -1,12 +1,11 @@
 """Importing the code that a file has now, not what Python once compiled from it.
 
-Python caches compiled code beside a module, in `__pycache__`, and uses it as long as the source's
-size and modification time, in whole seconds, are the same. For a file that is changed twice within
-a second, or replaced with one of the same time as rsync(1), tar(1) and images do, that may be the
-previous code; and a reload must not report that it has loaded the new one.
-
-Here a cache is used only when it was written after the last change of the source's inode, a time
-that nobody can set (ctime). No cache is written: the daemon leaves nothing in other users' folders.
+Python uses the compiled code in `__pycache__` as long as the source's size and modification time,
+in whole seconds, are the same. For a file that is changed twice within a second, or replaced with
+one of the same time as rsync(1), tar(1) and images do, that may be the previous code; and a reload
+must not report that it has loaded the new one. Here a cache is used only when it was written after
+the last change of the source's inode, a time that nobody can set (ctime). None is written: the
+daemon leaves nothing in other users' folders.
 
 Python's own library and installed packages, whose caches installers renew, are left to Python. They
 are large, and where they were copied or changed their owner, each start would compile them.
@@ -15,20 +14,12 @@ are large, and where they were copied or changed their owner, each start would c
 import os
 import sys
 import sysconfig
+from importlib import machinery
 from importlib.abc import PathEntryFinder
-from importlib.machinery import (
-    BYTECODE_SUFFIXES,
-    EXTENSION_SUFFIXES,
-    SOURCE_SUFFIXES,
-    ExtensionFileLoader,
-    FileFinder,
-    SourceFileLoader,
-    SourcelessFileLoader,
-)
 from importlib.util import cache_from_source
 
 
-class FreshLoader(SourceFileLoader):
+class FreshLoader(machinery.SourceFileLoader):
     """Loads a source file, or its cache where that is younger than the file."""
 
     def get_data(self, path: str) -> bytes:
@@ -45,10 +36,10 @@ class FreshLoader(SourceFileLoader):
         """Called to write the cache; does nothing."""
 
 
-_find = FileFinder.path_hook(
-    (ExtensionFileLoader, EXTENSION_SUFFIXES),
-    (FreshLoader, SOURCE_SUFFIXES),
-    (SourcelessFileLoader, BYTECODE_SUFFIXES),
+_find = machinery.FileFinder.path_hook(
+    (machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES),
+    (FreshLoader, machinery.SOURCE_SUFFIXES),
+    (machinery.SourcelessFileLoader, machinery.BYTECODE_SUFFIXES),
 )
 _LIBRARY = f"{sysconfig.get_path('stdlib')}/"
 _INSTALLED = {"site-packages", "dist-packages"}

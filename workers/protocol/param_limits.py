@@ -4,6 +4,7 @@ Only the depth is limited by default. It is then checked on the request's text b
 C: a walk over the values of a large request takes ten times as long as decoding it.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, TypeAlias
 
@@ -17,26 +18,23 @@ _TO_BRACES = bytes.maketrans(b"[]", b"{}")
 _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'{}[]"')
 
 
-def check_params(
-    params: object, request_id: str | None, data: bytes | bytearray | memoryview, limits: Limits
-) -> None:
+def check_params(params: Any, request_id: str | None, data: bytes, limits: Limits) -> None:
     """Check the `params` of the valid request in `data`.
 
     Raises Refusal (InvalidRequest) with the path of a value that is over a limit, and the limit.
     """
-    if not (limits.max_string_length or limits.max_array_length or limits.max_param_count):
-        text = bytes(data) if isinstance(data, memoryview) else data
-        if _is_shallow(text, limits.max_object_depth):
-            return
+    only_depth = not (limits.max_string_length or limits.max_array_length or limits.max_param_count)
+    if only_depth and _is_shallow(data, limits.max_object_depth):
+        return
     if isinstance(params, dict | list | str):
         _walk(params, request_id, limits)
 
 
-def _is_shallow(text: bytes | bytearray, depth: int) -> bool:
+def _is_shallow(text: bytes, depth: int) -> bool:
     """Whether `params` in a valid request are nested no deeper than `depth` levels.
 
     Of the text only the brackets are kept, all of one kind. Removing the innermost pairs takes one
-    level off everything, so nothing is left after as many times as there are levels.
+    level off everything.
     """
     if text.count(b"{") + text.count(b"[") <= depth:
         return True
@@ -60,28 +58,28 @@ def _walk(params: Any, request_id: str | None, limits: Limits) -> None:
         message = f"Invalid request: {_shown(path)}: {what} (limits.{limit})"
         raise Refusal("InvalidRequest", message, request_id)
 
-    if limits.max_param_count and isinstance(params, dict | list):
-        count = len(params)
-        if count > limits.max_param_count:
-            what = f"{count} parameters, at most {limits.max_param_count} are allowed"
-            refuse(None, what, "max_param_count")
+    def refuse_count(path: _Path, count: int, what: str, limit: str) -> NoReturn:
+        refuse(path, f"{count} {what}, at most {getattr(limits, limit)} are allowed", limit)
+
+    most_characters = limits.max_string_length or sys.maxsize
+    most_items = limits.max_array_length or sys.maxsize
+    if not isinstance(params, str) and len(params) > (limits.max_param_count or sys.maxsize):
+        refuse_count(None, len(params), "parameters", "max_param_count")
     pending: list[tuple[_Path, Any, int]] = [(None, params, 1)]
     while pending:
         path, value, depth = pending.pop()
         if isinstance(value, str):
-            if limits.max_string_length and len(value) > limits.max_string_length:
-                what = f"{len(value)} characters, at most {limits.max_string_length} are allowed"
-                refuse(path, what, "max_string_length")
+            if len(value) > most_characters:
+                refuse_count(path, len(value), "characters", "max_string_length")
             continue
         if depth > limits.max_object_depth:
-            what = f"nested deeper than {limits.max_object_depth} levels"
-            refuse(path, what, "max_object_depth")
+            refuse(path, f"nested deeper than {limits.max_object_depth} levels", "max_object_depth")
+        items: Iterable[tuple[str | int, Any]]
         if isinstance(value, dict):
-            items: Iterable[tuple[str | int, Any]] = value.items()
+            items = value.items()
         else:
-            if limits.max_array_length and len(value) > limits.max_array_length:
-                what = f"{len(value)} items, at most {limits.max_array_length} are allowed"
-                refuse(path, what, "max_array_length")
+            if len(value) > most_items:
+                refuse_count(path, len(value), "items", "max_array_length")
             items = enumerate(value)
         pending.extend(
             ((path, key), item, depth + 1)

@@ -7,7 +7,9 @@ class Refusal(Exception):
     `kind` becomes the reply's `error_type`, `message` its `error`.
     """
 
-    retry_after: float | None = None  # seconds; set in a Refusal of the kind Overloaded
+    # Both are set in a Refusal of the kind Overloaded. The reason is one of `fields.REASONS`.
+    retry_after: float | None = None  # seconds
+    reason: str | None = None
 
     def __init__(
         self,

@@ -3,8 +3,9 @@
 The result holds the values that the client sent, never altered ones.
 """
 
+import contextlib
 import json
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +18,6 @@ from cpanbridge.workers.protocol.refusal import Refusal
 # twice.
 _DOUBLY_ENCODING_CLIENT = "2.00"
 
-_Data: TypeAlias = bytes | bytearray | memoryview
 _RequestId = Annotated[str, Meta(max_length=100)]
 
 
@@ -57,7 +57,7 @@ _decode_identity = msgspec.json.Decoder(_Identity).decode
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-def decode_request(data: _Data, limits: Limits) -> Request:
+def decode_request(data: bytes, limits: Limits) -> Request:
     """The request in `data`, with its names and limits checked.
 
     Raises Refusal (InvalidRequest) that says what is wrong.
@@ -68,11 +68,7 @@ def decode_request(data: _Data, limits: Limits) -> Request:
     except _DECODE_ERRORS as error:
         message = _explain(error, data, limits)
         raise Refusal("InvalidRequest", message, request_id_in(data)) from None
-    if request.client_version == _DOUBLY_ENCODING_CLIENT:
-        request = _decode_once_more(request, data)
-    if request.params is not None:
-        check_params(request.params, request.request_id, data, limits)
-    return request
+    return _checked(request, data, limits)
 
 
 def decode_if_complete(data: bytes, limits: Limits) -> Request | None:
@@ -85,28 +81,20 @@ def decode_if_complete(data: bytes, limits: Limits) -> Request | None:
         request = _decode_request(data)
     except _DECODE_ERRORS:
         return None
-    if request.client_version == _DOUBLY_ENCODING_CLIENT:
-        request = _decode_once_more(request, data)
+    return _checked(request, data, limits)
+
+
+def _checked(request: Request, data: bytes, limits: Limits) -> Request:
+    if request.client_version == _DOUBLY_ENCODING_CLIENT and not data.isascii():
+        # Text that cannot have been encoded twice stays as it is.
+        with contextlib.suppress(UnicodeError, *_DECODE_ERRORS):
+            request = _decode_request(data.decode().encode("latin-1"))
     if request.params is not None:
         check_params(request.params, request.request_id, data, limits)
     return request
 
 
-def _decode_once_more(request: Request, data: _Data) -> Request:
-    """The request of a client that encodes its text as UTF-8 twice.
-
-    Text that cannot have been encoded twice stays as it is.
-    """
-    encoded = bytes(data)
-    if encoded.isascii():
-        return request
-    try:
-        return _decode_request(encoded.decode().encode("latin-1"))
-    except (UnicodeError, *_DECODE_ERRORS):
-        return request
-
-
-def request_id_in(data: _Data) -> str | None:
+def request_id_in(data: bytes) -> str | None:
     """The `request_id` in a request's bytes; None when they are incomplete or have none."""
     try:
         return _decode_identity(data).request_id
@@ -114,7 +102,7 @@ def request_id_in(data: _Data) -> str | None:
         return None
 
 
-def _explain(error: Exception, data: _Data, limits: Limits) -> str:
+def _explain(error: Exception, data: bytes, limits: Limits) -> str:
     if isinstance(error, RecursionError):
         return f"Invalid request: nested deeper than {limits.max_object_depth} levels"
     if isinstance(error, UnicodeDecodeError):
@@ -127,9 +115,9 @@ def _explain(error: Exception, data: _Data, limits: Limits) -> str:
     return f"Invalid request: not JSON: {error}"
 
 
-def _is_json(data: _Data) -> bool:
+def _is_json(data: bytes) -> bool:
     try:
-        json.loads(bytes(data))
+        json.loads(data)
     except (ValueError, RecursionError):
         return False
     return True

@@ -4,12 +4,25 @@ Called from any thread that serves clients. A request is recorded before its roo
 before its reply is sent, so every report includes the requests that its client has made before.
 """
 
+import logging
 import threading
 import time
 
 from cpanbridge.supervisor.memory.fields import EVENT_KINDS, REASONS
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.workers.requests.security_log import SecurityEvent
+from cpanbridge.supervisor.system.log_text import json_line, printable
+from cpanbridge.workers.client.client_socket import ClientSocket
+from cpanbridge.workers.protocol.refusal import Refusal
+
+LOGGER = logging.getLogger("cpanbridge.security")
+_LINES_PER_SECOND = 10
+
+_NAMES = {
+    "InvalidRequest": "invalid_request",
+    "ModuleNotAllowed": "module_not_allowed",
+    "FunctionNotAllowed": "function_not_allowed",
+    "PermissionDenied": "permission_denied",
+}
 
 
 class StatisticsWriter:
@@ -38,12 +51,11 @@ class StatisticsWriter:
         with self._lock:
             self._slot.refused += 1
 
-    def event(self, event: SecurityEvent) -> None:
-        """Count and record a security event."""
+    def event(self, kind: str, message: str, pid: int, uid: int) -> None:
+        """Count and record a security event. `pid` and `uid` are the client's; -1: unknown."""
         with self._lock:
-            self._slot.security_events[EVENT_KINDS.index(event.name)] += 1
-            text = f"{event.name}\n{event.message}"
-            self._statistics.events.add(time.time_ns(), event.pid, event.uid, text)
+            self._slot.security_events[EVENT_KINDS.index(kind)] += 1
+            self._statistics.events.add(time.time_ns(), pid, uid, f"{kind}\n{message}")
 
     def overloaded(self, reason: str) -> None:
         """Count a request that is answered Overloaded, by its reason: one of `fields.REASONS`."""
@@ -54,3 +66,56 @@ class StatisticsWriter:
         """Count a client that is answered Overloaded instead of being accepted."""
         with self._lock:
             self._slot.rejected += 1
+
+
+class SecurityLog:
+    """Security events: always counted, and logged as JSON lines, a few per second at most.
+
+    An event is a request that an operator may want to examine: for a module or function that is not
+    exposed, malformed or oversized. The line has the client's credentials as the kernel tells them
+    (SO_PEERCRED), and of what the client sent only the names.
+    """
+
+    def __init__(self, worker: int, statistics: StatisticsWriter) -> None:
+        self._worker = worker
+        self._statistics = statistics
+        self._lock = threading.Lock()
+        self._second = 0
+        self._written = 0
+        self._suppressed = 0
+
+    def record(self, refusal: Refusal, client: ClientSocket) -> None:
+        """Count and log a refusal if it is an event.
+
+        Over the limit of lines per second it is not logged, only counted: `suppressed_before` in
+        the next line.
+        """
+        event = _NAMES.get(refusal.kind)
+        if event is None:
+            return
+        pid, uid, gid = client.credentials()
+        message = printable(refusal.message[:500])
+        self._statistics.event(event, message, pid, uid)
+        with self._lock:
+            second = int(time.monotonic())
+            if second != self._second:
+                self._second, self._written = second, 0
+            self._written += 1
+            if self._written > _LINES_PER_SECOND:
+                self._suppressed += 1
+                return
+            suppressed, self._suppressed = self._suppressed, 0
+        line: dict[str, object] = {
+            "event": event,
+            "message": message,
+            "request_id": refusal.request_id,
+            "perl_caller": refusal.perl_caller,
+            "pid": pid,
+            "uid": uid,
+            "gid": gid,
+            "worker": self._worker,
+            "timestamp": time.time(),
+        }
+        if suppressed:
+            line["suppressed_before"] = suppressed
+        LOGGER.warning("%s", json_line(line))

@@ -1,13 +1,10 @@
 """Calls with a time limit: their clients are answered in time, and the log says where they hang.
 
 A thread cannot be stopped from outside. So when a call's time is over, the main thread answers its
-client, writes the thread's stack to the log, and asks the master to retire the worker: other calls
-finish, a replacement starts, and the call ends with the process. If it returns before that, its
-result is dropped, because its client has an answer already.
-
-An answered call takes no room from others. Its request's and its connection's room are given back
-at once, not when its thread returns or its worker exits, which may take `graceful_timeout` and
-more.
+client, logs the thread's stack, and asks the master to retire the worker: other calls finish, a
+replacement starts, and the call ends with the process. If it returns before that, its result is
+dropped. Its request's and its connection's room are given back at once: until its worker exits may
+take `graceful_timeout` and more.
 
 A call without a limit costs nothing here. While there are some with one, the main thread checks
 every `_CHECK_SECONDS`; there is no timer for each. A call that never releases the interpreter lock,
@@ -21,13 +18,17 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass, field
 from types import FrameType
+
+import msgspec
 
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.modules import registry
 from cpanbridge.workers.protocol import framing, replies
+from cpanbridge.workers.protocol.refusal import Refusal
 from cpanbridge.workers.protocol.requests import Request
 
 LOGGER = logging.getLogger("cpanbridge.worker")
@@ -35,94 +36,58 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 _CHECK_SECONDS = 0.05
 
 
-class AnsweredError(OSError):
-    """The client was answered that its call takes too long, and must receive nothing more."""
-
-
-class Running:
+class Running(msgspec.Struct, eq=False):
     """A call that runs. Times are CLOCK_MONOTONIC nanoseconds, 0: none."""
 
-    __slots__ = (
-        "answered",
-        "client",
-        "deadline",
-        "function",
-        "limit",
-        "request",
-        "slow_at",
-        "started",
-        "thread",
-    )
-
-    def __init__(
-        self,
-        request: Request,
-        function: int,
-        client: ClientSocket,
-        limit: float,
-        seconds: float,
-        slow: float,
-    ) -> None:
-        self.request = request
-        self.function = function  # its index in the table of names
-        self.client = client
-        self.limit = limit  # seconds, as configured or requested; some may have passed already
-        self.started = time.monotonic_ns()
-        self.deadline = self.started + int(seconds * 1e9) if seconds else 0
-        self.slow_at = self.started + int(slow * 1e9) if slow else 0
-        self.thread = threading.get_ident()
-        self.answered = False  # by CallTimeouts; written under its lock
-
-    def describe(self) -> str:
-        """The call's names and request, for the log."""
-        request = self.request
-        return (
-            f"{request.module}.{request.function} "
-            f"(request {request.request_id or 'without id'} "
-            f"of {request.perl_caller or 'an unknown caller'})"
-        )
+    request: Request
+    function: int  # its index in the table of names
+    client: ClientSocket
+    limit: float  # seconds, as configured or requested; some may have passed already
+    started: int
+    deadline: int
+    slow_at: int
+    thread: int = msgspec.field(default_factory=threading.get_ident)
+    answered: bool = False  # by CallTimeouts; written under its lock
 
 
+@dataclass(eq=False)
 class CallTimeouts:
     """One worker's running calls. Writing the eventfd `wake` makes the main thread call `check`.
 
     Calls are logged once when they take longer than `slow` seconds; 0.0: never.
     """
 
-    def __init__(self, worker: int, slot: Slot, slow: float, wake: int, gate: Gate) -> None:
-        self._worker = worker
-        self._slot = slot
-        self._slow = slow
-        self._wake = wake
-        self._gate = gate
-        self._lock = threading.Lock()
-        self._running: set[Running] = set()
-        self._first: Running | None = None  # the one with the earliest deadline, as in the slot
-        self._is_scheduled = False  # the main thread calls `check` again by itself
-        self.hangs = False  # a call has not ended in its time: the worker must be retired
+    worker: int
+    slot: Slot
+    slow: float
+    wake: int
+    gate: Gate
+    hangs: bool = False  # a call has not ended in its time: the worker must be retired
+    _running: set[Running] = field(default_factory=set)
+    _first: Running | None = None  # the one with the earliest deadline, as in the slot
+    _is_scheduled: bool = False  # the main thread calls `check` again by itself
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(
         self, request: Request, function: int, client: ClientSocket, limit: float, seconds: float
     ) -> Running | None:
         """A call starts that may take `seconds`, 0.0: any time; None when it needs no watching.
 
-        `limit` is the time for the client's answer, see `Running.limit`. Called in the call's
-        thread.
+        `limit`: see `Running.limit`. Called in the call's thread.
         """
-        if not seconds and not self._slow:
+        if not seconds and not self.slow:
             return None
-        running = Running(request, function, client, limit, seconds, self._slow)
-        deadline = running.deadline
+        now = time.monotonic_ns()
+        deadline = now + int(seconds * 1e9) if seconds else 0
+        slow_at = now + int(self.slow * 1e9) if self.slow else 0
+        running = Running(request, function, client, limit, now, deadline, slow_at)
         with self._lock:
             self._running.add(running)
-            first = self._first
-            if deadline and (first is None or deadline < first.deadline):
-                self._first = running
-                self._slot.call_function = function  # before the deadline, which makes it valid
-                self._slot.call_deadline = deadline
+            if deadline and (self._first is None or deadline < self._first.deadline):
+                self._put_first(running)
             scheduled, self._is_scheduled = self._is_scheduled, True
         if not scheduled:
-            os.eventfd_write(self._wake, 1)
+            os.eventfd_write(self.wake, 1)
         return running
 
     def end(self, running: Running) -> bool:
@@ -134,17 +99,15 @@ class CallTimeouts:
             return not running.answered
 
     def _find_first(self) -> None:
-        """Find the earliest deadline, and put it into the slot. Called under the lock."""
-        first = None
-        for each in self._running:
-            if each.deadline and (first is None or each.deadline < first.deadline):
-                first = each
+        limited = (each for each in self._running if each.deadline)
+        self._put_first(min(limited, key=lambda each: each.deadline, default=None))
+
+    def _put_first(self, first: Running | None) -> None:
+        """Put the earliest deadline into the slot. Called under the lock."""
         self._first = first
-        if first is None:
-            self._slot.call_deadline = 0
-        else:
-            self._slot.call_function = first.function
-            self._slot.call_deadline = first.deadline
+        if first is not None:
+            self.slot.call_function = first.function  # before the deadline, which makes it valid
+        self.slot.call_deadline = 0 if first is None else first.deadline
 
     def check(self) -> float | None:
         """Answer calls whose time is over, and log them and slow ones.
@@ -169,43 +132,43 @@ class CallTimeouts:
                 each.slow_at = 0
         frames = sys._current_frames() if overdue or slow else {}
         for each in overdue:
-            self._log(logging.ERROR, each, now, "and is given up", frames.get(each.thread))
+            self._log(logging.ERROR, each, "and is given up", frames.get(each.thread))
             self.hangs = True
         for each in slow:
-            self._log(logging.WARNING, each, now, "and goes on", frames.get(each.thread))
+            self._log(logging.WARNING, each, "and goes on", frames.get(each.thread))
         return _CHECK_SECONDS
 
     def _give_up(self, running: Running) -> None:
-        """Answer a call's client and give its room back, once: its thread learns that in `end`."""
-        running.answered = running.client.released = True
-        running.deadline = running.slow_at = 0
-        try:
-            self._answer(running)
-        finally:
-            self._gate.finished(succeeded=False)
-            self._gate.closed()
+        """Answer a call's client and give its room back, once: its thread learns that in `end`.
 
-    def _answer(self, running: Running) -> None:
-        """Answer in place of the thread that hangs, without waiting for the client."""
-        request = running.request
+        Answers in place of the thread that hangs, without waiting for the client.
+        """
+        client, request = running.client, running.request
+        running.answered = client.released = True
+        running.deadline = running.slow_at = 0
         what = f"{request.module}.{request.function} did not return within {running.limit:g} s"
         message = f"{what}; it may still run"
-        reply = replies.encode_failure(message, "RequestTimeout", request.request_id)
-        if running.client.framed:
-            reply = framing.to_frame(reply) + framing.NO_MORE_REQUESTS
-        else:
-            reply = replies.to_ascii(reply)
-        running.client.send_last(reply)
+        try:
+            reply = replies.encode_failure(Refusal("RequestTimeout", message, request.request_id))
+            if client.framed:
+                client.send_last(framing.to_frame(reply) + framing.NO_MORE_REQUESTS)
+            else:
+                client.send_last(replies.to_ascii(reply))
+        finally:
+            self.gate.finished(succeeded=False)
+            self.gate.closed()
 
-    def _log(
-        self, level: int, running: Running, now: int, what: str, frame: FrameType | None
-    ) -> None:
+    def _log(self, level: int, running: Running, what: str, frame: FrameType | None) -> None:
+        request = running.request
         LOGGER.log(
             level,
-            "Worker %d: %s has been running for %.1f s %s%s",
-            self._worker,
-            running.describe(),
-            (now - running.started) / 1e9,
+            "Worker %d: %s.%s (request %s of %s) has been running for %.1f s %s%s",
+            self.worker,
+            request.module,
+            request.function,
+            request.request_id or "without id",
+            request.perl_caller or "an unknown caller",
+            (time.monotonic_ns() - running.started) / 1e9,
             what,
             "; it is at" if frame is not None else "",
             extra={"trace": _stack(frame)},

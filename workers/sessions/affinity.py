@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.identity import Identities
+from cpanbridge.workers.client.identity import start_time
 from cpanbridge.workers.client.transfer import Transfer
 from cpanbridge.workers.modules.registry import FOR_CLIENT
 from cpanbridge.workers.protocol.refusal import Refusal
@@ -45,7 +45,6 @@ class Affinity:
         self._sessions = sessions
         self._dispatcher = dispatcher
         self._stale_timeout = stale_timeout
-        self._identities = Identities()
 
     def join(
         self, call: Call, client: ClientSocket, data: Callable[[], bytes], stop: int
@@ -99,11 +98,11 @@ class Affinity:
             client.process = session.process
             return session.process
         # 0 is a process that this PID namespace has no number for.
-        process = self._identities.process(pid) if pid > 0 else None
-        if process is None:
+        start = start_time(pid) if pid > 0 else None
+        if start is None:
             return self._by_connection(client)
-        client.process = process
-        return process
+        client.process = ClientProcess(pid, start)
+        return client.process
 
     def _by_connection(self, client: ClientSocket) -> ClientProcess:
         client.process = ClientProcess(BY_CONNECTION, os.fstat(client.descriptor).st_ino)

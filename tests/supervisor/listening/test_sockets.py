@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from plain_client import connect
 
@@ -13,7 +14,7 @@ from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import InstanceError, running_pid
 from cpanbridge.supervisor.listening.listener import Listener, ListenError
-from cpanbridge.supervisor.listening.sockets import Sockets
+from cpanbridge.supervisor.listening.sockets import HeldSockets, Sockets
 
 
 def paths_in(folder: Path, *names: str) -> list[str]:
@@ -106,11 +107,11 @@ def test_inherited_sockets_are_left_alone_until_they_are_taken_over(
 ) -> None:
     """Here one process is both masters; each has its own descriptors of the same sockets."""
     held = sockets.held()
-    for each in (*held.listeners, held.control):
-        assert each is not None
-        each.descriptor = os.dup(each.descriptor)
-    held.locks = {path: os.dup(descriptor) for path, descriptor in held.locks.items()}
-    other = Sockets(held)
+    assert held.control is not None
+    copies = [msgspec.structs.replace(each, socket=each.socket.dup()) for each in held.listeners]
+    control = msgspec.structs.replace(held.control, socket=held.control.socket.dup())
+    locks = {path: os.dup(descriptor) for path, descriptor in held.locks.items()}
+    other = Sockets(HeldSockets(copies, control, locks))
     other.give_back()
     other._instance._close_copies()  # as the kernel does when a process ends
     for name in "ab":

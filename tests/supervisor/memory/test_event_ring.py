@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.memory.event_ring import NOTES, SIZE, Event, EventRing
+from cpanbridge.supervisor.memory.event_ring import EVENTS, SIZE, Event, EventRing
 from cpanbridge.supervisor.memory.layout import Shared
 
 
@@ -26,17 +26,17 @@ def test_notes_are_read_the_newest_first() -> None:
 
 def test_a_new_note_takes_the_place_of_the_oldest() -> None:
     ring = new_ring()
-    for number in range(5 * NOTES + 3):
+    for number in range(5 * EVENTS + 3):
         ring.add(number, number, 0, f"note {number}")
-        expected = range(number, max(-1, number - NOTES), -1)
+        expected = range(number, max(-1, number - EVENTS), -1)
         assert [event.text for event in ring.read()] == [f"note {n}" for n in expected]
 
 
 def test_a_replacement_goes_on_where_the_dead_one_stopped() -> None:
     memory = memoryview(bytearray(SIZE))
-    for number in range(NOTES + 5):
+    for number in range(EVENTS + 5):
         EventRing(memory).add(number, 0, 0, f"note {number}")
-    assert [event.at for event in EventRing(memory).read()] == list(range(NOTES + 4, 4, -1))
+    assert [event.at for event in EventRing(memory).read()] == list(range(EVENTS + 4, 4, -1))
 
 
 @given(st.text(max_size=500))
@@ -92,7 +92,7 @@ def watch(ring: EventRing, before_store: object) -> None:
     ring._numbers = Watched(ring._numbers, before_store)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("already", [0, 3, NOTES, NOTES + 3])
+@pytest.mark.parametrize("already", [0, 3, EVENTS, EVENTS + 3])
 def test_a_note_is_never_seen_half_written(already: int) -> None:
     memory = memoryview(bytearray(SIZE))
     writer, reader = EventRing(memory), EventRing(memory)
@@ -104,11 +104,11 @@ def test_a_note_is_never_seen_half_written(already: int) -> None:
     writer.add(-1, -1, -1, "the new one" * 20)
     looks.append(reader.read())
     assert len(looks) > 6
-    kept = before[::-1][:NOTES]
+    kept = before[::-1][:EVENTS]
     for look in looks[:-1]:
         # At most the oldest, which it replaces, is missing.
-        assert look in (kept, kept[: NOTES - 1])
-    assert looks[-1] == [Event(-1, -1, -1, "the new one" * 20), *kept[: NOTES - 1]]
+        assert look in (kept, kept[: EVENTS - 1])
+    assert looks[-1] == [Event(-1, -1, -1, "the new one" * 20), *kept[: EVENTS - 1]]
 
 
 def test_a_note_that_is_replaced_while_it_is_read_is_not_told_as_a_mixture() -> None:
@@ -119,11 +119,11 @@ def test_a_note_that_is_replaced_while_it_is_read_is_not_told_as_a_mixture() -> 
         """The text is fetched only after the writer has been all around the ring."""
 
         def __getitem__(self, key: slice) -> bytes:
-            for _ in range(NOTES):
+            for _ in range(EVENTS):
                 writer.add(2, 2, 2, "new")
             return bytes(memory[key])
 
-    for _ in range(NOTES):
+    for _ in range(EVENTS):
         writer.add(1, 1, 1, "old and longer")
     reader._text = Slow()  # type: ignore[assignment]
     for event in reader.read():
@@ -133,9 +133,9 @@ def test_a_note_that_is_replaced_while_it_is_read_is_not_told_as_a_mixture() -> 
 def test_a_writer_that_is_killed_over_a_note_leaves_the_others() -> None:
     shared = Shared.create(1, Limits())
     ring = shared.statistics[0].errors
-    for number in range(NOTES):
+    for number in range(EVENTS):
         ring.add(number, 0, 0, f"note {number}")
-    step, killed, written = 0, True, [f"note {number}" for number in range(NOTES)][::-1]
+    step, killed, written = 0, True, [f"note {number}" for number in range(EVENTS)][::-1]
     while killed:
         pid = os.fork()
         if pid == 0:
@@ -155,12 +155,12 @@ def test_a_writer_that_is_killed_over_a_note_leaves_the_others() -> None:
         assert killed or status == 0
         seen = [event.text for event in ring.read()]
         if killed:
-            assert seen in (written, written[: NOTES - 1])
+            assert seen in (written, written[: EVENTS - 1])
             ring.add(step, 0, 0, f"after {step}")  # the next worker in the slot
-            written = [f"after {step}", *written[: NOTES - 1]]
+            written = [f"after {step}", *written[: EVENTS - 1]]
             assert [event.text for event in ring.read()] == written
         else:
-            assert seen == ["never seen", *written[: NOTES - 1]]
+            assert seen == ["never seen", *written[: EVENTS - 1]]
         step += 1
     assert step > 6
     os.close(shared.fd)

@@ -42,7 +42,7 @@ def fields(structure: ctypes.Structure) -> list[str]:
     return [name for name, kind, *_ in structure._fields_ if kind is ctypes.c_int64]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(1, 300), st.integers(0, 50))
 def test_no_two_fields_share_memory(slots: int, window: int) -> None:
     shared = create(slots, window)

@@ -23,6 +23,7 @@ from cpanbridge.supervisor.processes.context import (
 )
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
+from cpanbridge.supervisor.processes.retirement import Retirement
 from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.system.logs import LogSettings
 
@@ -72,6 +73,7 @@ class Setup:
         self.pool = WorkerPool(
             self, self.loop, self.shared, wakeups, Mains(worker_main, no_template)
         )
+        self.retirement = Retirement(self.pool)
         settings = Settings(workers=wanted, limits=Limits(**limits))  # type: ignore[arg-type]
         self.generation = Generation(1, settings, [], LogSettings("stderr", "-", "text", False))
         self.failed: list[str] = []
@@ -83,9 +85,6 @@ class Setup:
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
         self.failed.append(reason)
-
-    def worker_gone(self) -> None:
-        pass
 
     def until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + 30
@@ -134,7 +133,7 @@ def test_a_generation_is_ready_when_each_of_its_workers_is(new_setup: NewSetup) 
 def test_a_retired_worker_is_told_when_its_replacement_is_ready(new_setup: NewSetup) -> None:
     setup = new_setup(3, 2).open()
     before = setup.pids()
-    assert setup.pool.retirement.retire(0, "a call hangs", replace_first=True)
+    assert setup.retirement.retire(0, "a call hangs", replace_first=True)
     assert setup.shared.slots[0].command == 0
     assert setup.pids()[2] != 0
     setup.until(lambda: setup.pool.workers[0].told or not setup.pool.workers[0].pid)
@@ -144,7 +143,7 @@ def test_a_retired_worker_is_told_when_its_replacement_is_ready(new_setup: NewSe
     assert setup.shared.slots[0].command == 0  # for the next worker
     assert setup.shared.header.deaths == 0
     # The slot is free again, and gets the replacement of the next worker that is retired.
-    assert setup.pool.retirement.retire(1, "another", replace_first=True)
+    assert setup.retirement.retire(1, "another", replace_first=True)
     setup.until(lambda: setup.pids()[1] == 0)
     assert all(setup.pids()[slot] for slot in (0, 2))
 
@@ -155,7 +154,7 @@ def test_without_room_for_two_the_replacement_starts_when_the_worker_has_ended(
 ) -> None:
     setup = new_setup(slots, 2).open()
     before = setup.pids()
-    assert setup.pool.retirement.retire(1, "memory", replace_first=replace_first)
+    assert setup.retirement.retire(1, "memory", replace_first=replace_first)
     assert setup.shared.slots[1].command == COMMAND_RETIRE
     assert [bool(pid) for pid in setup.pids()[:2]] == [True, True]
     setup.until(lambda: setup.pids()[1] not in (0, before[1]) and setup.pool.workers[1].ready)
@@ -165,11 +164,11 @@ def test_without_room_for_two_the_replacement_starts_when_the_worker_has_ended(
 def test_a_worker_is_retired_once_and_only_when_it_serves(new_setup: NewSetup) -> None:
     setup = new_setup(3, 2)
     setup.pool.spawn(setup.generation)
-    assert not setup.pool.retirement.retire(0, "it boots", replace_first=True)
+    assert not setup.retirement.retire(0, "it boots", replace_first=True)
     setup.until(lambda: setup.generation.in_service)
-    assert not setup.pool.retirement.retire(2, "there is no worker", replace_first=True)
-    assert setup.pool.retirement.retire(0, "once", replace_first=True)
-    assert not setup.pool.retirement.retire(0, "twice", replace_first=True)
+    assert not setup.retirement.retire(2, "there is no worker", replace_first=True)
+    assert setup.retirement.retire(0, "once", replace_first=True)
+    assert not setup.retirement.retire(0, "twice", replace_first=True)
 
 
 def test_a_retired_worker_that_does_not_exit_is_killed(
@@ -178,7 +177,7 @@ def test_a_retired_worker_that_does_not_exit_is_killed(
     monkeypatch.setattr("cpanbridge.supervisor.processes.worker_process.KILL_MARGIN", 0.1)
     setup = new_setup(2, 1, deaf, graceful_timeout=0.1).open()
     before = setup.pids()[0]
-    assert setup.pool.retirement.retire(0, "it hangs", replace_first=False)
+    assert setup.retirement.retire(0, "it hangs", replace_first=False)
     setup.until(lambda: setup.pids()[0] not in (0, before))
     assert setup.shared.header.deaths == 0
 
@@ -187,7 +186,7 @@ def test_a_retired_worker_that_dies_before_it_is_told_gets_no_second_replacement
     new_setup: NewSetup,
 ) -> None:
     setup = new_setup(3, 2).open()
-    assert setup.pool.retirement.retire(0, "a call hangs", replace_first=True)
+    assert setup.retirement.retire(0, "a call hangs", replace_first=True)
     os.kill(setup.pids()[0], signal.SIGKILL)
     setup.until(lambda: setup.pids()[0] == 0)
     setup.until(lambda: setup.pool.workers[2].ready)
@@ -198,7 +197,7 @@ def test_a_retired_worker_that_dies_before_it_is_told_gets_no_second_replacement
 def test_a_replacement_that_dies_while_it_boots_is_tried_again(new_setup: NewSetup) -> None:
     setup = new_setup(3, 2).open()
     old = setup.pids()[0]
-    assert setup.pool.retirement.retire(0, "a call hangs", replace_first=True)
+    assert setup.retirement.retire(0, "a call hangs", replace_first=True)
     with contextlib.suppress(ProcessLookupError):
         os.kill(setup.pids()[2], signal.SIGKILL)
     setup.until(lambda: setup.pids()[0] != old)
@@ -211,7 +210,7 @@ def test_a_worker_of_a_new_generation_that_dies_fails_the_generation(new_setup: 
     os.kill(setup.pids()[0], signal.SIGKILL)
     setup.until(lambda: setup.failed)
     assert setup.failed == ["worker 0 died at boot: killed by signal 9 (SIGKILL)"]
-    setup.pool.abandon(setup.generation)
+    setup.pool.end(setup.generation)
     setup.until(setup.pool.is_gone)
     assert setup.shared.header.deaths == 0
 
@@ -226,4 +225,17 @@ def test_a_worker_more_is_refused_while_no_slot_is_free(new_setup: NewSetup) -> 
     setup.pool.workers[3].free()
     assert setup.pool.add(setup.generation)
     assert setup.pids()[3]
-    exiting.close()
+    os.close(exiting.opening)
+
+
+def test_a_generation_that_found_too_few_free_slots_gets_those_that_become_free(
+    new_setup: NewSetup,
+) -> None:
+    setup = new_setup(3, 2).open()
+    coming = Generation(2, setup.generation.settings, [], setup.generation.log)
+    setup.pool.spawn(coming)
+    assert all(setup.pids())
+    assert len(setup.pool.of(coming)) == 1
+    assert setup.pool.remove(setup.generation)
+    setup.until(lambda: coming.in_service)
+    assert len(setup.pool.of(coming)) == 2

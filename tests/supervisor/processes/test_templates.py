@@ -146,10 +146,7 @@ class Setup:
 
     def generation_failed(self, generation: Generation, reason: str) -> None:
         self.failed.append(reason)
-        self.pool.abandon(generation)
-
-    def worker_gone(self) -> None:
-        pass
+        self.pool.end(generation)
 
     def wait_for_children(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -220,7 +217,7 @@ def test_workers_are_forked_by_the_template_and_are_the_masters_children(
 def test_a_template_that_hangs_fails_its_generation(
     new_setup: NewSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpanbridge.supervisor.processes.templates.BOOT_SECONDS", 0.2)
+    monkeypatch.setattr("cpanbridge.supervisor.processes.spawner.BOOT_SECONDS", 0.2)
     setup = new_setup(hanging)
     setup.pool.spawn(setup.generation)
     setup.until(lambda: setup.failed)
@@ -247,7 +244,7 @@ def test_an_import_that_fails_in_the_template_fails_its_generation(new_setup: Ne
 def test_a_generation_that_is_given_up_ends_its_template(new_setup: NewSetup) -> None:
     setup = new_setup(hanging)
     setup.pool.spawn(setup.generation)
-    setup.pool.abandon(setup.generation)
+    setup.pool.end(setup.generation)
     setup.until(setup.pool.is_gone)
     assert setup.failed == []
 
@@ -314,8 +311,8 @@ def test_while_another_master_takes_over_no_worker_boots(new_setup: NewSetup) ->
     os.kill(setup.pids()[0], signal.SIGKILL)
     worker = setup.pool.workers[0]
     setup.until(lambda: worker.fork_requested)
-    setup.pool.stand_still()
+    setup.pool.standing_still = True
     setup.until(lambda: not worker.fork_requested)
     assert worker.pid == 0
-    setup.pool.go_on()
+    setup.pool.standing_still = False
     setup.until(lambda: worker.ready)

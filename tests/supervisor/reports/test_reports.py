@@ -18,7 +18,6 @@ from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
 from cpanbridge.supervisor.reports import reports, totals
 from cpanbridge.supervisor.reports.reports import RECENT
 from cpanbridge.supervisor.system.log_text import format_duration
-from cpanbridge.workers.requests.security_log import SecurityEvent
 from cpanbridge.workers.requests.stats import StatisticsWriter
 
 SECOND = 10**9
@@ -90,7 +89,7 @@ class Works:
         self.shared.header.sampled_at = time.monotonic_ns()
 
     def worked(self) -> "Works":
-        """100 calls of three functions, three of which failed; one more runs, one client is idle."""
+        """100 calls of three functions, of which three failed; one more runs; one client idles."""
         for call in range(90):
             self.serve(call % 2, "stats.mean", 10)
         for call in range(9):
@@ -102,9 +101,9 @@ class Works:
         self.tables[1].is_doing(resting, IDLE)
         statistics = self.statistics[1]
         statistics.refused()
-        statistics.event(SecurityEvent("module_not_allowed", "no module os", 4711, 1000))
+        statistics.event("module_not_allowed", "no module os", 4711, 1000)
         statistics.refused()
-        statistics.event(SecurityEvent("invalid_request", "not JSON", 4711, 1000))
+        statistics.event("invalid_request", "not JSON", 4711, 1000)
         statistics.refused()
         statistics.rejected()
         statistics.overloaded("rate")
@@ -539,10 +538,8 @@ def test_the_error_of_a_function_that_has_just_been_named_is_reported(
 
 
 def test_recent_events_have_kind_message_and_process(works: Works) -> None:
-    works.statistics[0].event(
-        SecurityEvent("permission_denied", "system.shutdown\nis not", 17, 1001)
-    )
-    works.statistics[1].event(SecurityEvent("invalid_request", "", -1, -1))
+    works.statistics[0].event("permission_denied", "system.shutdown\nis not", 17, 1001)
+    works.statistics[1].event("invalid_request", "", -1, -1)
     (last, first) = reports.recent_events(works.shared)
     assert (last["event"], last["message"], last["pid"]) == ("invalid_request", "", -1)
     assert (first["event"], first["message"]) == ("permission_denied", "system.shutdown\nis not")
@@ -629,6 +626,7 @@ def test_counts_that_are_read_while_they_change_are_never_below_zero(works: Work
 
     class Fake:
         used_slots = (Changing(), shared.slots[1])
+        admitted_in_window = shared.admitted_in_window
 
     for _ in range(3):
         counts = totals.count(Fake())  # type: ignore[arg-type]

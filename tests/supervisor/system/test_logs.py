@@ -21,13 +21,12 @@ from cpanbridge.supervisor.system.logs import (
     JsonFormatter,
     LineFormatter,
     LogError,
-    MessageFormatter,
 )
 
 # What a terminal or a reader of lines would not take for text.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 NASTY = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) + "\u2028\u2029"
-FORMATTERS = [LineFormatter, JsonFormatter, MessageFormatter]
+FORMATTERS = [LineFormatter, JsonFormatter, logging.Formatter]
 
 
 class Log:
@@ -283,7 +282,7 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_a_reader_that_has_stopped_blocks_no_writer(new_log: NewLog, size: int) -> None:
-    log = new_log(MessageFormatter())
+    log = new_log(logging.Formatter())
 
     def write() -> None:
         for _ in range(10_000):

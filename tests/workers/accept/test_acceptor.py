@@ -1,4 +1,4 @@
-"""The leading thread finds every client, and wakes other workers for those that it cannot accept."""
+"""The leading thread finds every client, and wakes others for those that it cannot accept."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from plain_client import until
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.workers.accept import listen_queue
 from cpanbridge.workers.accept.acceptor import MOST_IN_A_ROW, Acceptor
-from cpanbridge.workers.accept.listen_queue import ListenQueue
+from cpanbridge.workers.accept.listen_queue import TIMES_IN_A_ROW, ListenQueue
 from cpanbridge.workers.accept.ready_clients import ReadyClients
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
@@ -60,6 +62,7 @@ class Worker:
             waiting=False,
             settle=lambda most: None,
             on_their_way=0,
+            claimed=0,
         )
 
     def lead(self) -> None:
@@ -204,20 +207,24 @@ def test_a_client_for_whom_only_another_worker_was_woken_is_found(
     assert (worker.arrivals == [None]) is is_shut
 
 
+@pytest.mark.parametrize("why", ["no room", "held back"])
 def test_a_worker_that_was_woken_and_whose_threads_all_serve_wakes_the_others(
-    new_worker: NewWorker, listener: socket.socket
+    new_worker: NewWorker, listener: socket.socket, why: str
 ) -> None:
-    worker = new_worker()
+    worker = new_worker([listener], max_connections=1)
     client, theirs = kept_client(worker)
     with theirs, contextlib.ExitStack() as stack:
         wait = worker.queue.wait
 
-        def both_come(*, exclusive: bool) -> Any:
+        def both_come(*, exclusive: bool) -> bool:
             stack.enter_context(connect(listener))
+            if why == "no room":
+                assert worker.gate.open_any()
+            else:
+                worker.outgoing.on_their_way = 2
+            woken = wait(exclusive=exclusive)
             theirs.send(b"x")
-            ready = wait(exclusive=exclusive)
-            worker.acceptor._accept = lambda: None  # type: ignore  # no room for it
-            return ready
+            return woken
 
         worker.queue.wait = both_come  # type: ignore[method-assign]
         assert worker.next_of_kind() == "kept"
@@ -227,6 +234,70 @@ def test_a_worker_that_was_woken_and_whose_threads_all_serve_wakes_the_others(
         worker.acceptor.no_thread_left()
         assert not worker.other_was_woken()  # once for each time that it was woken
     client.close()
+
+
+def test_a_worker_that_is_asked_to_check_tries_to_accept_before_it_sleeps(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    """Asked while it waits at the gate; then there is room, and nothing wakes it again."""
+    worker = new_worker([listener], max_connections=1)
+    worker.queue._exclusive = select.epoll()  # the kernel wakes another worker
+    worker.queue._exclusive.register(worker.ready.epoll, select.EPOLLIN)
+    assert worker.gate.open_any()
+    find = worker.ready.next
+
+    def room_comes(*_: object) -> Any:
+        found = find()
+        if worker.shared.connections():
+            worker.gate.closed()
+        return found
+
+    worker.ready.next = room_comes  # type: ignore[method-assign]
+    worker.lead()
+    until(lambda: worker.shared.counters.waiting.value == 1)
+    with connect(listener):
+        worker.acceptor.check_listen_queue()
+        until(lambda: worker.arrivals)
+
+
+def test_a_lone_client_is_left_to_the_worker_that_is_awake(
+    new_worker: NewWorker, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listen_queue, "AWAY_SECONDS", 0.05)
+    worker = new_worker()
+    header, other = worker.shared.header, worker.shared.slots[1]
+    other.serves = 1
+
+    def seconds_to_accept() -> float:
+        header.awake_acceptor = 2
+        with connect(listener):
+            began = time.monotonic()
+            assert worker.next_of_kind() == "accepted"
+        return time.monotonic() - began
+
+    worker.queue._times_not_needed = TIMES_IN_A_ROW
+    worker.acceptor._accepts_first = False
+    worker.queue.accept = none_at_first(worker.queue.accept)  # type: ignore[method-assign]
+    assert seconds_to_accept() >= 0.05
+    worker.queue.accept = none_at_first(worker.queue.accept)  # type: ignore[method-assign]
+    assert seconds_to_accept() < 0.05  # no second one, before that worker has accepted the first
+    other.accepted += 1
+    other.admitted += 1
+    worker.queue.accept = none_at_first(worker.queue.accept)  # type: ignore[method-assign]
+    assert seconds_to_accept() < 0.05  # it runs a call
+
+
+def none_at_first(accept: Callable[[], int | None]) -> Callable[[], int | None]:
+    """As for a client that connects just after the first try, when the worker begins to wait."""
+    tries = iter([None])
+
+    def later() -> int | None:
+        try:
+            return next(tries)
+        except StopIteration:
+            return accept()
+
+    return later
 
 
 def test_a_client_that_cannot_be_accepted_for_want_of_descriptors_is_left_to_others(
@@ -304,7 +375,12 @@ def test_a_client_is_found_although_others_are_on_their_way_to_their_owners(
     worker.ready.wait = lambda seconds=None: (held.append(seconds), wait(seconds))[1]  # type: ignore
     with connect(listener), connect(listener):
         assert [worker.next_of_kind() for _ in range(2)] == ["accepted"] * 2
-    assert len(held) == 2  # each time after a moment that the owner has to accept it
+    assert len(held) == 1  # once, for the owner to accept it: it does not claim any
+    worker.outgoing.claimed += 1
+    with connect(listener):
+        assert worker.next_of_kind() == "accepted"
+    assert len(held) == 2
+    worker.outgoing.claimed += 1
     worker.outgoing.on_their_way = 1
     with connect(listener):
         assert worker.next_of_kind() == "accepted"
@@ -318,8 +394,10 @@ class Rejecter:
     """Keeps what it is given."""
 
     def __init__(self) -> None:
-        self.has_place = True
         self.taken: list[tuple[Any, Obstacle]] = []
+
+    def can_take(self) -> bool:
+        return True
 
     def take(self, client: Any, obstacle: Obstacle) -> None:
         self.taken.append((client, obstacle))

@@ -42,6 +42,7 @@ class Exit:
         if data:
             ours.sendall(data)
         self.ends.append(ours)
+        self.rejecter.can_take()  # which starts its thread
         self.rejecter.take(theirs, obstacle)
         return ours
 
@@ -187,16 +188,16 @@ def test_who_is_reset_or_gone_before_it_is_answered_harms_nobody(way_out: Exit) 
 def test_there_are_places_for_so_many_and_each_comes_free_again(way_out: Exit) -> None:
     rejecter = way_out.rejecter
     clients = []
-    while rejecter.has_place:
+    while rejecter.can_take():
         clients.append(way_out.client())
     assert len(clients) == PLACES
     for number, client in enumerate(clients):
         client.sendall(one_shot(f"r-{number}"))
     for number, client in enumerate(clients):
         assert decoded(read_to_end(client))["request_id"] == f"r-{number}"
-    assert not rejecter.has_place  # they have not ended yet
+    assert not rejecter.can_take()  # they have not ended yet
     clients[0].close()
-    until(lambda: rejecter.has_place)
+    until(rejecter.can_take)
     for client in clients:
         client.close()
     until(lambda: way_out.inside == 0)
@@ -242,3 +243,16 @@ def test_but_not_for_longer_than_it_has(way_out: Exit, seconds: float) -> None:
     waiting.join(60)
     assert not waiting.is_alive()
     assert way_out.inside == 1
+
+
+def test_without_a_thread_none_is_taken_until_one_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    rejecter = Rejecter(lambda obstacle, request_id: b"{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert not rejecter.can_take()
+    assert rejecter.can_take()

@@ -91,55 +91,18 @@ def test_one_that_a_thread_serves_is_reported_once_only(
     assert polled(keep_alive) == [pair.client]
 
 
-def test_one_that_is_watched_becomes_idle_without_a_system_call(
-    keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep_alive.add(pair.client)
-    pair.send()
-    assert polled(keep_alive) == [pair.client]
-    assert polled(keep_alive) == []  # it is taken out of the epoll
-    keep_alive.add(pair.client)  # and watched again
-    monkeypatch.setattr(syscalls, "watch", None)
-    for _ in range(2):
-        assert polled(keep_alive) == [pair.client]
-        keep_alive.add(pair.client)
-
-
-def test_one_that_becomes_idle_while_it_is_taken_out_of_the_epoll_is_not_forgotten(
-    keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unwatch = syscalls.unwatch
-    for comes_first in (True, False):
-
-        def becomes_idle(epoll: int, descriptor: int, *, comes_first: bool = comes_first) -> None:
-            if not comes_first:
-                keep_alive.add(pair.client)
-            unwatch(epoll, descriptor)
-            if comes_first:
-                keep_alive.add(pair.client)
-
-        keep_alive.add(pair.client)
-        pair.send()
-        assert polled(keep_alive) == [pair.client]
-        monkeypatch.setattr(syscalls, "unwatch", becomes_idle)
-        assert polled(keep_alive) == []
-        monkeypatch.setattr(syscalls, "unwatch", unwatch)
-        assert polled(keep_alive) == [pair.client]
-        pair.read()
-
-
 def test_without_memory_the_caller_still_owns_it(
     keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_epoll: int, _descriptor: int) -> None:
+    def fail(_epoll: int, _descriptor: int, *, again: bool) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    watch = syscalls.watch
-    monkeypatch.setattr(syscalls, "watch", fail)
+    watch = syscalls.watch_once
+    monkeypatch.setattr(syscalls, "watch_once", fail)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         keep_alive.add(pair.client)
     assert keep_alive.pop_any() is None
-    monkeypatch.setattr(syscalls, "watch", watch)
+    monkeypatch.setattr(syscalls, "watch_once", watch)
     keep_alive.add(pair.client)
     pair.send()
     assert polled(keep_alive) == [pair.client]
@@ -148,36 +111,13 @@ def test_without_memory_the_caller_still_owns_it(
 def test_one_that_another_thread_takes_while_it_becomes_idle_is_owned_by_that(
     keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def taken_before(_epoll: int, _descriptor: int) -> None:
+    def taken_before(_epoll: int, _descriptor: int, *, again: bool) -> None:
         assert keep_alive.pop_any() is pair.client
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
-    monkeypatch.setattr(syscalls, "watch", taken_before)
+    monkeypatch.setattr(syscalls, "watch_once", taken_before)
     keep_alive.add(pair.client)
     assert keep_alive.pop_any() is None
-
-
-def test_one_that_cannot_be_watched_again_is_ready(
-    keep_alive: KeepAlive, pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep_alive.add(pair.client)
-    pair.send()
-    assert polled(keep_alive) == [pair.client]
-
-    def fail(_epoll: int, _descriptor: int) -> None:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    unwatch = syscalls.unwatch
-
-    def becomes_idle(epoll: int, descriptor: int) -> None:
-        keep_alive._idle[descriptor] = pair.client
-        unwatch(epoll, descriptor)
-
-    monkeypatch.setattr(syscalls, "unwatch", becomes_idle)
-    monkeypatch.setattr(syscalls, "watch", fail)
-    assert polled(keep_alive) == [pair.client]
-    with pytest.raises(OSError, match="Cannot allocate memory"):
-        keep_alive.add(pair.client)  # it is known not to be watched
 
 
 def test_one_that_is_forgotten_is_not_reported_though_another_process_has_it(
@@ -199,7 +139,7 @@ def test_its_descriptor_may_be_reused(keep_alive: KeepAlive, pair: Pair) -> None
     keep_alive.add(pair.client)
     pair.send()
     assert polled(keep_alive) == [pair.client]
-    assert polled(keep_alive) == []  # it is taken out of the epoll
+    assert polled(keep_alive) == []
     number = pair.client.descriptor
     keep_alive.forget(pair.client)
     pair.client.close()

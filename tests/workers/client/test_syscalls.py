@@ -114,7 +114,7 @@ def test_no_descriptor_is_an_error_with_its_number() -> None:
         lambda: syscalls.accept(-1),
         lambda: syscalls.close(-1),
         lambda: syscalls.unread(-1),
-        lambda: syscalls.watch(-1, 0),
+        lambda: syscalls.watch_once(-1, 0, again=False),
         lambda: syscalls.unwatch(-1, 0),
     )
     for attempt in attempts:
@@ -132,18 +132,21 @@ def test_a_ready_set_has_the_watched_descriptors_that_are_readable() -> None:
         epoll = stack.enter_context(select.epoll())
         ready = syscalls.ReadySet(epoll, most=3)
         for ours, _ in pairs:
-            syscalls.watch(epoll.fileno(), ours.fileno())
+            syscalls.watch_once(epoll.fileno(), ours.fileno(), again=False)
         assert ready.poll() == []
         for _, theirs in pairs:
             theirs.send(b"x")
         first, second = ready.poll(), ready.poll()
-        assert (len(first), len(second)) == (3, 3)
+        assert (len(first), len(second)) == (3, 2)
         assert set(first) | set(second) == {ours.fileno() for ours, _ in pairs}
+        assert ready.poll() == []
+        for ours, _ in pairs:
+            syscalls.watch_once(epoll.fileno(), ours.fileno(), again=True)
         for ours, _ in pairs[1:]:
             syscalls.unwatch(epoll.fileno(), ours.fileno())
         assert ready.poll() == [pairs[0][0].fileno()]
         with pytest.raises(FileExistsError):
-            syscalls.watch(epoll.fileno(), pairs[0][0].fileno())
+            syscalls.watch_once(epoll.fileno(), pairs[0][0].fileno(), again=False)
         with pytest.raises(FileNotFoundError):
             syscalls.unwatch(epoll.fileno(), pairs[1][0].fileno())
 

@@ -1,5 +1,6 @@
 """A client on its way to another worker is always one side's, whichever process is killed when."""
 
+import errno
 import math
 import os
 import select
@@ -20,7 +21,7 @@ from cpanbridge.supervisor.memory.handoff_claims import CLAIMS
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.transfer import MovingClient, ReturnReason, Transfer
-from cpanbridge.workers.handoff import outgoing
+from cpanbridge.workers.handoff import incoming, outgoing
 from cpanbridge.workers.handoff.incoming import Incoming
 from cpanbridge.workers.handoff.message import MOST_INLINE
 from cpanbridge.workers.handoff.outgoing import Outgoing
@@ -309,3 +310,19 @@ def test_the_main_thread_is_told_of_one_that_waits_though_it_has_just_looked(
     assert os.eventfd_read(workers.wakeups[SENDER].main) == 1
     assert outgoing.count == 1
     assert outgoing.look_after() < math.inf
+
+
+def test_a_large_client_that_cannot_be_read_for_want_of_descriptors_is_returned(
+    workers: TwoWorkers, remote: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(descriptor: int) -> bytes:
+        os.close(descriptor)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    client = remote.transfer(workers.shared, data=bytes(MOST_INLINE + 1))
+    workers.outgoing.put(client)
+    monkeypatch.setattr(incoming, "from_memory", exhausted)
+    with pytest.raises(OSError, match="Too many open files"):
+        workers.incoming.next()
+    workers.outgoing.settle()
+    assert workers.outgoing.next_returned() is client

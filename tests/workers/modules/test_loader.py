@@ -41,19 +41,19 @@ def shutdown(): pass
 
 def test_star_exposes_the_public_functions_that_a_module_defines(tmp_path: Path) -> None:
     registry = expose(tmp_path, helper=HELPER)
-    assert registry.functions_of("helper") == ["a_lambda", "cached", "plain", "wrapped"]
+    assert registry.exposed["helper"].functions.keys() == {"a_lambda", "cached", "plain", "wrapped"}
 
 
 def test_star_leaves_out_what_no_request_may_name(tmp_path: Path) -> None:
     text = f"def {'f' * 100}(): pass\ndef {'g' * 101}(): pass\n"
-    assert expose(tmp_path, helper=text).functions_of("helper") == ["f" * 100]
+    assert expose(tmp_path, helper=text).exposed["helper"].functions.keys() == {"f" * 100}
 
 
 def test_all_adds_what_a_module_imported_but_no_underscore(tmp_path: Path) -> None:
     text = HELPER + '__all__ = ["join", "exported", "_private", "OrderedDict", "no_such"]\n'
-    names = expose(tmp_path, helper=text).functions_of("helper")
-    assert {"join", "exported", "plain"} <= set(names)
-    assert not {"_private", "OrderedDict", "no_such"} & set(names)
+    names = expose(tmp_path, helper=text).exposed["helper"].functions
+    assert {"join", "exported", "plain"} <= names.keys()
+    assert not {"_private", "OrderedDict", "no_such"} & names.keys()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_module_that_is_not_exposed_is_not_allowed(tmp_path: Path) -> None:
 
 
 def test_star_works_for_modules_written_in_c(tmp_path: Path) -> None:
-    assert "sqrt" in expose_module(tmp_path, "math", '"*"').functions_of("m")
+    assert "sqrt" in expose_module(tmp_path, "math", '"*"').exposed["m"].functions
 
 
 # -- named functions --
@@ -87,9 +87,11 @@ def test_star_works_for_modules_written_in_c(tmp_path: Path) -> None:
 
 def test_a_class_or_an_imported_function_can_be_named_outright(tmp_path: Path) -> None:
     registry = expose_module(tmp_path, "decimal", '["Decimal"]')
-    assert registry.functions_of("m") == ["Decimal"]
+    assert registry.exposed["m"].functions.keys() == {"Decimal"}
     assert str(call(registry, "m", "Decimal", ["1.5"])) == "1.5"
-    assert expose(tmp_path, '["join"]', helper=HELPER).functions_of("helper") == ["join"]
+    assert expose(tmp_path, '["join"]', helper=HELPER).exposed["helper"].functions.keys() == {
+        "join"
+    }
 
 
 def test_a_named_function_that_is_missing_is_an_error_with_a_hint(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_a_broken_module_is_one_line_with_its_file_and_line(
 
 def test_a_file_whose_import_is_missing_is_left_out(tmp_path: Path) -> None:
     registry = expose(tmp_path, lacks="import no_such_module\n", fine="def f():\n    return 1\n")
-    assert registry.names == ["fine"]
+    assert list(registry.exposed) == ["fine"]
     why = "ModuleNotFoundError: No module named 'no_such_module'"
     assert registry.left_out == {
         "lacks": f"{tmp_path}/lacks.py failed: {why} ({tmp_path}/lacks.py:1)"
@@ -167,13 +169,13 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["with-dash", "1st", "n" * 51, "\u00e4"])
 def test_a_file_that_no_client_could_name_is_left_out(tmp_path: Path, name: str) -> None:
     registry = expose(tmp_path, **{name: "", "good": "def one(): return 1"})
-    assert registry.names == ["good"]
+    assert list(registry.exposed) == ["good"]
     assert "clients cannot name a module" in registry.left_out[name]
 
 
 def test_files_with_a_leading_underscore_are_not_exposed(tmp_path: Path) -> None:
     registry = expose(tmp_path, _inner="value = 5", __init__="", helper="import _inner\n")
-    assert registry.names == ["helper"]
+    assert list(registry.exposed) == ["helper"]
 
 
 def test_the_built_in_modules_cannot_be_replaced(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_file_with_the_name_of_a_built_in_module_is_left_out(tmp_path: Path) -
     config = f'[[module_dirs]]\npath = "{tmp_path}"\n'
     registry = load_all(settings(tmp_path, config), ["system"])
     assert "taken by a built-in module" in registry.left_out["system"]
-    assert registry.names == ["system"]
+    assert list(registry.exposed) == ["system"]
 
 
 def test_two_folders_with_a_module_of_one_name_are_an_error(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_table_beats_the_folders_file_of_its_name(tmp_path: Path) -> None:
         f'[[module_dirs]]\npath = "{tmp_path}"\n'
     )
     registry = load_all(settings(tmp_path, config))
-    assert registry.functions_of("stats") == ["mean"]
+    assert registry.exposed["stats"].functions.keys() == {"mean"}
     assert call(registry, "stats", "mean", [[1, 3]]) == 2
 
 
@@ -248,5 +250,5 @@ def test_what_is_no_file_in_a_folder_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "nowhere.py").symlink_to(tmp_path / "gone")
     registry = expose(tmp_path, good="def one():\n    return 1\n")
-    assert registry.names == ["good"]
+    assert list(registry.exposed) == ["good"]
     assert registry.left_out == {}

@@ -128,7 +128,7 @@ def test_whatever_a_function_raises_is_its_outcome(
     called: Registry, function: str, error: type[BaseException]
 ) -> None:
     request = Request("m", function)
-    assert isinstance(call_target(called.find(request), request, CLIENT).error, error)
+    assert isinstance(call_target(called.find(request), request, CLIENT)[1], error)
 
 
 def test_misfits_and_errors_of_functions_in_c_are_told_apart_too(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_built_in_functions_receive_the_request_itself() -> None:
     function = lambda request, client: (request, client)  # noqa: E731
     registry = Registry({"b": Exposed({"f": function}, None, takes_request=True)})
     request = Request("b", "f", [json.loads("5")])
-    assert call_target(registry.find(request), request, CLIENT).result == (request, CLIENT)
+    assert call_target(registry.find(request), request, CLIENT) == ((request, CLIENT), None)
 
 
 # -- quick or slow --

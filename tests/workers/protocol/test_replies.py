@@ -32,7 +32,7 @@ def test_what_has_no_json_form_is_an_unencodable_result(kind: str) -> None:
     assert caught.value.kind == "UnencodableResult"
     assert caught.value.message.startswith("Result of m.f cannot be encoded as JSON: ")
     assert caught.value.request_id == "r"
-    json.loads(replies.encode_failure(caught.value.message, caught.value.kind, "r"))
+    json.loads(replies.encode_failure(caught.value))
 
 
 @given(VALUES)
@@ -51,7 +51,7 @@ def test_integers_are_exact_where_64_bits_and_floats_end(number: int) -> None:
 
 
 def test_a_failure_shows_lone_surrogates_escaped() -> None:
-    failure = replies.encode_failure("a \udc80 b", "ValueError", None, traceback="t \udfff")
+    failure = replies.encode_failure(Refusal("ValueError", "a \udc80 b"), "t \udfff")
     reply = json.loads(failure)
     assert reply["error"] == "a \\udc80 b"
     assert reply["traceback"] == "t \\udfff"

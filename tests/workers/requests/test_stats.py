@@ -13,7 +13,6 @@ from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.memory import histogram
 from cpanbridge.supervisor.memory.fields import EVENT_KINDS, RATE, REASONS, Slot
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.workers.requests.security_log import SecurityEvent
 from cpanbridge.workers.requests.stats import StatisticsWriter
 
 MS = 1_000_000
@@ -48,7 +47,7 @@ def test_an_error_is_recorded_with_its_function_and_its_duration(shared: Shared)
 
 @pytest.mark.parametrize("kind", EVENT_KINDS)
 def test_a_security_event_is_counted_by_its_kind_and_recorded(shared: Shared, kind: str) -> None:
-    StatisticsWriter(shared, 0).event(SecurityEvent(kind, "what it was", 4711, 1000))
+    StatisticsWriter(shared, 0).event(kind, "what it was", 4711, 1000)
     assert list(shared.slots[0].security_events) == [each == kind for each in EVENT_KINDS]
     (event,) = shared.statistics[0].events.read()
     assert (event.first, event.second, event.text) == (4711, 1000, f"{kind}\nwhat it was")
@@ -112,7 +111,7 @@ def count_of(value: Any) -> int:
         (StatisticsWriter.rejected, "rejected"),
         (lambda statistics: statistics.overloaded(RATE), "overloaded"),
         (
-            lambda statistics: statistics.event(SecurityEvent("invalid_request", "x", 1, 1)),
+            lambda statistics: statistics.event("invalid_request", "x", 1, 1),
             "security_events",
         ),
         (lambda statistics: statistics.ran(1, False, 1, 1), "busy_ns"),

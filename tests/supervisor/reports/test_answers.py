@@ -11,7 +11,7 @@ from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.memory import function_stats, histogram
 from cpanbridge.supervisor.memory.histogram import SLICE_NS, SLICES
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.reports import numbers
+from cpanbridge.supervisor.reports import answers
 
 # In times of counting to a million, which takes Python about 10 ms. The numbers take three.
 MOST_TIME = 6.0
@@ -51,7 +51,7 @@ def test_the_numbers_of_a_full_memory_are_collected_quickly(
 
     def spent() -> float:
         began = time.thread_time()
-        report = numbers.numbers({}, settings, shared)
+        report = answers.numbers({}, settings, shared)
         msgspec.json.encode(report)
         took = time.thread_time() - began
         assert len(report["functions"]) == function_stats.FUNCTIONS
