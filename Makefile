@@ -23,16 +23,14 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test $(TYPING)
 	$(BIN)/mypy -p cpanbridge.supervisor -p cpanbridge.workers
-	$(BIN)/mypy tests
-	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml .
-	cd examples/modules && ../../$(BIN)/mypy --config-file ../../pyproject.toml .
+	MYPYPATH=bench:examples/modules $(BIN)/mypy tests bench examples/modules
 
 # Compiled once for the hundreds of daemons that the tests start, and for all of pytest's processes,
 # also where PYTHONDONTWRITEBYTECODE is set.
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m compileall -q supervisor workers
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --collect-only -q >/dev/null || true
-	$(BIN)/pytest -n 8 --dist worksteal
+	$(BIN)/pytest -n 6 --dist worksteal
 
 perl-test: $(VENV)/.installed
 	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l -j 4 t

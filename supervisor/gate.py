@@ -137,8 +137,8 @@ class Gate:
             return Obstacle(RATE, WAITS_FOR_RATE, free_at)
         return None
 
-    def open(self) -> Literal[True]:
-        """Take room for one client, which is to be accepted; `closed` must follow."""
+    def take_connection(self) -> Literal[True]:
+        """Take room for one client, which is to be accepted; `release_connection` must follow."""
         header, slot = self._header, self._slot
         connections = self._connections.value = self._connections.value + 1
         slot.opened += 1
@@ -148,7 +148,7 @@ class Gate:
         return True
 
     def admit(self) -> Literal[True]:
-        """Charge a request that is complete and about to run; `finished` must follow."""
+        """Charge a request that is complete and about to run; `release_request` must follow."""
         self._running.value += 1
         self._slot.admitted += 1
         self._shared.window.record(time.monotonic_ns())
@@ -156,21 +156,21 @@ class Gate:
 
     # -- taking and giving back, with the lock --
 
-    def open_any(self) -> bool:
-        """As `open`, whatever room there is for requests; False when there is none."""
+    def take_any_connection(self) -> bool:
+        """As `take_connection`, whatever room there is for requests; False when there is none."""
         with self._lock:
             if self._header.recount:
                 self._shared.recount()
-            return self._connections.value < self._header.max_connections and self.open()
+            return self._connections.value < self._header.max_connections and self.take_connection()
 
-    def take_over(self) -> int:
+    def take_handed_off(self) -> int:
         """Take room for another worker's client; returns its number in this slot.
 
         It is counted here before the other worker gives it up: twice for a moment, and at every
         moment at least once, whichever process is killed.
         """
         with self._lock:
-            self.open()
+            self.take_connection()
             self._slot.taken_over += 1
             return int(self._slot.opened)
 
@@ -182,7 +182,7 @@ class Gate:
         self._slot.accepted += 1
         return int(self._slot.opened)
 
-    def closed(self) -> None:
+    def release_connection(self) -> None:
         """Give back a connection's room, after its socket is closed, or when no client came."""
         with self._lock:
             self._slot.closed += 1
@@ -190,7 +190,7 @@ class Gate:
         if self._waiting.value:
             self._wake_waiting(WAITS_FOR_CONNECTION)
 
-    def finished(self, succeeded: bool) -> None:
+    def release_request(self, succeeded: bool) -> None:
         """Give back a request's room, once its function has returned."""
         with self._lock:
             if succeeded:
@@ -230,7 +230,7 @@ class Gate:
     def attempt(self, take: Callable[[], T], *, connection: bool) -> T | Obstacle:
         """Run `take` under the lock and return what it returns, or what keeps it from being run.
 
-        `take` is one of `open` and `admit`.
+        `take` is one of `take_connection` and `admit`.
         """
         with self._lock:
             obstacle = self.obstacle(connection=connection)

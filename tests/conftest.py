@@ -42,7 +42,7 @@ def halt(pid: int) -> None:
     """Stop a worker once it has nothing to do; it does nothing from then on."""
     until(lambda: is_idle(pid))
     os.kill(pid, signal.SIGSTOP)
-    # One thread receives the signal and stops the others when it gets the processor; until then they go on.
+    # One thread gets the signal and, once it runs, stops the others. Until then they go on.
     until(lambda: _thread_states(pid) == {"T"})
 
 

@@ -46,7 +46,7 @@ class Endings:
             LOGGER.exception("A module has closed a client's socket")
         finally:
             if not client.released:
-                self.gate.closed()
+                self.gate.release_connection()
 
     def not_run(self) -> bytes:
         """The reply to a request that is not run, because the worker exits."""

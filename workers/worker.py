@@ -22,9 +22,8 @@ from cpanbridge.workers.service import Service
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-# After so long a thread that computes gives the interpreter lock to others that ask for it, having
-# waited for something. With Python's own 5 ms a quick call beside slow ones takes many times as
-# long.
+# How long a thread that computes keeps the interpreter lock once another thread asks for it. With
+# Python's own 5 ms a quick call beside slow ones takes many times as long.
 SWITCH_SECONDS = 0.0005
 
 

@@ -7,8 +7,8 @@ the shared memory, the wake-ups, and the lifeline of the workers. Then:
 1. The new master reads the configuration and boots a generation, as in a reload, in slots that the
    old one does not use, and sends `ready`.
 2. The old master stands still from then on, and sends `yours`.
-3. The new master checks that it holds the locks, writes its pid, takes the old workers over, and
-   sends `mine`.
+3. The new master checks that it holds the locks, writes its pid, sends `mine`, and inherits the
+   old workers.
 4. The old master exits, and the new one completes the reload.
 
 Until step 3 the old master serves, and whatever goes wrong with the new one changes nothing. When

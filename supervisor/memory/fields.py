@@ -141,7 +141,7 @@ class Slot(ctypes.Structure):
         # whose time will be over. See processes/watchdog.py.
         ("call_deadline", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: it has none
         ("call_function", ctypes.c_int64),  # that call's: see function_stats.py
-        # Written under the gate's lock, by the worker, and by the master once the worker is dead.
+        # Written by the worker under the gate's lock; by the master, without it, once that is dead.
         ("opened", ctypes.c_int64),  # connections that it has taken room for
         ("closed", ctypes.c_int64),  # connections whose room it has given back
         ("taken_over", ctypes.c_int64),  # of those opened, clients of other workers

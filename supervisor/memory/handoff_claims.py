@@ -1,4 +1,4 @@
-"""Whose a client is that is on its way from one worker to another: a row of claims.
+"""Which worker a client on its way belongs to: a row of claims for each sender.
 
 Each worker has a row in the shared memory. The message that hands a client over names one claim of
 its sender's row, and that word says whose the client is: the sender's still, or the receiver's
@@ -6,8 +6,8 @@ since it has taken it. A claim is a number that goes up with every use, and a st
 that arrives late finds another number, and its client is nobody's.
 
 `take`, `refuse` and `withdraw` are called under the gate's lock: what becomes of a client is
-decided once. A process that is killed between any two stores leaves a claim as it was, or as it
-should be.
+decided once. (Offering it needs none, nor does cancelling a dead sender's.) A process that is
+killed between any two stores leaves a claim as it was, or as it should be.
 """
 
 from collections import deque

@@ -221,8 +221,8 @@ class Shared:
         if self.header.awake_acceptor == 1 + self.slots.index(slot):
             self.header.awake_acceptor = 0
         self.header.recount = 1  # after the stores above, which it makes count
-        slot.pid = 0  # at last: if this master is killed before, the next one clears the slot anew
         self.statistics[self.slots.index(slot)].connection_table.clear()
+        slot.pid = 0  # last: if this master is killed before, the next one clears the slot anew
 
     def recount(self) -> None:
         """Count anew what is taken, after a worker has died. Called under the gate's lock.

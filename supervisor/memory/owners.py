@@ -1,8 +1,9 @@
-"""Which worker has which state: a table in the shared memory, with a row for each session.
+"""Which worker has which state: a table in the shared memory.
 
 A row says that what this client process keeps for this module is in that worker. A worker is named
 by its slot and its incarnation, which changes when it ends: so a row outlives its worker, and a
-reader of the row knows that the state is lost. Only the worker itself removes its rows.
+reader of the row knows that the state is lost. A worker removes its own rows, and those of workers
+that have ended.
 
 The table is open addressed: a row stands at the place that its client hashes to, or at one of the
 next. All rows of a client are found in one go, from there to the first place that was never used.

@@ -30,7 +30,7 @@ def entries_for(limit: int, keeps: int) -> int:
     return keeps + 1 if limit else 2 * RUNS
 
 
-class Counters(Protocol):
+class RingCounts(Protocol):
     """What counts a ring's entries, in the shared memory's header."""
 
     admissions: int
@@ -44,7 +44,7 @@ class Window:
     remembers: as many as the limit, or more after a limit was lowered, in case it is raised again.
     """
 
-    def __init__(self, header: Counters, ring: memoryview, limit: int, keeps: int) -> None:
+    def __init__(self, header: RingCounts, ring: memoryview, limit: int, keeps: int) -> None:
         self.limit = limit
         self._keeps = keeps if limit else RUNS - 1  # admissions, or runs
         self._size = self._keeps + 1

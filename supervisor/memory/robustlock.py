@@ -48,7 +48,10 @@ class SharedLock:
 
     @staticmethod
     def create(address: int) -> None:
-        """Make a lock in memory that nobody uses yet. Raises OSError where there is no such."""
+        """Make a lock in memory that is not used yet.
+
+        Raises OSError where the C library has no robust mutexes.
+        """
         attributes = ctypes.byref((ctypes.c_char * SIZE)())
         mutex = ctypes.byref((ctypes.c_char * SIZE).from_address(address))
         _check(_libc.pthread_mutexattr_init(attributes))
@@ -61,7 +64,7 @@ class SharedLock:
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Take the lock; False when it is not to be had, at once or in `timeout` seconds."""
         error = _trylock(self._mutex)
-        if error == 0 or self._is_a_dead_holders(error):
+        if error == 0 or self._recovered_from_dead_holder(error):
             return True
         return block and self._try_until(timeout)
 
@@ -69,7 +72,7 @@ class SharedLock:
         """Give the lock back. Called by the thread that has taken it."""
         _check(_unlock(self._mutex))
 
-    def _is_a_dead_holders(self, error: int) -> bool:
+    def _recovered_from_dead_holder(self, error: int) -> bool:
         """Whether the lock was taken from a holder that has died, as `error` of trylock says."""
         if error == errno.EBUSY:
             return False
@@ -97,7 +100,7 @@ class SharedLock:
 
     def __enter__(self) -> None:
         error = _trylock(self._mutex)
-        if error != 0 and not self._is_a_dead_holders(error):
+        if error != 0 and not self._recovered_from_dead_holder(error):
             self._try_until(None)
 
     def __exit__(

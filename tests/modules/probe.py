@@ -295,10 +295,9 @@ def start_hoarder(megabytes: int) -> int:
     return start(sys.executable, "-c", text)
 
 
-def burn(seconds: float) -> int:
-    """Keeps a processor busy; returns the worker's pid."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def burn_until(file: str) -> int:
+    """Keeps a processor busy until the file is there; returns the worker's pid."""
+    while not os.path.exists(file):
         pass
     return os.getpid()
 

@@ -53,7 +53,7 @@ class Workers:
 
     def try_to_open(self, gate: Gate) -> bool:
         """Let a client in if there is room now."""
-        return gate.attempt(gate.open, connection=True) is True and gate.accepted() > 0
+        return gate.attempt(gate.take_connection, connection=True) is True and gate.accepted() > 0
 
     def reason(self, *, connection: bool) -> str | None:
         with self.shared.lock:
@@ -65,8 +65,8 @@ class Workers:
 def new_workers() -> Iterator[Callable[..., Workers]]:
     with contextlib.ExitStack() as stack:
 
-        def make(workers: int = 2, **limits: Any) -> Workers:
-            workers = Workers(workers, **limits)
+        def make(count: int = 2, **limits: Any) -> Workers:
+            workers = Workers(count, **limits)
             stack.callback(workers.close)
             return workers
 
@@ -96,7 +96,7 @@ class Waiter(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        take = self.gate.open if self.connection else self.gate.admit
+        take = self.gate.take_connection if self.connection else self.gate.admit
         entered = enter(self.workers, self.gate, take, connection=self.connection)
         self.result = "in" if entered else None
 
@@ -109,7 +109,7 @@ def test_no_more_connections_than_allowed_over_all_workers(new_workers: NewWorke
     results = [workers.try_to_open(workers.gates[n % 3]) for n in range(9)]
     assert results == [True] * 5 + [False] * 4
     assert workers.reason(connection=True) == "connections"
-    workers.gates[2].closed()
+    workers.gates[2].release_connection()
     assert workers.try_to_open(workers.gates[0])
     assert not workers.try_to_open(workers.gates[1])
     assert workers.shared.connections() == 5
@@ -120,12 +120,12 @@ def test_room_for_a_client_that_is_not_accepted_yet_is_taken(new_workers: NewWor
     workers = new_workers(2, max_connections=2)
     first, second = workers.gates
     assert workers.try_to_open(first)
-    assert first.attempt(first.open, connection=True) is True
+    assert first.attempt(first.take_connection, connection=True) is True
     assert workers.reason(connection=True) == "connections"
-    assert not second.open_any()
+    assert not second.take_any_connection()
     waiter = Waiter(workers, second, connection=True)
     until(lambda: registered(workers) == 1)
-    first.closed()  # no client came
+    first.release_connection()  # no client came
     waiter.join(20)
     assert waiter.result == "in"
     assert workers.shared.connections() == 2
@@ -137,7 +137,7 @@ def test_no_more_requests_than_allowed_over_all_workers(new_workers: NewWorkers)
     results = [workers.try_to_admit(workers.gates[n % 3]) for n in range(9)]
     assert results == [True] * 4 + [False] * 5
     assert workers.reason(connection=False) == "concurrency"
-    workers.gates[1].finished(True)
+    workers.gates[1].release_request(True)
     assert workers.try_to_admit(workers.gates[0])
     assert not workers.try_to_admit(workers.gates[2])
 
@@ -146,9 +146,9 @@ def test_nobody_is_accepted_while_requests_have_no_room(new_workers: NewWorkers)
     workers = new_workers(max_concurrent_requests=1, max_requests_per_minute=2)
     assert workers.try_to_admit(workers.gates[0])
     assert workers.reason(connection=True) == "concurrency"
-    workers.gates[0].finished(True)
+    workers.gates[0].release_request(True)
     assert workers.try_to_admit(workers.gates[0])
-    workers.gates[0].finished(True)
+    workers.gates[0].release_request(True)
     assert workers.reason(connection=True) == "rate"
 
 
@@ -174,7 +174,7 @@ def test_a_worker_that_exits_finishes_what_it_has_while_the_gate_is_closed(
     waiter.join(20)
     assert waiter.result == "in"
     assert not workers.try_to_admit(exiting)  # the other limits are kept
-    exiting.finished(True)
+    exiting.release_request(True)
     assert not workers.try_to_admit(other)
 
 
@@ -287,9 +287,9 @@ def test_a_thread_that_waits_goes_on_when_another_worker_gives_room_back(
     waiter = Waiter(workers, other, connection=connection)
     until(lambda: registered(workers) == 1)
     if connection:
-        holder.closed()
+        holder.release_connection()
     else:
-        holder.finished(True)
+        holder.release_request(True)
     waiter.join(20)
     assert waiter.result == "in"
     assert registered(workers) == 0
@@ -313,12 +313,12 @@ def test_all_threads_that_wait_go_on_one_after_another(new_workers: NewWorkers) 
     waiters = [Waiter(workers, gate, connection=False) for gate in workers.gates for _ in range(5)]
     until(lambda: queued(workers) == 20)
     assert registered(workers) == 4  # one of each worker looks, whatever their number
-    workers.gates[0].finished(True)
+    workers.gates[0].release_request(True)
     for _ in range(20):
         inside = until(lambda: [w for w in waiters if w.result == "in"])
         assert len(inside) == 1
         assert workers.shared.running() == 1
-        inside[0].gate.finished(True)
+        inside[0].gate.release_request(True)
         waiters.remove(inside[0])
     until(lambda: queued(workers) == registered(workers) == 0)
 
@@ -370,7 +370,7 @@ def test_a_rate_slot_is_taken_when_it_comes_free_and_not_before(
             gate = workers.gates[number % 2]
             assert enter(workers, gate, gate.admit, connection=False)
             entered.append(ring(workers)[number % 4])
-            gate.finished(True)
+            gate.release_request(True)
         for early, late in zip(entered, entered[3:], strict=False):
             assert late - early > window_ns
         # Within 1 ms on an idle machine; on a busy one the best of six must come near.
@@ -397,22 +397,22 @@ def test_waiting_uses_no_processor_time(new_workers: NewWorkers) -> None:
 def one_life(workers: Workers) -> None:
     """Let a client in with its request, run it, and let it out."""
     gate = workers.gates[0]
-    assert enter(workers, gate, gate.open, connection=True)
+    assert enter(workers, gate, gate.take_connection, connection=True)
     gate.accepted()
     assert enter(workers, gate, gate.admit, connection=False)
-    gate.finished(True)
-    gate.closed()
+    gate.release_request(True)
+    gate.release_connection()
 
 
 def kept_life(workers: Workers) -> None:
     """The same without ever waiting, with a second request for which there is no room."""
     gate = workers.gates[0]
-    assert gate.attempt(gate.open, connection=True) is True
+    assert gate.attempt(gate.take_connection, connection=True) is True
     gate.accepted()
     assert gate.attempt(gate.admit, connection=False) is True
     assert isinstance(gate.attempt(gate.admit, connection=False), Obstacle)
-    gate.finished(False)
-    gate.closed()
+    gate.release_request(False)
+    gate.release_connection()
 
 
 def age(workers: Workers) -> None:
@@ -436,8 +436,8 @@ def assert_unharmed(workers: Workers, admitted_before: int, aged: int = 0) -> No
     for number in range(workers.limits.max_requests_per_minute - window):
         assert workers.try_to_open(gate), number
         assert workers.try_to_admit(gate), number
-        gate.finished(True)
-        gate.closed()
+        gate.release_request(True)
+        gate.release_connection()
     assert not workers.try_to_admit(gate)  # exactly so many: none was counted twice or lost
     assert workers.shared.admitted_in_window() == workers.limits.max_requests_per_minute
     assert time.monotonic() - began < 10
@@ -480,14 +480,14 @@ def test_a_process_killed_while_it_finds_no_room_leaks_nothing() -> None:
 
             def reject(workers: Workers = workers) -> None:
                 gate = workers.gates[0]
-                assert isinstance(gate.attempt(gate.open, connection=True), Obstacle)
+                assert isinstance(gate.attempt(gate.take_connection, connection=True), Obstacle)
                 assert isinstance(gate.attempt(gate.admit, connection=False), Obstacle)
-                assert not gate.open_any()
+                assert not gate.take_any_connection()
 
             killed = kill_at(step, reject)
             assert workers.shared.slots[0].full <= 1
-            other.finished(True)
-            other.closed()
+            other.release_request(True)
+            other.release_connection()
             assert_unharmed(workers, admitted_before=1)
         finally:
             workers.close()
@@ -510,7 +510,7 @@ def test_a_process_killed_while_it_waits_leaks_nothing() -> None:
                 assert enter(workers, gate, gate.admit, connection=True) is None
 
             killed = kill_at(step, wait)
-            workers.gates[1].closed()
+            workers.gates[1].release_connection()
             assert_unharmed(workers, admitted_before=0)
         finally:
             workers.close()
@@ -528,20 +528,20 @@ def test_a_process_killed_while_a_client_changes_hands_leaks_nothing(killed: str
             sender, receiver, other = workers.gates
             assert workers.try_to_open(sender)
             if killed == "receiver":
-                was_killed = kill_at(step, receiver.take_over)
+                was_killed = kill_at(step, receiver.take_handed_off)
                 assert not workers.try_to_open(other)
                 workers.shared.clear(
                     workers.shared.slots[1]
                 )  # so it was not taken: the claim says so
                 assert workers.shared.connections() == 1
-                sender.closed()
+                sender.release_connection()
             else:
-                receiver.take_over()
-                was_killed = kill_at(step, sender.closed)
+                receiver.take_handed_off()
+                was_killed = kill_at(step, sender.release_connection)
                 assert not workers.try_to_open(other)
                 workers.shared.clear(workers.shared.slots[0])
                 assert workers.shared.connections() == 1
-                receiver.closed()
+                receiver.release_connection()
             assert workers.shared.connections() == 0
             assert workers.try_to_open(other)
             assert not workers.try_to_open(other)
@@ -599,7 +599,7 @@ def test_totals_are_counted(new_workers: NewWorkers) -> None:
     gate, slot = workers.gates[1], workers.shared.slots[1]
     for succeeded in (True, True, False):
         assert workers.try_to_admit(gate)
-        gate.finished(succeeded)
+        gate.release_request(succeeded)
     assert (slot.finished, slot.succeeded, slot.failed) == (3, 2, 1)
 
 
@@ -617,7 +617,7 @@ def test_room_given_back_between_a_look_and_the_sleep_is_not_missed(
         obstacle = look(connection=connection)
         looks.append(obstacle)
         if len(looks) == 2:  # the first look in line, before anybody is registered
-            holder.finished(True)
+            holder.release_request(True)
         return obstacle
 
     monkeypatch.setattr(other, "obstacle", look_and_then_lose)
@@ -635,10 +635,10 @@ def test_a_thread_that_accepts_takes_no_wakeup_from_one_that_has_a_request(
     acceptor = Waiter(workers, workers.gates[1], connection=True)
     request = Waiter(workers, workers.gates[2], connection=False)
     until(lambda: registered(workers) == 2)
-    workers.gates[0].finished(True)
+    workers.gates[0].release_request(True)
     request.join(20)
     assert request.result == "in"
-    workers.gates[2].finished(True)
+    workers.gates[2].release_request(True)
     acceptor.join(20)
     assert acceptor.result == "in"
 
@@ -649,7 +649,7 @@ def test_wakeups_do_not_pile_up(new_workers: NewWorkers) -> None:
         workers.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
     for _ in range(20):
         assert workers.try_to_admit(workers.gates[0])
-        workers.gates[0].finished(True)
+        workers.gates[0].release_request(True)
     os.eventfd_read(workers.wakeups[1].request)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(workers.wakeups[1].request)
@@ -682,25 +682,25 @@ def test_there_is_room_just_when_all_slots_together_leave_some(
                 assert workers.try_to_open(gate) == has_room
                 connections[who] += has_room
             elif operation == "reserve" and not reserved[who]:
-                found = gate.attempt(gate.open, connection=True)
+                found = gate.attempt(gate.take_connection, connection=True)
                 assert isinstance(found, Obstacle) != has_room
                 reserved[who] = int(has_room)
             elif operation == "nobody" and reserved[who]:
-                gate.closed()
+                gate.release_connection()
                 reserved[who] = 0
             elif operation == "close" and connections[who]:
-                gate.closed()
+                gate.release_connection()
                 connections[who] -= 1
             elif operation == "admit":
                 assert workers.try_to_admit(gate) == has_request_room
                 running[who] += has_request_room
             elif operation == "finish" and running[who]:
-                gate.finished(number % 2 == 0)
+                gate.release_request(number % 2 == 0)
                 running[who] -= 1
             elif operation == "hand over" and connections[who]:
                 other = (who + 1) % 3
-                workers.gates[other].take_over()
-                gate.closed()
+                workers.gates[other].take_handed_off()
+                gate.release_connection()
                 connections[who] -= 1
                 connections[other] += 1
             elif operation == "die":
@@ -736,7 +736,7 @@ def test_a_thread_in_a_slot_that_was_not_used_before_is_woken(
     assert workers.try_to_admit(workers.gates[2])
     waiter = Waiter(workers, workers.gates[2], connection=False)
     until(lambda: registered(workers) == 1)
-    workers.gates[0].finished(True)
+    workers.gates[0].release_request(True)
     waiter.join(20)
     assert waiter.result == "in"
 
@@ -760,7 +760,7 @@ def test_room_of_a_dead_worker_is_there_for_a_client_that_is_only_to_be_told(
     workers = new_workers(max_connections=1)
     assert workers.try_to_open(workers.gates[0])
     workers.shared.clear(workers.shared.slots[0])
-    assert workers.gates[1].open_any()
+    assert workers.gates[1].take_any_connection()
 
 
 def test_a_master_killed_while_it_clears_a_slot_leaks_no_room() -> None:

@@ -275,7 +275,7 @@ def test_drain_timeout_ends_the_sessions_of_a_worker_that_drains(new_daemon: New
 
 
 @pytest.mark.parametrize(("module", "form"), [("c", "framed"), ("m", "one-shot")])
-def test_a_killed_worker_is_told_once_to_each_of_its_clients(
+def test_each_client_of_a_killed_worker_gets_one_error(
     new_daemon: NewDaemon, module: str, form: str
 ) -> None:
     daemon = stateful(new_daemon)
@@ -307,7 +307,7 @@ def test_a_killed_worker_is_told_once_to_each_of_its_clients(
             assert victim not in at.values()
 
 
-def test_exactly_the_clients_of_a_killed_worker_are_told(new_daemon: NewDaemon) -> None:
+def test_exactly_the_clients_of_a_killed_worker_get_an_error(new_daemon: NewDaemon) -> None:
     daemon = stateful(new_daemon)
     with clients(daemon, CLIENTS) as processes:
         at = {client: client.call("c", "where") for client in processes}
@@ -324,7 +324,7 @@ def test_exactly_the_clients_of_a_killed_worker_are_told(new_daemon: NewDaemon) 
                 assert {reply["result"] for reply in replies} == {at[client]}
 
 
-def test_a_call_whose_owner_dies_while_it_is_on_its_way_is_told_so(
+def test_a_call_whose_owner_dies_before_it_has_it_gets_an_error(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = stateful(new_daemon)
@@ -403,7 +403,7 @@ def test_a_timeout_counts_from_the_arrival_wherever_the_call_runs(new_daemon: Ne
         assert busy.end()["result"] == owner
 
 
-def test_a_client_on_its_way_is_told_in_time_while_its_senders_threads_are_busy(
+def test_a_client_on_its_way_is_answered_in_time_while_its_senders_threads_are_busy(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = stateful(new_daemon, "threads = 1", workers=2)
@@ -423,7 +423,9 @@ def test_a_client_on_its_way_is_told_in_time_while_its_senders_threads_are_busy(
         assert other.end()["result"] != owner
 
 
-def test_a_client_on_its_way_is_told_of_a_stop_at_once(new_daemon: NewDaemon) -> None:
+def test_a_client_on_its_way_is_answered_at_once_when_the_daemon_stops(
+    new_daemon: NewDaemon,
+) -> None:
     daemon = stateful(new_daemon, "threads = 1", workers=2)
     with clients(daemon, 3) as (busy, other, late):
         owner = busy.call("m", "where")
@@ -644,7 +646,7 @@ def test_the_state_of_200_processes_that_end_without_a_word_is_freed_within_a_se
     pytest.fail("never within a second")
 
 
-def test_silence_closes_what_a_client_left_and_it_is_told_once(
+def test_silence_closes_what_a_client_left_and_it_gets_one_error(
     new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
     daemon = stateful(new_daemon, "limits.stale_timeout = 0.5", workers=2)

@@ -36,7 +36,7 @@ def test_ping(daemon: Daemon) -> None:
     "params",
     [None, 5, [5], [], {}, {"a": [None]}, "text", "", False, 0, 2.5, [[5]], 2**70, "\u2603"],
 )
-def test_echo_tells_apart_what_a_call_would_not(daemon: Daemon, params: Any) -> None:
+def test_echo_distinguishes_what_a_call_would_not(daemon: Daemon, params: Any) -> None:
     result = daemon.call("test", "echo", params)
     assert result == params
     assert type(result) is type(params)

@@ -35,7 +35,7 @@ def timed_out(daemon: Daemon, limit: float, reply: dict[str, Any] | None) -> Non
 
 
 @pytest.mark.parametrize("form", ["one-shot", "framed"])
-def test_a_hung_calls_client_is_told_and_the_log_names_the_line(
+def test_a_hung_calls_client_is_answered_and_the_log_names_the_line(
     new_daemon: NewDaemon, form: str
 ) -> None:
     daemon = new_daemon(
@@ -80,7 +80,7 @@ def hung_for(daemon: Daemon, form: str, **fields: Any) -> float:
     ("form", "daemons", "clients"),
     [("one-shot", 0.5, 60), ("one-shot", 0, 0.5), ("framed", 0.5, 0), ("framed", 60, 0.5)],
 )
-def test_a_hung_calls_client_is_told_within_a_fifth_of_a_second_of_its_time(
+def test_a_hung_calls_client_is_answered_within_a_fifth_of_a_second_of_its_time(
     new_daemon: NewDaemon, form: str, daemons: float, clients: float
 ) -> None:
     limit = 0.5  # the shorter of the two that there are

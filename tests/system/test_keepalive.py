@@ -74,7 +74,7 @@ def test_slow_calls_take_turns_on_the_threads_that_there_are(
     assert threads(daemon) <= 5
 
 
-def test_those_at_rest_are_told_when_the_daemon_stops(
+def test_idle_clients_are_closed_when_the_daemon_stops(
     clients: Crowd,
 ) -> None:
     daemon, framed = clients
@@ -84,7 +84,7 @@ def test_those_at_rest_are_told_when_the_daemon_stops(
     assert [client.receive() for client in framed] == [None] * CLIENTS
 
 
-def test_those_at_rest_are_told_when_their_worker_is_replaced(
+def test_idle_clients_are_closed_when_their_worker_is_replaced(
     clients: Crowd,
 ) -> None:
     daemon, framed = clients
@@ -134,7 +134,7 @@ def test_clients_that_read_nothing_do_not_hold_up_a_stop(new_daemon: NewDaemon) 
     assert "killed" not in daemon.log()
 
 
-def test_each_that_rests_for_too_long_is_told_so(new_daemon: NewDaemon) -> None:
+def test_clients_that_are_idle_for_too_long_are_closed(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 1\nlimits.idle_timeout = 2").run()
     with ExitStack() as stack:
         idle = [stack.enter_context(Framed(daemon.path)) for _ in range(5)]

@@ -54,7 +54,7 @@ def ended(pid: int) -> bool:
 
 
 def ends(daemon: Daemon) -> bool:
-    """Whether a daemon that got a signal to stop ends as it should, long before graceful_timeout."""
+    """Whether a daemon that is to stop ends as it should, long before graceful_timeout."""
     assert daemon.process is not None
     try:
         return daemon.process.wait(15) == 0
@@ -254,7 +254,7 @@ def test_an_unknown_function_fails_the_start_and_a_close_one_is_offered(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_lets_running_requests_finish_and_nobody_else_in(
+def test_a_stop_lets_running_requests_finish_and_accepts_no_client(
     new_daemon: NewDaemon, number: signal.Signals
 ) -> None:
     daemon = new_daemon("workers = 2").run()
@@ -294,7 +294,7 @@ def test_the_stop_command_waits_for_running_requests(new_daemon: NewDaemon) -> N
 
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_concurrent_requests"])
-def test_clients_that_wait_for_room_are_told_that_the_daemon_stops(
+def test_clients_that_wait_for_room_are_answered_when_the_daemon_stops(
     new_daemon: NewDaemon, limit: str
 ) -> None:
     daemon = new_daemon(f"workers = 2\nlimits.{limit} = 1").run()
@@ -338,7 +338,7 @@ def test_a_stop_in_the_midst_of_arriving_clients_waits_for_nobody(new_daemon: Ne
         assert "Traceback" not in daemon.log()
 
 
-def test_an_idle_client_is_told_that_the_daemon_stops(daemon: Daemon) -> None:
+def test_an_idle_client_is_closed_when_the_daemon_stops(daemon: Daemon) -> None:
     with (
         Framed(daemon.path, timeout=15) as fresh,
         Framed(daemon.path, timeout=15) as used,
@@ -356,7 +356,7 @@ def test_an_idle_client_is_told_that_the_daemon_stops(daemon: Daemon) -> None:
         assert ends(daemon)
 
 
-def test_a_one_shot_request_that_has_only_begun_is_told_that_the_daemon_stops(
+def test_a_one_shot_request_that_has_only_begun_is_answered_when_the_daemon_stops(
     daemon: Daemon,
 ) -> None:
     with connect(daemon.path) as client:
@@ -399,7 +399,7 @@ def test_quit_ends_it_at_once_while_it_stops(new_daemon: NewDaemon) -> None:
     assert nothing_is_left(daemon)
 
 
-def test_being_told_twice_to_stop_harms_no_running_request(daemon: Daemon) -> None:
+def test_a_second_signal_to_stop_harms_no_running_request(daemon: Daemon) -> None:
     with under_way(daemon, 1.5) as reply:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             daemon.process.send_signal(number)  # type: ignore[union-attr]
@@ -410,7 +410,7 @@ def test_being_told_twice_to_stop_harms_no_running_request(daemon: Daemon) -> No
 
 
 @pytest.mark.parametrize("command", ["start", "run"])
-def test_a_daemon_that_is_told_to_stop_while_it_boots_leaves_nothing(
+def test_a_daemon_that_is_stopped_while_it_boots_leaves_nothing(
     new_daemon: NewDaemon, command: str
 ) -> None:
     daemon = new_daemon("")
@@ -473,7 +473,7 @@ def a_file(daemon: Daemon) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "trouble", [too_long, no_folder, open_folder, inside_an_open_folder, a_file]
 )
-def test_a_socket_that_cannot_be_had_is_told_in_one_line(
+def test_a_socket_that_cannot_be_created_is_reported_in_one_line(
     new_daemon: NewDaemon, trouble: Callable[[Daemon], tuple[str, str]]
 ) -> None:
     daemon = new_daemon("workers = 2")
@@ -585,7 +585,7 @@ def test_check_lists_what_may_be_called_and_starts_nothing(new_daemon: NewDaemon
         ('[modules.a]\nimport = "statistics"\nfunctions = ["nothing"]', "'nothing'"),
     ],
 )
-def test_a_mistake_in_the_settings_is_told_in_one_line(
+def test_a_mistake_in_the_settings_is_reported_in_one_line(
     new_daemon: NewDaemon, config: str, said: str
 ) -> None:
     daemon = new_daemon(config)
@@ -803,7 +803,7 @@ def test_started_as_root_it_becomes_the_user_that_is_set(new_daemon: NewDaemon) 
 
 
 @pytest.mark.parametrize("key", ["user", "group", "socket_group"])
-def test_a_user_or_group_that_is_not_there_is_told(new_daemon: NewDaemon, key: str) -> None:
+def test_a_user_or_group_that_does_not_exist_is_reported(new_daemon: NewDaemon, key: str) -> None:
     known = 'user = "nobody"\n' if key == "group" else ""
     daemon = new_daemon(f'workers = 2\n{known}{key} = "no-such-one"')
     kind = key.removeprefix("socket_")

@@ -66,7 +66,7 @@ def reply_of(client: socket.socket) -> dict[str, Any]:
 
 
 def test_a_hoarding_worker_is_retired_and_nobody_gets_an_error(new_daemon: NewDaemon) -> None:
-    """Warning, violation, gate closed, clients wait, the hoarder leaves, the gate opens, all served.
+    """Warning, violation, gate closed, clients wait, the hoarder exits, the gate opens, all served.
 
     A request that runs in the hoarder meanwhile finishes; a kept connection there is
     ended, so that its client goes elsewhere.
@@ -145,7 +145,9 @@ def test_a_worker_that_holds_the_limit_alone_is_named_with_its_functions(
     daemon.call("test", "ping")
 
 
-def test_memory_that_is_no_workers_keeps_the_gate_closed_and_is_told(new_daemon: NewDaemon) -> None:
+def test_memory_that_is_no_workers_keeps_the_gate_closed_and_is_logged(
+    new_daemon: NewDaemon,
+) -> None:
     """Retiring workers that have done nothing would not help, so they are left alone."""
     daemon = new_daemon(
         "workers = 2\nlimits = {max_memory_mb = 5, memory_grace = 0, sample_interval = 0.2}"
@@ -214,7 +216,7 @@ def test_an_old_worker_that_holds_most_has_to_hurry(new_daemon: NewDaemon) -> No
     assert not lines(daemon, "is retired: memory")
 
 
-def test_who_waits_for_the_rate_in_a_retired_worker_is_not_told_that_the_daemon_stops(
+def test_a_client_that_waits_for_the_rate_in_a_retired_worker_gets_no_shutdown_error(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon(
@@ -241,12 +243,13 @@ def test_burning_workers_close_the_gate_and_it_opens_by_itself(new_daemon: NewDa
         "limits = {max_cpu_percent = 10, sample_interval = 0.5, max_requests_per_minute = 0}"
     ).run()
     with contextlib.ExitStack() as stack:
-        burning = [stack.enter_context(one_shot_call(daemon, "burn", [4.0])) for _ in range(3)]
+        end = daemon.folder / "end"
+        burning = stack.enter_context(one_shot_call(daemon, "burn_until", [str(end)]))
         until(lambda: lines(daemon, "throttling connections"))
         late = stack.enter_context(one_shot_call(daemon, "worker_pid", []))
         assert waiting(daemon, late)
-        for client in burning:
-            assert reply_of(client)["success"]
+        end.touch()
+        assert reply_of(burning)["success"]
         recovered = time.monotonic()
         assert reply_of(late)["success"]
         assert time.monotonic() - recovered < 10  # a second on a quiet machine
@@ -262,7 +265,7 @@ def test_burning_workers_close_the_gate_and_it_opens_by_itself(new_daemon: NewDa
     assert metrics["performance_metrics"]["failed_requests"] == 0
 
 
-def test_a_violation_is_told_once_and_then_once_in_each_interval(new_daemon: NewDaemon) -> None:
+def test_a_violation_is_logged_once_and_then_once_in_each_interval(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(
         "workers = 2\nlimits = "
         "{max_concurrent_requests = 1, sample_interval = 0.1, resource_check_interval = 2}"
@@ -280,7 +283,7 @@ def test_a_violation_is_told_once_and_then_once_in_each_interval(new_daemon: New
 # -- the rate and the other limits --
 
 
-def test_clients_that_wait_for_the_rate_are_told_in_the_log(new_daemon: NewDaemon) -> None:
+def test_clients_that_wait_for_the_rate_are_logged(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(
         "workers = 2\nlimits = {max_requests_per_minute = 20, sample_interval = 0.1}"
     ).run()
@@ -295,7 +298,7 @@ def test_clients_that_wait_for_the_rate_are_told_in_the_log(new_daemon: NewDaemo
         until(lambda: lines(daemon, r"throttling connections: \['Request rate"))
 
 
-def test_clients_that_wait_for_a_place_are_told_in_the_log(new_daemon: NewDaemon) -> None:
+def test_clients_that_wait_for_a_request_permit_are_logged(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(
         "workers = 2\nlimits = {max_concurrent_requests = 2, sample_interval = 0.1}"
     ).run()
@@ -306,7 +309,7 @@ def test_clients_that_wait_for_a_place_are_told_in_the_log(new_daemon: NewDaemon
             assert reply_of(client)["success"]
 
 
-def test_full_and_crowded_connections_are_told_in_the_documents_words(
+def test_full_and_many_connections_are_logged_in_the_documents_words(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 2\nlimits = {max_connections = 10, sample_interval = 0.1}").run()
@@ -336,7 +339,7 @@ def test_full_and_crowded_connections_are_told_in_the_documents_words(
 REJECTING = 'workers = 2\noverload = "reject"\n'
 
 
-def test_who_finds_no_request_room_is_told_at_once(new_daemon: NewDaemon) -> None:
+def test_a_client_without_room_for_its_request_is_rejected_at_once(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(REJECTING + "limits.max_concurrent_requests = 1").run()
     event = daemon.folder / "runs"
     with (
@@ -361,7 +364,7 @@ def test_who_finds_no_request_room_is_told_at_once(new_daemon: NewDaemon) -> Non
         daemon.stop(signal.SIGQUIT)
 
 
-def test_a_kept_connection_goes_on_after_it_was_told(new_daemon: NewDaemon) -> None:
+def test_a_kept_connection_goes_on_after_a_rejection(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(REJECTING + "limits.max_concurrent_requests = 1").run()
     event = daemon.folder / "runs"
     with Framed(daemon.path) as kept:

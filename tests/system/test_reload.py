@@ -370,7 +370,7 @@ def test_a_worker_that_dies_in_the_midst_of_reloads_is_replaced(daemon: Daemon) 
     until(lambda: len(daemon.workers()) == 2)
 
 
-def test_an_idle_framed_client_of_a_retiring_worker_is_told_to_go_elsewhere(
+def test_an_idle_framed_client_of_a_retiring_worker_is_closed(
     daemon: Daemon,
 ) -> None:
     with Framed(daemon.path, timeout=15) as used, Framed(daemon.path, timeout=15) as begun:

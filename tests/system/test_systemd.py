@@ -110,7 +110,9 @@ def test_it_says_when_it_is_ready_reloads_and_stops(managed: tuple[Daemon, Manag
     assert int(stopping["EXTEND_TIMEOUT_USEC"]) == 33_000_000
 
 
-def test_the_watchdog_is_told_as_long_as_the_loop_turns(managed: tuple[Daemon, Manager]) -> None:
+def test_the_watchdog_is_notified_as_long_as_the_loop_turns(
+    managed: tuple[Daemon, Manager],
+) -> None:
     daemon, manager = managed
     until(lambda: len(manager.received("WATCHDOG")) > 3)
     os.kill(daemon.pid, signal.SIGSTOP)
@@ -164,7 +166,7 @@ def test_a_new_master_says_nothing_before_the_old_one_has_named_it(
     manager.check_speakers()
 
 
-def test_a_failed_upgrade_is_told_by_the_old_master_and_by_nobody_else(
+def test_a_failed_upgrade_is_reported_by_the_old_master_only(
     managed: tuple[Daemon, Manager],
 ) -> None:
     daemon, manager = managed
@@ -214,7 +216,7 @@ def test_an_upgrade_that_is_refused_at_once_ends_no_reload(managed: tuple[Daemon
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
-def test_nothing_is_told_after_a_stop_has_begun(
+def test_nothing_is_reported_after_a_stop_has_begun(
     managed: tuple[Daemon, Manager], number: signal.Signals
 ) -> None:
     daemon, manager = managed
@@ -225,7 +227,7 @@ def test_nothing_is_told_after_a_stop_has_begun(
     assert "STOPPING" in states[-1]
 
 
-def test_a_reload_that_an_upgrade_refuses_is_told_and_logged(
+def test_a_reload_that_an_upgrade_refuses_is_reported_and_logged(
     managed: tuple[Daemon, Manager],
 ) -> None:
     daemon, manager = managed
@@ -340,7 +342,9 @@ def test_an_upgrade_keeps_the_lent_socket(activated: tuple[Daemon, socket.socket
     assert os.path.exists(daemon.path)
 
 
-def test_a_socket_that_is_not_in_listen_is_told(activated: tuple[Daemon, socket.socket]) -> None:
+def test_a_socket_that_is_not_in_listen_is_reported(
+    activated: tuple[Daemon, socket.socket],
+) -> None:
     daemon, listening = activated
     daemon.config.write_text(
         daemon.config.read_text().replace(f'"{daemon.path}"', f'"{daemon.folder}/other.sock"')

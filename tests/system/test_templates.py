@@ -6,7 +6,7 @@ import textwrap
 
 import psutil
 import pytest
-from conftest import Daemon, NewDaemon
+from conftest import Daemon, NewDaemon, halt
 from exposing import write_modules
 from plain_client import until
 
@@ -105,7 +105,10 @@ def test_a_later_worker_has_the_modules_of_its_generation_and_imports_nothing(
     daemon = expose(new_daemon(), says=SAYS_PID).run()
     expose(daemon, says="def broken(:", new="raise ValueError")
     new = new_worker(daemon)
-    until(lambda: daemon.call("says", "pid") == new)
+    (old,) = set(daemon.workers()) - {new}
+    halt(old)
+    assert daemon.call("says", "pid") == new
+    os.kill(old, signal.SIGCONT)
     assert imported_in(daemon) == daemon.templates()
 
 
@@ -287,16 +290,15 @@ def test_without_modules_that_can_be_shared_there_is_no_template(new_daemon: New
 
 def test_each_worker_has_random_numbers_of_its_own(new_daemon: NewDaemon) -> None:
     text = "import os, random\ndef number():\n    return [os.getpid(), random.random()]\n"
-    daemon = expose(new_daemon(), "workers = 4", numbers=text).run()
-    first: dict[int, float] = {}
-
-    def all_asked() -> bool:
-        pid, number = daemon.call("numbers", "number")
-        first.setdefault(pid, number)
-        return len(first) > 2
-
-    until(all_asked)
-    assert len(set(first.values())) == len(first)
+    daemon = expose(new_daemon(), numbers=text).run()
+    numbers = []
+    for pid in settled_workers(daemon, 2):
+        halt(pid)  # so that the other one runs the call
+        numbers.append(daemon.call("numbers", "number"))
+        os.kill(pid, signal.SIGCONT)
+    (first, one), (second, other) = numbers
+    assert first != second
+    assert one != other
 
 
 def test_a_later_worker_writes_to_the_log_that_is_open_now(new_daemon: NewDaemon) -> None:

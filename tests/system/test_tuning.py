@@ -74,7 +74,7 @@ def test_on_the_test_host_the_eleventh_call_waits_and_the_log_says_so(
         assert not select.select([client], [], [], 0)[0]
 
 
-def test_on_the_test_host_the_eleventh_call_is_told_when_to_come_again(
+def test_on_the_test_host_the_eleventh_call_is_rejected_with_a_time_to_retry(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("workers = 2", CPAN_BRIDGE_OVERLOAD="reject", **TEST).run()

@@ -223,7 +223,7 @@ def test_a_refused_new_master_takes_no_room_from_workers_that_came_after_it(
 ) -> None:
     daemon = new_patchable_daemon(new_daemon).run()
     config = daemon.config.read_text()
-    # It stops when it has refused to the old one, before it has waited for the workers that it kills.
+    # It stops after its refusal, before it has waited for the workers that it kills.
     daemon.will_run(
         "import os, signal\n"
         "from cpanbridge.supervisor.lifecycle.upgrade import Predecessor\n"

@@ -286,7 +286,7 @@ def test_an_error_in_one_frame_does_not_end_the_connection(
     assert (error["success"], error["error_type"]) == (False, kind)
 
 
-def test_a_framed_client_that_rests_is_told_that_nothing_more_will_be_read(
+def test_an_idle_framed_client_receives_that_nothing_more_will_be_read(
     new_daemon: NewDaemon,
 ) -> None:
     daemon = new_daemon("limits.idle_timeout = 0.5").run()

@@ -294,7 +294,7 @@ def test_a_client_that_says_nothing_is_closed(syscalls: Daemon) -> None:
 @pytest.mark.parametrize(
     "data", [CALL, frame(CALL), b" " * 200], ids=["one-shot", "framed", "space"]
 )
-def test_a_client_that_sends_byte_by_byte_is_told_that_it_is_too_slow(
+def test_a_client_that_sends_byte_by_byte_gets_the_error_that_it_is_too_slow(
     syscalls: Daemon, data: bytes
 ) -> None:
     began = time.monotonic()
@@ -314,7 +314,7 @@ def test_a_client_that_sends_byte_by_byte_is_told_that_it_is_too_slow(
     assert "limits.read_timeout" in refused(json.dumps(replies[0]).encode())["error"]
 
 
-def test_a_later_frame_that_is_begun_and_not_finished_is_told(syscalls: Daemon) -> None:
+def test_a_later_frame_that_is_begun_and_not_finished_gets_an_error(syscalls: Daemon) -> None:
     with connect(syscalls.path) as client:
         client.sendall(frame(CALL))
         client.sendall(frame(CALL)[:20])
@@ -433,7 +433,7 @@ def test_clients_that_leave_cost_nothing(
             leave(client)
 
 
-def test_nobody_is_told_of_them_by_a_traceback_in_the_log(daemon: Daemon) -> None:
+def test_the_log_has_no_traceback_of_them(daemon: Daemon) -> None:
     for leave in LEAVERS:
         with connect(daemon.path) as client:
             leave(client)
@@ -455,7 +455,7 @@ def _many_descriptors() -> Iterator[None]:
 @pytest.mark.usefixtures("_many_descriptors")
 @pytest.mark.parametrize("silent", [0, 60])
 def test_a_thousand_connections_at_once_are_all_served(new_daemon: NewDaemon, silent: int) -> None:
-    """They wait in the backlog, 100 are accepted at a time; silent ones keep their connection a while."""
+    """They wait in the backlog, 100 are accepted at a time; silent ones stay for a while."""
     daemon = new_daemon(
         "workers = 2\nlimits.max_requests_per_minute = 0\nlimits.max_connections = 100\n"
         "limits.read_timeout = 2.0"

@@ -36,9 +36,8 @@ SOME_ON_THEIR_WAY = 2
 HOLD_SECONDS = 0.001
 EXHAUSTED_SECONDS = 0.1
 COMPLAIN_SECONDS = 60.0
-# Before the first client is rejected for want of a connection, as often as this: a client that has
-# read its reply may connect again before the worker that replied has given its connection's room
-# back.
+# How often to try for a connection's room before the first client is rejected: a client that has
+# read its reply may connect again before the worker that replied has given the room back.
 TRIES_BEFORE_REJECTING = 50
 TRY_SECONDS = 0.001
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -173,16 +172,16 @@ class Acceptor(Generic[C]):
 
     def _accept_when_room(self) -> int | None:
         gate = self._gate
-        if gate.attempt(gate.open, connection=True) is not True:
+        if gate.attempt(gate.take_connection, connection=True) is not True:
             self._ready.settle()  # clients that others have claimed may be what takes the room
             if self._ready.pending:
                 return None
             stop = self._ready.epoll.fileno()
-            if gate.wait_and_take(gate.open, stop, connection=True) is None:
+            if gate.wait_and_take(gate.take_connection, stop, connection=True) is None:
                 return None
         descriptor = self._accept_one()
         if descriptor is None:
-            gate.closed()
+            gate.release_connection()
         return descriptor
 
     def _accept_or_reject(self) -> int | None:
@@ -204,7 +203,7 @@ class Acceptor(Generic[C]):
         """What keeps a client out for more than a moment; None: its room is taken."""
         tries_left = 1 if self._rejects else TRIES_BEFORE_REJECTING
         while True:
-            outcome = self._gate.attempt(self._gate.open, connection=True)
+            outcome = self._gate.attempt(self._gate.take_connection, connection=True)
             self._rejects = isinstance(outcome, Obstacle)
             if not isinstance(outcome, Obstacle):
                 return None
@@ -274,11 +273,11 @@ class Acceptor(Generic[C]):
         the main thread, when no thread leads any more.
         """
         while time.monotonic() < until:
-            if self._gate.open_any():
+            if self._gate.take_any_connection():
                 descriptor = self._accept_one()
                 if descriptor is not None:
                     return Arrival(descriptor, self._gate.accepted(), None, None)
-                self._gate.closed()
+                self._gate.release_connection()
                 return None
             time.sleep(0.01)
         return None

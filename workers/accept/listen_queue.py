@@ -1,7 +1,7 @@
 """The listen queues: waiting for clients, and which of the workers the kernel wakes for one.
 
 1. Of the workers that have nothing to do, the kernel wakes one for each client (EPOLLEXCLUSIVE): if
-   it woke all, most would find no client. It is always the one that has been in its list longest.
+   it woke all, most would find no client. It is the one longest in the socket's wait queue.
 2. A worker that runs calls, or has threads of a module's, is woken besides, and never in place of
    an idle one: a module may keep the interpreter lock, and the client would wait for that.
 3. A worker that is woken again and again for clients that the worker which accepted last, and is

@@ -97,14 +97,14 @@ class ConnectionDrainer:
     def drain(self) -> None:
         """End keep-alive connections after what they run; serve one-shot clients to their end.
 
-        For a worker whose slot another one takes over. Called again when sessions have ended.
+        For a worker that another one replaces. Called again when sessions have ended.
         """
         with self._lock:
             self.exiting = True
             for client in self._framed | self._one_shot:
                 if client.transfer is None and not self.stays(client):
                     client.end_input()
-        os.eventfd_write(self.drains, 1)  # at last: a thread that it wakes must find why
+        os.eventfd_write(self.drains, 1)  # last: a thread that it wakes must find why
 
     def stop(self, *, daemon_ends: bool) -> None:
         """No connection takes up a further request.

@@ -33,7 +33,7 @@ class Transfer:
     """
 
     moving: MovingClient
-    owner: Owner  # the receiving worker
+    receiver: Owner  # the worker that it is handed to
     until: float  # CLOCK_MONOTONIC seconds: when it is withdrawn
     known: bool = False  # the client has state in the receiving worker
     may_stay: bool = False  # its calls may as well run in the sending worker

@@ -85,11 +85,11 @@ class Incoming:
 
     def _accept(self, message: HandoffMessage) -> int | None:
         """Make the client ours; None when its sender has withdrawn it, or is dead."""
-        number = self._gate.take_over()
+        number = self._gate.take_handed_off()
         with self._shared.lock:
             taken = self._shared.claims[message.sender].take(message.claim)
         if not taken:
-            self._gate.closed()
+            self._gate.release_connection()
             return None
         self._gate.wake_if_waiting(message.sender)  # which has its connection's room to give back
         return number

@@ -10,8 +10,8 @@ taken:
   because the receiver has ended. The first of them decides, so a call never runs twice.
 
 A client is counted by the receiver before it is taken, and by the sender until it has seen that it
-is: see `Gate.take_over`. Its socket is open in both for a moment, so the receiver shuts it down
-when it has replied, and the client sees its end at once.
+is: see `Gate.take_handed_off`. Its socket is open in both for a moment, so the receiver shuts it
+down when it has replied, and the client sees its end at once.
 
 What was read goes along in the message, or in a memfd of its own when it is large. Here is the
 message; `outgoing.py` is the sender's side, `incoming.py` the receiver's.

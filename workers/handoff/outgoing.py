@@ -90,7 +90,7 @@ class Outgoing:
         transfer = client.transfer
         assert transfer is not None
         with self._lock:
-            line = self._waiting.setdefault(transfer.owner.slot, deque())
+            line = self._waiting.setdefault(transfer.receiver.slot, deque())
         if line or not self._offer(client, transfer):
             line.append(client)
         # After it was entered: the main thread may check at any moment, and stop checking.
@@ -142,11 +142,11 @@ class Outgoing:
         if time.monotonic() >= transfer.until:
             transfer.return_reason = ReturnReason.TOO_LATE
             return True
-        return not self._shared.is_there(transfer.owner)
+        return not self._shared.is_there(transfer.receiver)
 
     def _send(self, client: ClientSocket, transfer: Transfer, claim: Claim) -> None:
         _, data, opened_at, requests, arrived, input_may_have_ended = transfer.moving
-        owner = transfer.owner
+        owner = transfer.receiver
         is_large = len(data) > MOST_INLINE
         flags = (IN_MEMORY if is_large else 0) | (INPUT_ENDED if input_may_have_ended else 0)
         head = HEADER.pack(

@@ -119,7 +119,7 @@ class Calls:
             raise Draining
         late = call.request.timeout is not None and _time_left(call) <= 0
         if late or syscalls.has_hung_up(client.descriptor):
-            gate.finished(succeeded=False)
+            gate.release_request(succeeded=False)
             if not late:
                 raise ConnectionResetError
             message = "There was no room within the request's timeout; the call was not run"
@@ -173,7 +173,7 @@ class Calls:
                 self._statistics.error(function, duration_ns, problem)
             self._statistics.ran(function, problem is None, duration_ns, ended)
             if not answered:  # else CallTimeouts has given its room back
-                self.gate.finished(problem is None)
+                self.gate.release_request(problem is None)
             self.connection_table.ran(client.entry, ended)
             target.took(duration_ns)
             if answered:

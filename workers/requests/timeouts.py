@@ -155,8 +155,8 @@ class CallTimeouts:
             else:
                 client.send_last(replies.to_ascii(reply))
         finally:
-            self.gate.finished(succeeded=False)
-            self.gate.closed()
+            self.gate.release_request(succeeded=False)
+            self.gate.release_connection()
 
     def _log(self, level: int, running: Running, what: str, frame: FrameType | None) -> None:
         request = running.request

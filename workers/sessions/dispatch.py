@@ -71,10 +71,10 @@ class Dispatcher:
         Raises Refusal if not; Draining when the descriptor `stop` is readable.
         """
         refusal = self.why_not(call, transfer)
-        if refusal is None and self._shared.is_there(transfer.owner):
+        if refusal is None and self._shared.is_there(transfer.receiver):
             pause(stop)  # the owner had no descriptor left
         else:
-            self.empty_queue_if_ended(transfer.owner)
+            self.empty_queue_if_ended(transfer.receiver)
         if refusal is not None:
             raise refusal
 
@@ -88,9 +88,9 @@ class Dispatcher:
         if transfer.may_stay:
             return None
         if self._is_late(transfer):
-            return too_late(call, transfer.owner)
+            return too_late(call, transfer.receiver)
         if self._is_lost(transfer):
-            return _worker_lost(call, transfer.owner)
+            return _worker_lost(call, transfer.receiver)
         return None
 
     def may_still_run(self, transfer: Transfer) -> bool:
@@ -102,7 +102,7 @@ class Dispatcher:
         return transfer.return_reason is ReturnReason.TOO_LATE or time.monotonic() >= transfer.until
 
     def _is_lost(self, transfer: Transfer) -> bool:
-        return transfer.known and not self._shared.is_there(transfer.owner)
+        return transfer.known and not self._shared.is_there(transfer.receiver)
 
     def _complain(self, error: OSError) -> None:
         now = time.monotonic()

@@ -49,7 +49,7 @@ class Works:
     def connect(self, worker: int) -> int:
         """A client is accepted; returns its entry in the connection table."""
         gate = self.gates[worker]
-        assert gate.attempt(gate.open, connection=True) is True
+        assert gate.attempt(gate.take_connection, connection=True) is True
         return self.tables[worker].enter(gate.accepted(), time.monotonic_ns())
 
     def begin(self, worker: int, entry: int) -> None:
@@ -68,13 +68,13 @@ class Works:
         if error is not None:
             self.statistics[worker].error(number, ms * 10**6, error)
         self.statistics[worker].ran(number, error is None, ms * 10**6, now)
-        self.gates[worker].finished(error is None)
+        self.gates[worker].release_request(error is None)
         self.tables[worker].ran(entry, now)
 
     def leave(self, worker: int, entry: int) -> None:
         """The client closes its connection."""
         self.tables[worker].leave(entry)
-        self.gates[worker].closed()
+        self.gates[worker].release_connection()
 
     def serve(self, worker: int, name: str, ms: int, error: str | None = None) -> None:
         """A one-shot client: connected, served, closed."""

@@ -91,7 +91,7 @@ class Worker:
         assert arrival is not None
         if arrival.client is None:
             os.close(arrival.descriptor)
-            self.gate.closed()
+            self.gate.release_connection()
             return "accepted"
         return "kept"
 
@@ -219,7 +219,7 @@ def test_a_worker_that_was_woken_and_whose_threads_all_serve_wakes_the_others(
         def both_come(*, exclusive: bool) -> bool:
             stack.enter_context(connect(listener))
             if why == "no room":
-                assert worker.gate.open_any()
+                assert worker.gate.take_any_connection()
             else:
                 worker.outgoing.on_their_way = 2
             woken = wait(exclusive=exclusive)
@@ -243,13 +243,13 @@ def test_a_worker_that_is_asked_to_check_tries_to_accept_before_it_sleeps(
     worker = new_worker([listener], max_connections=1)
     worker.queue._exclusive = select.epoll()  # the kernel wakes another worker
     worker.queue._exclusive.register(worker.ready.epoll, select.EPOLLIN)
-    assert worker.gate.open_any()
+    assert worker.gate.take_any_connection()
     find = worker.ready.next
 
     def room_comes(*_: object) -> Any:
         found = find()
         if worker.shared.connections():
-            worker.gate.closed()
+            worker.gate.release_connection()
         return found
 
     worker.ready.next = room_comes  # type: ignore[method-assign]
@@ -418,7 +418,7 @@ def test_a_client_without_room_goes_to_the_rejecter_and_takes_none(
         assert obstacle.reason == "connections"
         assert worker.shared.connections() == 1
         os.close(first.descriptor)
-        worker.gate.closed()
+        worker.gate.release_connection()
         with connect(listener):
             until(lambda: worker.arrivals)
     assert len(rejecter.taken) == 1
@@ -429,13 +429,13 @@ def test_a_client_that_connects_just_before_room_is_given_back_is_not_rejected(
 ) -> None:
     rejecter = Rejecter()
     worker = new_worker([listener], rejecter, max_connections=1)
-    assert worker.gate.open_any()
+    assert worker.gate.take_any_connection()
     attempt, tries = worker.gate.attempt, []
 
     def give_back_after_two(take: Any, *, connection: bool) -> Any:
         tries.append(attempt(take, connection=connection))
         if len(tries) == 2:
-            worker.gate.closed()
+            worker.gate.release_connection()
         return tries[-1]
 
     monkeypatch.setattr(worker.gate, "attempt", give_back_after_two)
@@ -452,7 +452,7 @@ def test_a_thread_that_waits_for_room_sees_that_it_is_to_shut(
     new_worker: NewWorker, listener: socket.socket
 ) -> None:
     worker = new_worker([listener], max_connections=1)
-    assert worker.gate.open_any()
+    assert worker.gate.take_any_connection()
     worker.lead()
     until(lambda: worker.shared.counters.waiting.value == 1)
     worker.acceptor.shut()

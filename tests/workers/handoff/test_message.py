@@ -72,7 +72,7 @@ class TwoWorkers:
     def _let_go(self, client: ClientSocket) -> None:
         self.taken.append(client)
         client.socket.close()
-        self.gates[SENDER].closed()
+        self.gates[SENDER].release_connection()
 
     def close(self) -> None:
         """Leave nothing open."""
@@ -198,7 +198,7 @@ def test_more_clients_than_there_is_room_for_are_put_in_when_there_is(
         workers.outgoing.look_after()
         while (found := workers.incoming.next()) is not None:
             serve(found)
-            workers.gates[RECEIVER].closed()
+            workers.gates[RECEIVER].release_connection()
     workers.outgoing.settle()
     assert len(workers.taken) == len(crowd)
     assert workers.outgoing.count == 0
@@ -238,7 +238,7 @@ def test_a_receiver_killed_at_any_step_has_the_client_or_leaves_it_to_its_sender
 
         def receive(incoming: Incoming = incoming, gate: Gate = gate) -> None:
             serve(incoming.next())
-            gate.closed()
+            gate.release_connection()
 
         killed = kill_at(step, receive)
         workers.dies(RECEIVER)
@@ -280,7 +280,7 @@ def test_a_sender_killed_at_any_step_leaves_no_client_that_nobody_counts() -> No
                 assert receiver_first
                 outcomes.add("taken")
                 serve(found)
-                workers.gates[RECEIVER].closed()
+                workers.gates[RECEIVER].release_connection()
         assert workers.shared.connections() == 0
         heard = remote.hears()
         assert heard in (b"", b"served")

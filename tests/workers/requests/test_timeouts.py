@@ -40,7 +40,7 @@ class Worker:
         gate = Gate(self.shared, 0, [self._descriptors])
         self.slot = self.shared.slots[0]
         with self.shared.lock:
-            gate.open()
+            gate.take_connection()
             gate.admit()
         self.timeouts = CallTimeouts(0, self.slot, 0.0, self._wake, gate)
         self.client = SlowClient()
