@@ -28,9 +28,9 @@ types: $(VENV)/.installed-test $(TYPING)
 # Compiled once for the hundreds of daemons that the tests start, and for all of pytest's processes,
 # also where PYTHONDONTWRITEBYTECODE is set.
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m compileall -q supervisor workers
+	$(BIN)/python -m compileall -q supervisor workers tests/modules tests/helpers
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --collect-only -q >/dev/null || true
-	$(BIN)/pytest -n 6 --dist worksteal
+	$(BIN)/pytest -n 5 --dist worksteal
 
 perl-test: $(VENV)/.installed
 	cd perl && CPANBRIDGED="$(CURDIR)/$(BIN)/cpanbridged" prove -l -j 4 t

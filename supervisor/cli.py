@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
-from cpanbridge.supervisor.lifecycle.upgrade import VARIABLE
 from cpanbridge.supervisor.version import __version__
 
 
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_descriptors()
     options = _parser().parse_args(arguments)
     try:
-        if VARIABLE in os.environ:
+        if config.UPGRADE_VARIABLE in os.environ:
             return daemon.take_over(options)
         status: int | None = options.run(options)
         sys.stdout.flush()

@@ -37,6 +37,7 @@ MAX_FUNCTION_NAME = 100
 MAX_REQUEST_SIZE = 9 * 2**24 - 1
 
 LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
+UPGRADE_VARIABLE = "CPANBRIDGED_HANDOVER"  # in a new master's environment: its end of the talk
 # A worker ends by itself when its time is over, but its shutdown hooks have at least a second. A
 # worker that cannot end is killed so many seconds after its time.
 KILL_MARGIN = 3.0

@@ -5,7 +5,7 @@ from functools import partial
 
 import msgspec
 
-from cpanbridge.supervisor.config import ConfigError, Load, Loaded
+from cpanbridge.supervisor.config import UPGRADE_VARIABLE, ConfigError, Load, Loaded
 from cpanbridge.supervisor.lifecycle import upgrade
 from cpanbridge.supervisor.lifecycle.reload import OnDone
 from cpanbridge.supervisor.listening import listener
@@ -58,7 +58,7 @@ def take_over(load: Load, mains: Mains) -> int:
 
     The environment names the descriptor by which the two talk. Raises UpgradeError.
     """
-    inherited = upgrade.inherit(int(os.environ.pop(upgrade.VARIABLE)))
+    inherited = upgrade.inherit(int(os.environ.pop(UPGRADE_VARIABLE)))
     lent = [each.path for each in inherited.estate.sockets.listeners if each.lent]
     load = partial(_at_lent_paths, load, lent)
     if "WATCHDOG_PID" in os.environ:  # which was the old master's

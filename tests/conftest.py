@@ -201,6 +201,15 @@ class Daemon:
         """What `cpanbridged status --json` prints of a running daemon, without that command."""
         return self.control("status")
 
+    def reload(self) -> None:
+        """As `cpanbridged reload`, without that command. Fails when the reload does."""
+        self.control("reload")
+
+    def upgrade(self) -> None:
+        """As `cpanbridged upgrade`, without that command. Fails when the upgrade does."""
+        self.control("upgrade")
+        until(lambda: self.status()["state"] == "running")
+
     def call(self, module: str, function: str, params: Any = None, **fields: Any) -> Any:
         """One one-shot call; its result. Fails when the call does."""
         reply = one_shot(self.path, module, function, params, **fields)
@@ -223,6 +232,15 @@ class Daemon:
             until(lambda: not psutil.pid_exists(pid), 90, "the end of the master")
         self.process.communicate(timeout=90)
         return self.process.returncode
+
+    def end(self) -> None:
+        """As `cpanbridged stop`, without that command, for a daemon started in whatever way."""
+        pid = self.pid
+        if self.process is not None and self.process.pid == pid:
+            assert self.stop() == 0
+            return
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not psutil.pid_exists(pid), 90, "the end of the master")
 
     def clean_up(self) -> None:
         """Leave no process behind, whatever the test did."""

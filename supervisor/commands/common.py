@@ -1,13 +1,13 @@
 """What the subcommands share: exit statuses, an error, the settings that options select."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.config import ConfigError, Loaded, OperatorError, Settings
-from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.workers.modules import builtin
-from cpanbridge.workers.modules.loader import Loader
-from cpanbridge.workers.modules.registry import Registry
+
+if TYPE_CHECKING:
+    from cpanbridge.workers.modules.registry import Registry
 
 FAILED, WRONG_USAGE, NOT_RUNNING = 1, 2, 3  # exit statuses
 
@@ -44,7 +44,12 @@ def locate(options: argparse.Namespace) -> Settings:
         return Settings(listen=options.socket.split(","))
 
 
-def load_modules(settings: Settings) -> Registry:
+def load_modules(settings: Settings) -> "Registry":
     """Import all that is exposed, as a worker would. Raises ModuleLoadError."""
+    # Not at the top: few commands need it, and all would start later.
+    from cpanbridge.supervisor.memory.layout import Shared
+    from cpanbridge.workers.modules import builtin
+    from cpanbridge.workers.modules.loader import Loader
+
     built_in = builtin.built_in(Shared.create(1, settings.limits), settings, list)
     return Loader(settings, builtin.NAMES).load(built_in)

@@ -8,19 +8,13 @@ from typing import Any
 
 import msgspec
 
-from cpanbridge.supervisor import daemon
 from cpanbridge.supervisor.commands import common
 from cpanbridge.supervisor.commands.common import FAILED, CommandError, not_running
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError, Settings
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.listening import listener
-from cpanbridge.supervisor.processes.context import Mains
 from cpanbridge.supervisor.system import daemonize
 from cpanbridge.supervisor.system.privileges import PrivilegeError
-from cpanbridge.workers import template, worker
-
-# What the forked processes run. The rooms below receive it and import nothing of `workers`.
-MAINS = Mains(worker.run, template.run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
             reasons.append(reason)
 
     try:
-        status = daemon.serve(partial(common.load, options), MAINS, on_ready)
+        status = _serve(partial(common.load, options), on_ready)
     finally:
         os.dup2(terminal, 2)
     if status and reasons:
@@ -58,8 +52,24 @@ def start(options: argparse.Namespace) -> None:
 
 def take_over(options: argparse.Namespace) -> int:
     """`cpanbridged run` or `start`, executed by a running master that it is to replace."""
+    from cpanbridge.supervisor import daemon  # as in `_serve`
+    from cpanbridge.supervisor.processes.context import Mains
+    from cpanbridge.workers import template, worker
+
     reader = common.load if options.command == "run" else _load_for_background
-    return daemon.take_over(partial(reader, options), MAINS)
+    return daemon.take_over(partial(reader, options), Mains(worker.run, template.run))
+
+
+def _serve(load: Load, on_ready: Callable[[str | None], None]) -> int:
+    """Be the daemon; the exit status. Only here the two sides meet: the rest of the supervisor
+    receives what the forked processes run, and imports nothing of `workers`.
+    """
+    # Not at the top: the other commands would take half as long again to start.
+    from cpanbridge.supervisor import daemon
+    from cpanbridge.supervisor.processes.context import Mains
+    from cpanbridge.workers import template, worker
+
+    return daemon.serve(load, Mains(worker.run, template.run), on_ready)
 
 
 def stop(options: argparse.Namespace) -> None:
@@ -114,7 +124,7 @@ def _load_for_background(options: argparse.Namespace) -> Loaded:
 def _serve_in_background(load_again: Load, report: Callable[[str | None], None]) -> int:
     """Called in the process that `daemonize` has forked; `report` sends the command an error."""
     try:
-        return daemon.serve(load_again, MAINS, report)
+        return _serve(load_again, report)
     except OperatorError as error:
         report(str(error))
         return FAILED

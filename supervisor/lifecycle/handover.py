@@ -13,9 +13,10 @@ import subprocess
 import sys
 from functools import partial
 
+from cpanbridge.supervisor.config import UPGRADE_VARIABLE
 from cpanbridge.supervisor.control.server import ControlServer
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
-from cpanbridge.supervisor.lifecycle.upgrade import VARIABLE, Estate, First, Line, Message
+from cpanbridge.supervisor.lifecycle.upgrade import Estate, First, Line, Message
 from cpanbridge.supervisor.listening.instance import InstanceError
 from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.processes.generation import Generation
@@ -76,7 +77,7 @@ class Handover:
                 self._process = subprocess.Popen(
                     [sys.executable, *sys.orig_argv[1:]],
                     pass_fds=[theirs.fileno(), *estate.descriptors()],
-                    env={**os.environ, VARIABLE: str(theirs.fileno())},
+                    env={**os.environ, UPGRADE_VARIABLE: str(theirs.fileno())},
                 )
                 end = socket.socket(fileno=ours.detach())
         except OSError as error:

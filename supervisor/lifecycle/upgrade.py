@@ -39,7 +39,6 @@ from cpanbridge.supervisor.version import __version__
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-VARIABLE = "CPANBRIDGED_HANDOVER"  # in a new master's environment: its end of the pair
 _ESTATE_SECONDS = 30.0  # for the first message
 
 

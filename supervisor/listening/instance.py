@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
-import filelock
 import psutil
 
 from cpanbridge.supervisor.config import OperatorError
@@ -111,6 +110,9 @@ def _lock(path: str, patience: float) -> int:
 def _try_to_lock(path: str, descriptor: int) -> bool:
     """Whether the descriptor holds the path's lock now. Raises InstanceError where none can."""
     try:
+        # Not at the top: a command that only finds the daemon would start later.
+        import filelock
+
         return filelock.lock_descriptor(descriptor, blocking=False)
     except OSError as error:
         raise InstanceError(f"{path}.lock: cannot be locked: {error.strerror}") from None

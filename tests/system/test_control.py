@@ -46,7 +46,8 @@ def test_it_reports_what_the_shared_memory_has(daemon: Daemon) -> None:
     assert sorted(each["pid"] for each in status["workers"]) == sorted(daemon.workers())
 
 
-def test_it_answers_while_no_worker_can(daemon: Daemon) -> None:
+def test_it_answers_while_no_worker_can(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     with daemon.held():
         assert ask(daemon, "status")["result"]["state"] == "running"
         assert daemon.command("status").returncode == 0
@@ -150,7 +151,8 @@ def outcome(connection: socket.socket) -> dict[str, Any]:
     return last
 
 
-def test_connections_that_only_watch_keep_no_command_out(daemon: Daemon) -> None:
+def test_connections_that_only_watch_keep_no_command_out(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     with contextlib.ExitStack() as stack:
         watchers = []
         for _ in range(3 * MOST_IDLE):
@@ -234,7 +236,8 @@ def test_a_flood_of_connections_delays_neither_commands_nor_the_daemon(daemon: D
     assert len(flooded) > 1000
 
 
-def test_a_connection_that_is_closed_while_it_waits_is_released(daemon: Daemon) -> None:
+def test_a_connection_that_is_closed_while_it_waits_is_released(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     descriptors = Path(f"/proc/{daemon.pid}/fd")
     before = len(list(descriptors.iterdir()))
     for _ in range(3):
@@ -280,7 +283,7 @@ def test_reload_prints_its_outcome(daemon: Daemon) -> None:
         "cpanbridged: not reloaded, nothing has changed: workers = 200: the running daemon has "
     )
     assert "failed: workers = 200" in daemon.command("status").stdout
-    status = json.loads(daemon.command("status", "--json").stdout)
+    status = daemon.status()
     assert status["generation"] == 2
     assert status["last_reload"]["error"].startswith("workers = 200")
 

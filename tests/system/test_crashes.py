@@ -170,7 +170,8 @@ def test_killed_workers_leak_no_room_and_no_reply_is_wrong(new_daemon: NewDaemon
     assert daemon.stop() == 0
 
 
-def test_a_call_that_kills_its_worker_ends_its_own_connection_only(daemon: Daemon) -> None:
+def test_a_call_that_kills_its_worker_ends_its_own_connection_only(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     before = settled_workers(daemon, 2)
     with Framed(daemon.path) as first, Framed(daemon.path) as second:
         clients = [first, second]
@@ -204,7 +205,10 @@ def test_a_call_that_kills_its_worker_ends_its_own_connection_only(daemon: Daemo
     )
 
 
-def test_a_one_shot_client_of_a_dead_worker_sees_the_end_of_the_connection(daemon: Daemon) -> None:
+def test_a_one_shot_client_of_a_dead_worker_sees_the_end_of_the_connection(
+    shared_daemon: Daemon,
+) -> None:
+    daemon = shared_daemon
     body = json.dumps(request("probe", "die")).encode()
     assert raw_one_shot(daemon.path, body) == b""
     assert daemon.call("test", "ping")["message"] == "pong"
@@ -337,7 +341,7 @@ def test_a_start_in_the_background_succeeds_after_everything_was_killed(
     assert Path(f"{daemon.path}.pid").exists()
     assert daemon.command("start").returncode == 0
     assert daemon.call("test", "ping")["message"] == "pong"
-    assert daemon.command("stop").returncode == 0
+    daemon.end()
 
 
 @pytest.mark.parametrize("victim", ["the busy worker", "the other worker"])

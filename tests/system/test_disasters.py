@@ -14,7 +14,10 @@ from plain_client import Framed, connect, one_shot, read_to_end, until
 PROBE = Path(__file__).parents[1] / "modules" / "probe.py"
 
 
-def test_a_segfault_is_traced_in_the_log_and_costs_its_own_worker_only(daemon: Daemon) -> None:
+def test_a_segfault_is_traced_in_the_log_and_costs_its_own_worker_only(
+    shared_daemon: Daemon,
+) -> None:
+    daemon = shared_daemon
     before = set(daemon.workers())
     with Framed(daemon.path) as client:
         client.send("probe", "segfault")
@@ -28,7 +31,8 @@ def test_a_segfault_is_traced_in_the_log_and_costs_its_own_worker_only(daemon: D
     assert daemon.call("test", "ping")["message"] == "pong"
 
 
-def test_a_module_that_ends_the_process_is_replaced(daemon: Daemon) -> None:
+def test_a_module_that_ends_the_process_is_replaced(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     with Framed(daemon.path) as client:
         client.send("probe", "exit_at_once", [7])
         assert read_to_end(client.socket) == b""
@@ -36,7 +40,8 @@ def test_a_module_that_ends_the_process_is_replaced(daemon: Daemon) -> None:
     assert daemon.call("test", "ping")["message"] == "pong"
 
 
-def test_an_exception_in_a_modules_thread_is_logged_and_ends_nothing(daemon: Daemon) -> None:
+def test_an_exception_in_a_modules_thread_is_logged_and_ends_nothing(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     before = sorted(daemon.workers())
     assert daemon.call("probe", "fail_in_a_thread") is None
     assert "ValueError: in a thread" in daemon.log()
@@ -71,10 +76,10 @@ def test_a_full_disk_under_the_log_costs_lines_and_nothing_else(new_daemon: NewD
     for pid in daemon.workers():
         os.kill(pid, signal.SIGKILL)
     assert daemon.call("test", "ping")["message"] == "pong"
-    assert daemon.command("reload").returncode == 0
-    assert daemon.command("upgrade").returncode == 0
+    daemon.reload()
+    daemon.upgrade()
     assert daemon.call("test", "ping")["message"] == "pong"
-    assert daemon.command("stop").returncode == 0
+    daemon.end()
 
 
 @pytest.mark.parametrize("change", ["reload", "upgrade"])
@@ -91,7 +96,7 @@ def test_a_daemon_starts_at_once_after_a_masters_death_whatever_its_workers_stil
         assert started.returncode == 0, started.stderr
         assert daemon.call("test", "ping")["message"] == "pong"
         assert call.result()["success"]
-    assert daemon.command("stop").returncode == 0
+    daemon.end()
 
 
 def free_descriptor(pid: int) -> int:
@@ -135,7 +140,7 @@ def test_without_descriptors_the_master_waits_to_fork_and_is_asked_later(daemon:
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limit)
         assert b'"state":"running"' in connection.recv(65536)
     until(lambda: len(daemon.workers()) == 2, 30)
-    assert daemon.command("reload").returncode == 0
+    daemon.reload()
 
 
 def test_a_reload_and_an_upgrade_without_descriptors_change_nothing(daemon: Daemon) -> None:
@@ -148,7 +153,7 @@ def test_a_reload_and_an_upgrade_without_descriptors_change_nothing(daemon: Daem
     until(lambda: "Not upgraded, nothing has changed: " in daemon.log())
     assert sorted(daemon.workers()) == before
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limit)
-    assert daemon.command("upgrade").returncode == 0
+    daemon.upgrade()
     assert daemon.call("test", "ping")["message"] == "pong"
 
 

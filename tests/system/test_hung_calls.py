@@ -241,6 +241,7 @@ def test_a_worker_is_replaced_when_it_has_run_its_requests_and_nobody_notices(
             reply = one_shot(daemon.path, "probe", "echo", {})
             if not reply["success"]:
                 errors.append(reply)
+            time.sleep(0.005)
 
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):

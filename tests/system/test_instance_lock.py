@@ -47,25 +47,24 @@ class Watcher:
         while not self._over.is_set():
             self.successes += is_free(self._daemon)
             self.attempts += 1
-            time.sleep(0.001)
+            time.sleep(0.004)
 
 
 @pytest.mark.parametrize("command", ["reload", "upgrade"])
 def test_nobody_else_gets_the_lock_while_the_daemon_changes(daemon: Daemon, command: str) -> None:
     pids = [daemon.pid]
     with Watcher(daemon) as watcher:
-        for _ in range(2):
-            tried = watcher.attempts
-            done = daemon.command(command)
-            assert (done.returncode, done.stderr) == (0, ""), done
-            assert watcher.attempts > tried + 30
-            pids.append(daemon.pid)
+        tried = watcher.attempts
+        done = daemon.command(command)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert watcher.attempts > tried + 10
+        pids.append(daemon.pid)
         assert daemon.call("test", "echo", [1]) == [1]
         assert watcher.successes == 0
         # A watcher that could not succeed would prove nothing.
-        assert daemon.command("stop").returncode == 0
+        daemon.end()
         until(lambda: watcher.successes)
-    assert len(set(pids)) == (3 if command == "upgrade" else 1)
+    assert len(set(pids)) == (2 if command == "upgrade" else 1)
 
 
 def test_after_a_killed_master_the_next_daemon_has_the_lock(new_daemon: NewDaemon) -> None:
@@ -81,5 +80,5 @@ def test_after_a_killed_master_the_next_daemon_has_the_lock(new_daemon: NewDaemo
     assert daemon.pid != killed
     assert not is_free(daemon)
     assert daemon.call("test", "echo", [1]) == [1]
-    assert daemon.command("stop").returncode == 0
+    daemon.end()
     assert is_free(daemon)

@@ -118,7 +118,7 @@ def test_totals_stay_when_a_worker_dies_and_at_a_reload(daemon: Daemon) -> None:
         daemon.call("test", "ping")
     os.kill(daemon.workers()[0], signal.SIGKILL)
     until(lambda: numbers(daemon)["gate"]["worker_deaths"] == 1)
-    assert daemon.command("reload").returncode == 0
+    daemon.reload()
     found = scrape(daemon)
     assert found("generation") == 2
     assert found("requests_total", outcome="succeeded") == 4
@@ -149,7 +149,8 @@ def test_it_answers_while_all_threads_hang(new_daemon: NewDaemon) -> None:
         assert sum(found("worker_requests_running", worker=each) for each in "01") == 4
 
 
-def test_it_answers_while_all_workers_are_stopped(daemon: Daemon) -> None:
+def test_it_answers_while_all_workers_are_stopped(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     with daemon.held():
         assert scrape(daemon)("workers") == 2
 
@@ -182,7 +183,8 @@ def test_without_a_daemon_it_is_exit_status_3(new_daemon: NewDaemon) -> None:
         assert done.stderr == f"cpanbridged: not running at {daemon.path}\n"
 
 
-def test_a_master_that_does_not_answer_is_exit_status_1(daemon: Daemon) -> None:
+def test_a_master_that_does_not_answer_is_exit_status_1(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
         done = daemon.command("metrics")

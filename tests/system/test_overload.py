@@ -206,7 +206,7 @@ def test_an_old_worker_that_holds_most_has_to_hurry(new_daemon: NewDaemon) -> No
         event = daemon.folder / "runs"
         hoarder.send("probe", "span", [60, str(event)])
         until(event.exists)
-        assert daemon.command("reload").returncode == 0
+        daemon.reload()
         assert daemon.call("test", "ping")
         daemon.call("probe", "hoard", [LIMIT_MB - 15])
         until(lambda: lines(daemon, rf"\(pid {reply['result']}\) has 1 s left to leave: memory"))

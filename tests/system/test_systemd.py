@@ -126,7 +126,7 @@ def test_the_watchdog_is_notified_as_long_as_the_loop_turns(
 def test_an_upgrade_announces_the_new_main_pid(managed: tuple[Daemon, Manager]) -> None:
     daemon, manager = managed
     old = daemon.pid
-    assert daemon.command("upgrade").returncode == 0
+    daemon.upgrade()
     until(lambda: manager.received("MAINPID", str(daemon.pid)))
     assert daemon.pid != old
     until(lambda: len(manager.received("READY")) == 2)
@@ -184,7 +184,7 @@ def test_a_failed_upgrade_is_reported_by_the_old_master_only(
     manager.check_speakers()
     assert not manager.received("STOPPING")
     daemon.replace_config(working)
-    assert daemon.command("upgrade").returncode == 0
+    daemon.upgrade()
     assert daemon.stop() == 0
     manager.check_speakers()
 
@@ -305,7 +305,7 @@ def test_clients_that_came_before_the_daemon_are_served_and_the_socket_outlives_
         until(lambda: " ready: pid " in daemon.log())
         assert one_shot(daemon.path, "test", "echo", [1])["result"] == [1]
         assert daemon.call("probe", "variables", ["LISTEN_FDS"]) == {"LISTEN_FDS": None}
-        assert daemon.command("reload").returncode == 0
+        daemon.reload()
         assert daemon.stop() == 0
         assert os.stat(daemon.path).st_ino == inode
     with connect(daemon.path) as next_client:  # it waits for the next daemon
@@ -336,7 +336,7 @@ def test_an_upgrade_keeps_the_lent_socket(activated: tuple[Daemon, socket.socket
     daemon, listening = activated
     start_with(daemon, listening)
     until(lambda: " ready: pid " in daemon.log())
-    assert daemon.command("upgrade").returncode == 0
+    daemon.upgrade()
     assert daemon.call("test", "echo", [1]) == [1]
     assert daemon.stop() == 0
     assert os.path.exists(daemon.path)

@@ -47,11 +47,6 @@ def settled_workers(daemon: Daemon, count: int) -> list[int]:
     return pids
 
 
-def reload(daemon: Daemon) -> None:
-    done = daemon.command("reload")
-    assert done.returncode == 0, done.stderr
-
-
 def new_worker(daemon: Daemon) -> int:
     """Kill a worker; the process id of the one that replaces it."""
     before = settled_workers(daemon, 2)
@@ -115,7 +110,7 @@ def test_a_later_worker_has_the_modules_of_its_generation_and_imports_nothing(
 def test_a_template_ends_with_its_generation(new_daemon: NewDaemon) -> None:
     daemon = expose(new_daemon(), says=SAYS_PID).run()
     (first,) = daemon.templates()
-    reload(daemon)
+    daemon.reload()
     until(lambda: len(daemon.templates()) == 1 and first not in daemon.templates())
     (second,) = daemon.templates()
     assert imported_in(daemon) == [first, second]
@@ -140,14 +135,14 @@ def test_when_a_template_is_killed_workers_import_by_themselves_until_the_next_r
     new = new_worker(daemon)
     assert imported_in(daemon) == [template, new]
     assert daemon.templates() == []
-    reload(daemon)
+    daemon.reload()
     assert imported_in(daemon)[2:] == daemon.templates()
 
 
 def test_a_new_master_has_a_template_of_its_own(new_daemon: NewDaemon) -> None:
     daemon = expose(new_daemon(), says=SAYS_PID).run()
     (first,) = daemon.templates()
-    assert daemon.command("upgrade").returncode == 0
+    daemon.upgrade()
     until(lambda: not runs(first))
     assert imported_in(daemon) == [first, *daemon.templates()]
     new = new_worker(daemon)
@@ -284,7 +279,7 @@ def test_without_modules_that_can_be_shared_there_is_no_template(new_daemon: New
     daemon.run()
     until(lambda: daemon.templates() == [])
     assert daemon.call("file", "pid") in settled_workers(daemon, 2)
-    reload(daemon)
+    daemon.reload()
     assert daemon.call("test", "echo", [1]) == [1]
 
 

@@ -127,8 +127,9 @@ def test_it_shows_the_load_the_workers_the_functions_and_the_errors(
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 12), (132, 50)])
 def test_no_screen_is_larger_than_the_terminal(
-    daemon: Daemon, top: Top, size: tuple[int, int]
+    shared_daemon: Daemon, top: Top, size: tuple[int, int]
 ) -> None:
+    daemon = shared_daemon
     for number in range(30):
         one_shot(daemon.path, "probe", "fail", [f"{number} " + 200 * "long "])
     terminal = top(daemon, size=size)
@@ -142,7 +143,10 @@ def test_no_screen_is_larger_than_the_terminal(
         terminal.shows(r"^\d\d:\d\d:\d\d +probe\.fail +29 long")
 
 
-def test_control_characters_of_clients_reach_the_terminal_escaped(daemon: Daemon, top: Top) -> None:
+def test_control_characters_of_clients_reach_the_terminal_escaped(
+    shared_daemon: Daemon, top: Top
+) -> None:
+    daemon = shared_daemon
     one_shot(daemon.path, "probe", "fail", ["\x1b]0;mine\x07 \x9b31m [red]\nnext"])
     terminal = top(daemon)
     terminal.shows(re.escape(r"\x1b]0;mine\x07 \x9b31m [red]\nnext"))
@@ -150,7 +154,8 @@ def test_control_characters_of_clients_reach_the_terminal_escaped(daemon: Daemon
     assert "\x9b" not in terminal.written()
 
 
-def test_it_is_redrawn_when_the_terminal_is_resized(daemon: Daemon, top: Top) -> None:
+def test_it_is_redrawn_when_the_terminal_is_resized(shared_daemon: Daemon, top: Top) -> None:
+    daemon = shared_daemon
     for number in range(30):
         one_shot(daemon.path, "probe", "fail", [str(number)])
     terminal = top(daemon, "--interval", "3600")
@@ -171,7 +176,8 @@ def test_the_keys_t_and_c_order_the_functions(daemon: Daemon, top: Top) -> None:
     terminal.shows(r"^probe\.nap [^^]*\ntest\.ping")
 
 
-def test_throughput_is_that_since_the_last_sample(daemon: Daemon, top: Top) -> None:
+def test_throughput_is_that_since_the_last_sample(shared_daemon: Daemon, top: Top) -> None:
+    daemon = shared_daemon
     terminal = top(daemon)
     terminal.shows(r"^0\.0 calls/s")
 
@@ -223,17 +229,18 @@ def test_it_says_that_the_daemon_has_ended_and_goes_on_with_the_next(
     first = daemon.pid
     terminal = top(daemon)
     terminal.shows(f"pid {first} ")
-    assert daemon.command("stop").returncode == 0
+    daemon.end()
     terminal.shows(f"^not running at {re.escape(daemon.path)}")
     assert daemon.command("start").returncode == 0
     terminal.shows(f"pid {daemon.pid} ")
     terminal.shows("^gate open")
     terminal.type(b"q")
     assert terminal.ends() == 0
-    assert daemon.command("stop").returncode == 0
+    daemon.end()
 
 
-def test_it_says_that_the_master_does_not_answer(daemon: Daemon, top: Top) -> None:
+def test_it_says_that_the_master_does_not_answer(shared_daemon: Daemon, top: Top) -> None:
+    daemon = shared_daemon
     terminal = top(daemon)
     terminal.shows("^gate open")
     os.kill(daemon.pid, signal.SIGSTOP)
@@ -255,7 +262,8 @@ def test_it_shows_why_the_gate_is_closed(new_daemon: NewDaemon, top: Top) -> Non
     daemon.stop(signal.SIGQUIT)
 
 
-def test_it_shows_a_daemon_whose_workers_are_all_stopped(daemon: Daemon, top: Top) -> None:
+def test_it_shows_a_daemon_whose_workers_are_all_stopped(shared_daemon: Daemon, top: Top) -> None:
+    daemon = shared_daemon
     with daemon.held():
         terminal = top(daemon)
         for pid in daemon.workers():
@@ -275,7 +283,8 @@ def test_once_prints_one_screen_and_needs_no_terminal(daemon: Daemon) -> None:
     assert len(re.findall(r"^\d\d:\d\d:\d\d  probe\.fail ", done.stdout, re.MULTILINE)) == 12
 
 
-def test_without_a_terminal_it_is_exit_status_2(daemon: Daemon) -> None:
+def test_without_a_terminal_it_is_exit_status_2(shared_daemon: Daemon) -> None:
+    daemon = shared_daemon
     done = daemon.command("top")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "cpanbridged: top needs a terminal; --once prints one screen\n"
