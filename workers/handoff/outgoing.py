@@ -209,7 +209,10 @@ class Outgoing:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.descriptor)
         with contextlib.suppress(IndexError):
-            return self._returned.popleft()  # just now
+            client = self._returned.popleft()  # just now
+            if self._returned:  # and others, of which the descriptor tells no more
+                wake(self.descriptor)
+            return client
         return None
 
     def return_client(self, client: ClientSocket) -> None:

@@ -326,3 +326,20 @@ def test_a_large_client_that_cannot_be_read_for_want_of_descriptors_is_returned(
         workers.incoming.next()
     workers.outgoing.settle()
     assert workers.outgoing.next_returned() is client
+
+
+def test_two_clients_that_are_returned_while_the_descriptor_is_read_are_both_found(
+    workers: TwoWorkers, crowd: list[Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [remote.transfer(workers.shared) for remote in crowd[:2]]
+
+    def return_both_before(descriptor: int) -> int:
+        monkeypatch.undo()
+        for client in clients:
+            workers.outgoing.return_client(client)
+        return os.eventfd_read(descriptor)
+
+    monkeypatch.setattr(os, "eventfd_read", return_both_before)
+    assert workers.outgoing.next_returned() is clients[0]
+    assert select.select([workers.outgoing.descriptor], [], [], 0)[0]
+    assert workers.outgoing.next_returned() is clients[1]
