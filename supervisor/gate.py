@@ -110,6 +110,7 @@ class Gate:
         self._slot = shared.slots[slot]
         self._wakeups = wakeups[slot]
         self._all_wakeups = wakeups
+        self._rings = shared.rings
         counters = shared.counters
         self._connections = counters.connections.get_obj()
         self._running = counters.running.get_obj()
@@ -132,7 +133,7 @@ class Gate:
             return Obstacle(CONNECTIONS, WAITS_FOR_CONNECTION)
         if self._running.value >= header.max_concurrent_requests:
             return Obstacle(CONCURRENCY, WAITS_FOR_REQUEST)
-        free_at = self._shared.window.free_at()
+        free_at = self._rings.window.free_at()
         if free_at > time.monotonic_ns():
             return Obstacle(RATE, WAITS_FOR_RATE, free_at)
         return None
@@ -151,7 +152,7 @@ class Gate:
         """Charge a request that is complete and about to run; `release_request` must follow."""
         self._running.value += 1
         self._slot.admitted += 1
-        self._shared.window.record(time.monotonic_ns())
+        self._rings.window.record(time.monotonic_ns())
         return True
 
     # -- taking and giving back, with the lock --

@@ -238,7 +238,8 @@ class Connections:
             self._calls.admit(call, client, stop, self._step_aside)
             return self._calls.run(call, client)
         finally:
-            self._placement.leave(session)
+            if session is not None:
+                self._placement.leave(session)
 
     def _send(self, client: ClientSocket, reply: bytes) -> None:
         client.send(reply, self._read_timeout)

@@ -111,7 +111,7 @@ class Shared:
         at, end = end, end + owners.size_for(max_sessions)
         self.sessions = OwnerTable(view[at:end], max_sessions)
         # From there to the end stand the rings, mapped when they are used.
-        self._rings = AdmissionRings(fd, self.header)
+        self.rings = AdmissionRings(fd, self.header)
 
     @classmethod
     def create(cls, capacity: int, limits: Limits, used: int | None = None) -> "Shared":
@@ -127,7 +127,7 @@ class Shared:
         header.slots_used = capacity if used is None else used
         header.started_at = time.time_ns()
         header.started_monotonic = time.monotonic_ns()
-        shared._rings.begin(limits.max_requests_per_minute)
+        shared.rings.begin(limits.max_requests_per_minute)
         shared.apply_limits(limits)
         return shared
 
@@ -241,14 +241,14 @@ class Shared:
     @property
     def window(self) -> Window:
         """The admissions of the last minute; another one after a reload that changes the limit."""
-        return self._rings.window
+        return self.rings.window
 
     def apply_limits(self, limits: Limits) -> None:
         """Let these limits hold. Called in the master under the gate's lock.
 
         Raises OSError when there is no memory for the rate's window; nothing has changed then.
         """
-        self._rings.resize(limits.max_requests_per_minute)
+        self.rings.resize(limits.max_requests_per_minute)
         header = self.header
         header.max_connections = limits.max_connections
         header.max_concurrent_requests = limits.max_concurrent_requests

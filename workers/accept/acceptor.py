@@ -72,11 +72,14 @@ class Acceptor(Generic[C]):
     ) -> None:
         self._listen_queue = listen_queue
         self._ready = ready
+        self._handoffs = ready.handoffs
         self._gate = gate
         self._prepare = prepare
         self._may_be_held_up = may_be_held_up
         self._rejecter = rejecter
         self._receiver = syscalls.Receiver()
+        self._accepting_first = self._accept, self._next_ready
+        self._ready_first = self._next_ready, self._accept
         self._accepts_first = True  # before ready clients are served
         self._in_a_row = 0
         self._outcome = _Outcome.AGAIN
@@ -89,22 +92,18 @@ class Acceptor(Generic[C]):
     def next(self) -> Arrival[C] | None:
         """Wait for a client to serve; None when the acceptor is closed."""
         while not self._is_closed:
-            self._ready.settle(FEW)
-            for find in self._in_turn():
+            if self._handoffs.on_their_way:
+                self._handoffs.settle(FEW)
+            if self._in_a_row >= MOST_IN_A_ROW:
+                self._change_turn()
+            # Both sides, the one first that the last client came from, but not for ever.
+            for find in self._accepting_first if self._accepts_first else self._ready_first:
                 if (arrival := find()) is not None:
                     self._in_a_row += 1
                     return arrival
                 self._change_turn()
             self._wait()
         return None
-
-    def _in_turn(self) -> tuple[Callable[[], Arrival[C] | None], ...]:
-        """Both sides, the one first that the last client came from, but not for ever."""
-        if self._in_a_row >= MOST_IN_A_ROW:
-            self._change_turn()
-        if self._accepts_first:
-            return self._accept, self._next_ready
-        return self._next_ready, self._accept
 
     def _change_turn(self) -> None:
         self._accepts_first = not self._accepts_first
@@ -164,7 +163,7 @@ class Acceptor(Generic[C]):
 
         Not again before one of them has claimed a client: it may be stopped.
         """
-        handoffs = self._ready.handoffs
+        handoffs = self._handoffs
         if handoffs.on_their_way < SOME_ON_THEIR_WAY or handoffs.claimed == self._claimed:
             return False
         self._claimed = handoffs.claimed
@@ -173,7 +172,7 @@ class Acceptor(Generic[C]):
     def _accept_when_room(self) -> int | None:
         gate = self._gate
         if gate.attempt(gate.take_connection, connection=True) is not True:
-            self._ready.settle()  # clients that others have claimed may be what takes the room
+            self._handoffs.settle()  # clients that others have claimed may be what takes the room
             if self._ready.pending:
                 return None
             stop = self._ready.epoll.fileno()

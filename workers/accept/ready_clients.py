@@ -63,10 +63,6 @@ class ReadyClients(Generic[C]):
         """Whether there is one that no descriptor tells of any more."""
         return bool(self._keep_alive.ready or self._incoming.waiting)
 
-    def settle(self, most: int | None = None) -> None:
-        """See what has become of the clients that were handed over, or of so many of them."""
-        self.handoffs.settle(most)
-
     def wake(self) -> None:
         """Have the leading thread check everything. Called in any thread."""
         os.eventfd_write(self._wakeup, 1)

@@ -37,6 +37,8 @@ _POLLFD = struct.Struct("@ihh")  # of poll(2): descriptor, events, returned even
 # Not CDLL, which releases the interpreter lock around each call.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.recv.restype = _libc.send.restype = ctypes.c_ssize_t
+# Those of each request, looked up once.
+_recv, _send, _epoll_ctl, _epoll_wait = _libc.recv, _libc.send, _libc.epoll_ctl, _libc.epoll_wait
 
 
 def accept(listener: int) -> int:
@@ -54,13 +56,16 @@ class Receiver:
 
     def receive(self, descriptor: int) -> bytes:
         """The bytes that have arrived, up to `MOST`; none at the end of file."""
-        length = _checked(_libc.recv(descriptor, self._address, _MOST, socket.MSG_DONTWAIT))
+        length = _recv(descriptor, self._address, _MOST, socket.MSG_DONTWAIT)
+        if length < 0:
+            _checked(length)
         return self._view[:length].tobytes()
 
 
 def send(descriptor: int, data: bytes) -> int:
     """Send what the socket has room for; returns how many bytes. `data` has at most `MOST`."""
-    return _checked(_libc.send(descriptor, data, ctypes.c_size_t(len(data)), _SEND_FLAGS))
+    sent: int = _send(descriptor, data, ctypes.c_size_t(len(data)), _SEND_FLAGS)
+    return sent if sent >= 0 else _checked(sent)
 
 
 def shutdown(descriptor: int, how: int) -> None:
@@ -94,7 +99,8 @@ def watch_once(epoll: int, descriptor: int, *, again: bool) -> None:
     """Have an epoll report a descriptor when it is readable, once; `again`: it is in it already."""
     event = _EVENT.pack(_READABLE_ONCE, descriptor)
     operation = _EPOLL_CTL_MOD if again else _EPOLL_CTL_ADD
-    _checked(_libc.epoll_ctl(epoll, operation, descriptor, event))
+    if _epoll_ctl(epoll, operation, descriptor, event) < 0:
+        _checked(-1)
 
 
 def unwatch(epoll: int, descriptor: int) -> None:
@@ -114,7 +120,9 @@ class ReadySet:
 
     def poll(self) -> list[int]:
         """The descriptors that are readable now, at most `most`; as `select.epoll.poll(0)`."""
-        count = _checked(_libc.epoll_wait(self._descriptor, self._events, self._most, 0))
+        count = _epoll_wait(self._descriptor, self._events, self._most, 0)
+        if count < 0:
+            _checked(count)
         return self._words[_DESCRIPTOR_AT : count * _WORDS : _WORDS].tolist()
 
 

@@ -34,8 +34,8 @@ class Placement:
     ) -> Session | None:
         """Return when the call is to run here: its session, or None if it has none.
 
-        `leave` must follow. `data` is what was read of the client, from this call on. Raises
-        HandedOver when another worker runs it; Refusal and Draining as `Affinity.join` does.
+        `leave` must follow for a session. `data` is what was read of the client, from this call on.
+        Raises HandedOver when another worker runs it; Refusal and Draining as `Affinity.join` does.
         """
         if call.target.owned_as is not None:
             session = self.affinity.join(call, client, data, stop)
@@ -45,11 +45,10 @@ class Placement:
             self._spread(call, client, data)
         return None
 
-    def leave(self, session: Session | None) -> None:
+    def leave(self, session: Session) -> None:
         """The call has ended."""
-        if session is not None:
-            run_in(None)
-            self.sessions.leave(session)
+        run_in(None)
+        self.sessions.leave(session)
 
     def _spread(self, call: Call, client: ClientSocket, data: Callable[[], bytes]) -> None:
         """Hand a kept connection to a worker that has fewer. Raises HandedOver when it is."""

@@ -60,7 +60,7 @@ class Worker:
         return SimpleNamespace(
             descriptor=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
             waiting=False,
-            settle=lambda most: None,
+            settle=lambda most=None: None,
             on_their_way=0,
             claimed=0,
         )
@@ -169,7 +169,7 @@ def test_of_idle_workers_one_is_woken_for_a_client_and_of_busy_ones_all(
         worker.lead()
     until(lambda: all(worker.sleeps() for worker in workers))
     for worker in workers:
-        worker.acceptor._accept = lambda worker=worker: accept(worker)  # type: ignore
+        worker.acceptor._accept_when_room = lambda worker=worker: accept(worker)  # type: ignore
     with connect(listener):
         until(lambda: len(woken) >= 3)
         assert busy < woken
