@@ -37,9 +37,10 @@ def test_it_reports_what_the_shared_memory_has(daemon: Daemon) -> None:
         daemon.call("test", "echo", [number])
     with Framed(daemon.path) as kept:
         assert kept.call("test", "ping") is not None
-        status = ask(daemon, "status")["result"]
+        status = until(  # the last one-shot client may be counted a moment longer
+            lambda: (found := ask(daemon, "status")["result"])["gate"]["connections"] == 1 and found
+        )
         assert status["state"] == "running"
-        assert status["gate"]["connections"] == 1
         assert status["gate"]["admitted_last_minute"] == 6
     assert [each["state"] for each in status["workers"]] == ["serves", "serves"]
     assert sum(each["requests"] for each in status["workers"]) == 6
