@@ -1,6 +1,7 @@
 """How a connection ends: closed, handed over, or told that nothing further is run.
 
-What is said from the main thread is sent without waiting for the client to read it.
+What is said from the main thread is sent without waiting for the client to read it, but for
+`end_leftover`, which waits a little for each.
 """
 
 import logging

@@ -122,8 +122,8 @@ class Handover:
             self._fail(self._reason or f"the new master ended: {describe_exit(status)}")
 
     def _receive(self, message: Message | None) -> None:
-        if message is None or self._process is None or self.complete:
-            return  # it has ended, as SIGCHLD tells
+        if message is None or self._process is None or self.complete or self._reason:
+            return  # it has ended or is killed, as SIGCHLD tells
         if message.ready:
             self._stand_still()
         elif message.mine:

@@ -2,7 +2,8 @@
 
 All fields are aligned signed 64-bit integers, which the machine stores and loads whole: a process
 that is killed leaves each field either as it was or as it should be. Who writes a field is said
-beside it. A field has one writer, or it is written only by who holds the gate's lock.
+beside it. A field has one writer, or it is written only by who holds the gate's lock, or (for the
+few that are said so) several write it without harm.
 
 A worker's counts only grow: what it has open is `opened - closed`, what it runs is
 `admitted - (succeeded + failed)`. So a dead worker's slot is cleared by a few stores, and no total

@@ -337,5 +337,6 @@ class WorkerPool:
     def _inherited_left(self, worker: WorkerProcess) -> None:
         LOGGER.info("Worker %d (pid %d) has left", worker.number, worker.pid)
         worker.clear()
-        self._after_exit(worker)
+        if not self._stopping:
+            self._after_exit(worker)
         self._tell_gone()

@@ -178,14 +178,23 @@ class Acceptor(Generic[C]):
             stop = self._ready.epoll.fileno()
             if gate.wait_and_take(gate.take_connection, stop, connection=True) is None:
                 return None
-        descriptor = self._accept_one()
-        if descriptor is None:
-            gate.release_connection()
+        return self._accept_into_room()
+
+    def _accept_into_room(self) -> int | None:
+        """A waiting client's descriptor; its room is taken already, and given back for None."""
+        descriptor = None
+        try:
+            descriptor = self._accept_one()
+        finally:
+            if descriptor is None:
+                self._gate.release_connection()
         return descriptor
 
     def _accept_or_reject(self) -> int | None:
         assert self._rejecter is not None
         if not self._rejecter.can_take():
+            if self._gate.attempt(self._gate.take_connection, connection=True) is True:
+                return self._accept_into_room()
             self._outcome = _Outcome.EXHAUSTED
             return None
         descriptor = self._accept_one()
@@ -273,10 +282,9 @@ class Acceptor(Generic[C]):
         """
         while time.monotonic() < until:
             if self._gate.take_any_connection():
-                descriptor = self._accept_one()
-                if descriptor is not None:
-                    return Arrival(descriptor, self._gate.accepted(), None, None)
-                self._gate.release_connection()
-                return None
+                descriptor = self._accept_into_room()
+                if descriptor is None:
+                    return None
+                return Arrival(descriptor, self._gate.accepted(), None, None)
             time.sleep(0.01)
         return None

@@ -1,8 +1,8 @@
 """Spreading kept connections over the workers.
 
 An idle worker accepts, so calls on connections of their own spread by themselves. A connection that
-is kept stays with the worker that has accepted it; of idle workers the kernel always wakes the same
-one, and a worker that is added or replaced would have none.
+is kept stays with the worker that has accepted it; of idle workers the kernel may wake the same one
+each time, and a worker that is added or replaced would have none.
 
 So a worker that keeps at least two more than another one has clients hands one of them over with
 its next request, in the way of a client that has its state there, and another one a little later,

@@ -86,6 +86,8 @@ class Rejecter:
         self._answer = answer
         self._arrivals: queue.SimpleQueue[_RejectedClient] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake, selectors.EVENT_READ)
         self._rejected = 0
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
@@ -119,32 +121,37 @@ class Rejecter:
             self._empty.wait_for(lambda: not self._rejected, timeout=max(0.0, seconds))
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake, selectors.EVENT_READ)
-            while True:
-                taken = [key.data for key in selector.get_map().values() if key.data]
-                now, crowded = time.monotonic(), self._is_crowded
-                timeout = min((rejected.until(crowded) - now for rejected in taken), default=None)
-                for key, _ in selector.select(timeout):
-                    if key.data is None:
-                        os.eventfd_read(self._wake)
-                        self._take_arrivals(selector)
-                    elif key.data.is_done(self._answer):
-                        self._close(selector, key.data)
-                        taken.remove(key.data)
-                now, crowded = time.monotonic(), self._is_crowded
-                for rejected in taken:
-                    if rejected.until(crowded) <= now:
-                        self._close(selector, rejected)
+        while True:
+            taken = [key.data for key in self._selector.get_map().values() if key.data]
+            now, crowded = time.monotonic(), self._is_crowded
+            timeout = min((rejected.until(crowded) - now for rejected in taken), default=None)
+            for key, _ in self._selector.select(timeout):
+                if key.data is None:
+                    os.eventfd_read(self._wake)
+                    self._take_arrivals()
+                elif key.data.is_done(self._answer):
+                    self._close(key.data)
+                    taken.remove(key.data)
+            now, crowded = time.monotonic(), self._is_crowded
+            for rejected in taken:
+                if rejected.until(crowded) <= now:
+                    self._close(rejected)
 
-    def _take_arrivals(self, selector: selectors.BaseSelector) -> None:
+    def _take_arrivals(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 rejected = self._arrivals.get_nowait()
-                selector.register(rejected.socket, selectors.EVENT_READ, rejected)
+                try:
+                    self._selector.register(rejected.socket, selectors.EVENT_READ, rejected)
+                except OSError as error:  # no memory, or the kernel's limit of watched files
+                    LOGGER.error("A client could not be rejected: %s", error.strerror)
+                    self._end(rejected)
 
-    def _close(self, selector: selectors.BaseSelector, rejected: _RejectedClient) -> None:
-        selector.unregister(rejected.socket)
+    def _close(self, rejected: _RejectedClient) -> None:
+        self._selector.unregister(rejected.socket)
+        self._end(rejected)
+
+    def _end(self, rejected: _RejectedClient) -> None:
         rejected.socket.close()
         with self._lock:
             self._rejected -= 1

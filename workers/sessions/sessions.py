@@ -93,19 +93,24 @@ class Sessions:
                 raise OSError(errno.EAGAIN, str(error)) from None
             self._watch = watch
         if process.pid == BY_CONNECTION:
-            session = Session(process, os.dup(connection))
+            descriptor = os.dup(connection)
             events = 0  # a hang-up is told unasked, when both sides are shut down
         else:
-            session = Session(process, os.pidfd_open(process.pid))
+            descriptor = os.pidfd_open(process.pid)
             events = select.EPOLLIN
+        try:
             # Asked after the descriptor was there, which is of nobody else if this is still true.
-            if start_time(process.pid) != process.start:
-                os.close(session.descriptor)
+            if process.pid != BY_CONNECTION and start_time(process.pid) != process.start:
                 raise ProcessLookupError
+            self._ends.register(descriptor, events)
+        except OSError:
+            os.close(descriptor)
+            raise
+        session = Session(process, descriptor)
+        if process.pid != BY_CONNECTION:
             self._by_pid[process.pid] = session
         self._sessions[process] = self._by_descriptor[session.descriptor] = session
         self._slot.sessions += 1
-        self._ends.register(session.descriptor, events)
         return session
 
     def leave(self, session: Session) -> None:

@@ -395,9 +395,10 @@ class Rejecter:
 
     def __init__(self) -> None:
         self.taken: list[tuple[Any, Obstacle]] = []
+        self.has_place = True
 
     def can_take(self) -> bool:
-        return True
+        return self.has_place
 
     def take(self, client: Any, obstacle: Obstacle) -> None:
         self.taken.append((client, obstacle))
@@ -422,6 +423,18 @@ def test_a_client_without_room_goes_to_the_rejecter_and_takes_none(
         with connect(listener):
             until(lambda: worker.arrivals)
     assert len(rejecter.taken) == 1
+
+
+def test_a_client_with_room_is_accepted_though_the_rejecter_takes_no_more(
+    new_worker: NewWorker, listener: socket.socket
+) -> None:
+    rejecter = Rejecter()
+    rejecter.has_place = False
+    worker = new_worker([listener], rejecter, max_connections=1)
+    with connect(listener):
+        worker.lead()
+        until(lambda: worker.arrivals)
+    assert not rejecter.taken
 
 
 def test_a_client_that_connects_just_before_room_is_given_back_is_not_rejected(
