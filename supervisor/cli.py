@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
@@ -20,7 +21,7 @@ from cpanbridge.supervisor.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     _open_standard_descriptors()
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         if config.UPGRADE_VARIABLE in os.environ:
             return daemon.take_over(options)
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status or 0
     except config.OperatorError as error:
-        print(f"cpanbridged: {error}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"cpanbridged: {problem}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         # The reader of the output has closed it. The command itself is done.
@@ -60,23 +62,51 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("backslashreplace")(error)
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-c", "--config", metavar="FILE", help="instead of " + config.DEFAULT_FILE)
-    common.add_argument("-s", "--socket", metavar="PATH", help="the socket path, as listen sets it")
-    common.add_argument(
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    options = _parser().parse_args(arguments)
+    # Flags before the subcommand, which would not be told from its own.
+    options.config = options.config or options.config_before
+    options.socket = options.socket or options.socket_before
+    options.set = options.set_before + options.set
+    options.folder = _working_folder()
+    return options
+
+
+def _working_folder() -> str | None:
+    """Relative paths start there, also those of a later reload; None when it is gone."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+def _add_common(parser: argparse.ArgumentParser, suffix: str = "") -> None:
+    """The flags of every subcommand; their values' names end with `suffix`."""
+
+    def add(*flags: str, **rest: Any) -> None:
+        parser.add_argument(*flags, dest=flags[-1].removeprefix("--") + suffix, **rest)
+
+    add("-c", "--config", metavar="FILE", help="instead of " + config.DEFAULT_FILE)
+    add("-s", "--socket", metavar="PATH", help="the socket path, as listen sets it")
+    add(
         "--set",
         metavar="KEY=VALUE",
         action="append",
         default=[],
         help="an option of the file, such as limits.max_connections=50; repeatable",
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    _add_common(common)
     parser = argparse.ArgumentParser(
         prog="cpanbridged",
         description="The resident daemon that lets Perl scripts call Python over a Unix socket.",
         epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 3 not running.",
     )
     parser.add_argument("--version", action="version", version=f"cpanbridged {__version__}")
+    _add_common(parser, "_before")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:

@@ -1,31 +1,20 @@
-"""Settings: the file, the environment and the command's flags, checked and merged.
+"""Settings: what there is to set, what is allowed, and the defaults.
 
-Each later source beats the earlier: defaults, file, environment, flags. A mistake is reported in
-one line that names the source, the key, the value and what is allowed; nothing is guessed or
-ignored. The types below are the rules; `validation` checks values against them.
-
-Read in the `cpanbridged` command before anything is started, and by the master for each reload.
-Workers receive the finished `Settings`.
+The types below are the rules; `validation` checks values against them, and `config_sources` reads
+the file, the environment and the command's flags. Workers receive the finished `Settings`.
 """
 
-import difflib
 import os
-import re
-import tomllib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
 import msgspec
-import psutil
 from msgspec import Meta
 
 from cpanbridge.supervisor.validation import ConfigError as ConfigError
 from cpanbridge.supervisor.validation import OperatorError as OperatorError
-from cpanbridge.supervisor.validation import checked
 
 DEFAULT_FILE = "/etc/cpanbridged.toml"
-ENVIRONMENT_PREFIX = "CPAN_BRIDGE_"
 MAX_WORKERS = 256
 
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*\Z"
@@ -175,20 +164,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.threads or self.limits.max_connections
 
 
-# The variables that are not named by the prefix and the key's last part.
-_ENVIRONMENT_NAMES = {"listen": "SOCKET", "limits.idle_timeout": "TIMEOUT"}
-_ENVIRONMENT_KEYS = (
-    *("listen", "workers", "threads", "max_requests", "debug", "overload", "preload"),
-    *(f"limits.{name}" for name in Limits.__struct_fields__),
-)
-ENVIRONMENT = {
-    ENVIRONMENT_PREFIX + _ENVIRONMENT_NAMES.get(key, key.rpartition(".")[2].upper()): key
-    for key in _ENVIRONMENT_KEYS
-}
-# Read by the Perl client: no options of the daemon, but no mistakes either.
-_CLIENT_ENVIRONMENT = frozenset({"CPAN_BRIDGE_JSON"})
-
-
 class Loaded(msgspec.Struct, frozen=True):
     """Settings, the name of their source, and warnings for the operator.
 
@@ -213,111 +188,3 @@ def default_socket(environ: Mapping[str, str] = os.environ) -> str:
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         return f"{runtime}/cpanbridged.sock"
     return f"/tmp/cpanbridged-{uid}/cpanbridged.sock"
-
-
-def load(
-    file: str | None = None,
-    flags: Sequence[str] = (),
-    environ: Mapping[str, str] = os.environ,
-) -> Loaded:
-    """Read all sources and merge them. Raises ConfigError.
-
-    Without a `file`, `/etc/cpanbridged.toml` is read if it exists. `flags` are `KEY=VALUE` texts.
-    """
-    warnings: list[str] = []
-    tables: dict[str, Any] = {}
-    source = "defaults"
-    if file is not None or Path(DEFAULT_FILE).exists():
-        source = file or DEFAULT_FILE
-        tables = _read(source)
-        _convert(tables, source)
-    for name, text in sorted(environ.items()):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in _CLIENT_ENVIRONMENT or not text:
-            continue
-        if name in ENVIRONMENT:
-            _set(tables, ENVIRONMENT[name], text, f"environment: {name}")
-        else:
-            warnings.append(f"environment: {name} is not an option and has no effect")
-    for flag in flags:
-        key, separator, text = flag.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {flag}: must be KEY=VALUE, such as limits.max_connections=50")
-        _set(tables, key.strip(), text, "--set")
-    settings = _convert(tables, source)
-    warnings.extend(_beyond_the_machine(tables.get("limits", {}), settings.limits))
-    together = settings.worker_count * settings.thread_count
-    if together < settings.limits.max_connections:
-        warnings.append(
-            f"threads = {settings.threads}: the {settings.worker_count} workers together serve "
-            f"{together} of the {settings.limits.max_connections} connections that "
-            "limits.max_connections allows; others wait"
-        )
-    return Loaded(settings, source, warnings)
-
-
-def _beyond_the_machine(given: Container[str], limits: Limits) -> Iterator[str]:
-    """Warnings about given limits that this machine can never reach."""
-    memory = psutil.virtual_memory().total >> 20
-    if "max_memory_mb" in given and limits.max_memory_mb > memory:
-        yield (
-            f"limits.max_memory_mb = {limits.max_memory_mb} is more memory than this machine has "
-            f"({memory} MB): it will never be reached"
-        )
-    cores = os.cpu_count() or 1
-    if "max_cpu_percent" in given and limits.max_cpu_percent > 100 * cores:
-        yield (
-            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine's "
-            f"{cores} cores have ({100 * cores}): it will never be reached"
-        )
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            return tomllib.load(stream)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None
-
-
-def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
-    """Check one value, given as text, and store it under its key."""
-    if key not in _SETTABLE:
-        close = difflib.get_close_matches(key, _SETTABLE, 1, 0.7)
-        meant = f"did you mean {close[0]}? " if close else ""
-        allowed = ", ".join(sorted(_SETTABLE))
-        raise ConfigError(
-            f"{source}: {key!r} is not an option that can be set here; {meant}allowed: {allowed}"
-        )
-    raw: Any = text.split(",") if key in ("listen", "python_path") else text
-    label = source if source.startswith("environment") else f"{source} {key}"
-    value = checked(raw, _SETTABLE[key], label, strict=False)
-    table, _, name = key.rpartition(".")
-    (tables.setdefault("limits", {}) if table else tables)[name] = value
-
-
-def _convert(tables: dict[str, Any], source: str) -> Settings:
-    """Check all tables, of one source or merged."""
-    if type(tables.get("debug")) is int and tables["debug"] in (0, 1):
-        tables["debug"] = bool(tables["debug"])  # 0 and 1 are allowed, as in the environment
-    tables = dict(tables)
-    modules = tables.get("modules")
-    if isinstance(modules, dict):  # one by one, so that an error names the module
-        tables["modules"] = {
-            name: checked(table, Module, f"{source}: modules.{name}")
-            for name, table in modules.items()
-        }
-        for name in modules:
-            if not re.match(NAME_PATTERN, name) or len(name) > MAX_MODULE_NAME:
-                rule = _name(MAX_MODULE_NAME).description
-                raise ConfigError(f"{source}: modules: the name {name!r} {rule}")
-    return checked(tables, Settings, f"{source}: ")
-
-
-# What the environment and flags may set, with its type: all but tables.
-_SETTABLE: dict[str, Any] = {
-    f.name: f.type
-    for f in msgspec.structs.fields(Settings)
-    if f.name not in ("modules", "module_dirs", "limits")
-} | {f"limits.{f.name}": f.type for f in msgspec.structs.fields(Limits)}

@@ -4,7 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cpanbridge.supervisor.config import Settings, load
+from cpanbridge.supervisor.config import Settings
+from cpanbridge.supervisor.config_sources import load
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.modules.loader import Loader
 from cpanbridge.workers.modules.registry import Exposed, Registry

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from cpanbridge.supervisor.config import Limits, Module, ModuleDir, Settings, default_socket, load
+from cpanbridge.supervisor.config import Limits, Module, ModuleDir, Settings, default_socket
+from cpanbridge.supervisor.config_sources import load
 
 EXAMPLE = Path(__file__).parents[1] / "etc" / "cpanbridged.toml"
 # A commented option or table; prose has a space after its mark.

@@ -13,7 +13,8 @@ PACKAGES = ("supervisor", "workers")
 FLOORS = {
     "supervisor": (
         *("cli", "commands", "daemon", "master", "monitor", "reports", "lifecycle", "processes"),
-        *("control", "system", "gate", "memory", "listening", "config", "validation", "version"),
+        *("control", "system", "gate", "memory", "listening"),
+        *("config_sources", "config_warnings", "config", "validation", "version"),
     ),
     "workers": (
         *("template", "worker", "main_thread", "service", "connection", "endings", "boot"),

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from cpanbridge.supervisor import config
+from cpanbridge.supervisor import config_sources
 from cpanbridge.supervisor.config import ConfigError, Loaded, OperatorError, Settings
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def not_running(settings: Settings) -> CommandError:
 def load(options: argparse.Namespace) -> Loaded:
     """The configuration with the flags of the command line. Raises ConfigError."""
     listen = [f"listen={options.socket}"] if options.socket else []
-    return config.load(options.config, [*options.set, *listen])
+    return config_sources.load(options.config, [*options.set, *listen], folder=options.folder)
 
 
 def locate(options: argparse.Namespace) -> Settings:

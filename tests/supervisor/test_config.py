@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from cpanbridge.supervisor import config
-from cpanbridge.supervisor.config import ConfigError, Limits, Loaded, Settings, load
+from cpanbridge.supervisor import config, config_sources
+from cpanbridge.supervisor.config import ConfigError, Limits, Loaded, Settings
+from cpanbridge.supervisor.config_sources import load
 
 # Key, its default, another value, and its name in the environment after CPAN_BRIDGE_.
 LIMITS: list[tuple[str, Any, Any]] = [
@@ -184,7 +185,7 @@ def test_every_key_in_the_environment(file: File, name: str, key: str) -> None:
 
 
 def test_the_environment_has_no_other_names() -> None:
-    assert config.ENVIRONMENT == IN_ENVIRONMENT
+    assert config_sources.ENVIRONMENT == IN_ENVIRONMENT
 
 
 @pytest.mark.parametrize(("key", "_", "other"), KEYS)
@@ -235,6 +236,37 @@ def test_debug_is_0_or_1_everywhere(file: File, text: str, value: bool) -> None:
     assert file.load("", f"debug={text}").settings.debug is value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2", True), ("00", False), ("Yes", True), ("on", True), ("off", False), ("NO", False)],
+)
+def test_a_boolean_in_the_environment_is_a_word_or_a_number(
+    file: File, text: str, value: bool
+) -> None:
+    assert file.load("", CPAN_BRIDGE_DEBUG=text).settings.debug is value
+    assert file.load("", f"preload={text}").settings.preload is value
+
+
+def test_all_paths_are_made_absolute(file: File) -> None:
+    file.path.write_text(
+        'listen = ["a.sock", "/tmp/b.sock"]\nlog_file = "x.log"\nsecurity_log = "../s.log"\n'
+        'python_path = ["lib"]\n[[module_dirs]]\npath = "."\n'
+    )
+    loaded = load(file.path.name, (), {}, str(file.path.parent))
+    assert loaded.source == str(file.path)
+    folder, settings = file.path.parent, loaded.settings
+    assert settings.sockets == [f"{folder}/a.sock", "/tmp/b.sock"]
+    assert settings.log_file == f"{folder}/x.log"
+    assert settings.security_log == f"{folder.parent}/s.log"
+    assert settings.python_path == [f"{folder}/lib"]
+    assert settings.module_dirs[0].path == str(folder)
+
+
+def test_what_is_no_path_is_not_made_absolute(file: File) -> None:
+    settings = file.load("").settings
+    assert (settings.listen, settings.log_file, settings.security_log) == (None, "stderr", "-")
+
+
 def test_modules_and_folders(file: File) -> None:
     settings = file.load(
         '[modules.stats]\nimport = "statistics"\nfunctions = ["mean", "stdev"]\n'
@@ -250,6 +282,30 @@ def test_modules_and_folders(file: File) -> None:
 
 
 # -- mistakes --
+
+
+def test_all_mistakes_are_reported(file: File) -> None:
+    with pytest.raises(ConfigError) as caught:
+        file.load(
+            "workers = -1\nworker = 2\n"
+            "limits = {max_connections = 0, read_timeout = 'soon'}\n"
+            "modules = {a = {}, b = {import = 'os', functions = ['_exit', 5, 'getpid']}}\n"
+            "module_dirs = [{path = ''}, {path = '/a', affinity = 'none', preload = 2}]",
+            "threads=many",
+            "thread=2",
+            CPAN_BRIDGE_TIMEOUT="soon",
+        )
+    text = "\n".join(caught.value.problems)
+    found = re.findall(
+        r"^(?:\S*c\.toml: |environment: |--set:? )'?([\w.\[\]]+)", text, re.MULTILINE
+    )
+    assert found == [
+        *("workers", "worker", "limits.max_connections", "limits.read_timeout"),
+        *("modules.a", "modules.a", "modules.b.functions[0]", "modules.b.functions[1]"),
+        *("module_dirs[0].path", "module_dirs[1].preload"),
+        *("CPAN_BRIDGE_TIMEOUT", "threads", "thread"),
+    ]
+    assert str(caught.value) == "; ".join(caught.value.problems)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +515,10 @@ def test_a_limit_of_zero_is_refused_where_nothing_could_ever_run(file: File, key
 def test_an_unknown_variable_gets_a_warning(file: File) -> None:
     loaded = file.load("", CPAN_BRIDGE_MAX_CONECTIONS="5", CPAN_BRIDGE_JSON="PP", PATH="/bin")
     (warning,) = loaded.warnings
-    assert warning == "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect"
+    assert warning == (
+        "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect; "
+        "did you mean CPAN_BRIDGE_MAX_CONNECTIONS?"
+    )
 
 
 @pytest.mark.parametrize("preload", [True, False])

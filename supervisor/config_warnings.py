@@ -1,0 +1,44 @@
+"""What the settings allow and nobody can have meant: one line for each, for check and the log."""
+
+import os
+from collections.abc import Container, Iterator
+
+import psutil
+
+from cpanbridge.supervisor.config import Limits, Settings
+
+SMALLEST_REQUEST = len('{"module":"m","function":"f"}')
+
+
+def warnings_about(settings: Settings, given: Container[str]) -> Iterator[str]:
+    """All warnings; `given` are the keys of limits that are set, and not left at their defaults."""
+    limits = settings.limits
+    yield from _beyond_the_machine(given, limits)
+    together = settings.worker_count * settings.thread_count
+    if together < limits.max_connections:
+        yield (
+            f"threads = {settings.threads}: the {settings.worker_count} workers together serve "
+            f"{together} of the {limits.max_connections} connections that "
+            "limits.max_connections allows; others wait"
+        )
+    if limits.max_request_size < SMALLEST_REQUEST:
+        yield (
+            f"limits.max_request_size = {limits.max_request_size}: no request is as small, "
+            f"the smallest takes {SMALLEST_REQUEST} bytes: all are refused"
+        )
+
+
+def _beyond_the_machine(given: Container[str], limits: Limits) -> Iterator[str]:
+    """Warnings about given limits that this machine can never reach."""
+    memory = psutil.virtual_memory().total >> 20
+    if "max_memory_mb" in given and limits.max_memory_mb > memory:
+        yield (
+            f"limits.max_memory_mb = {limits.max_memory_mb} is more memory than this machine has "
+            f"({memory} MB): it will never be reached"
+        )
+    cores = os.cpu_count() or 1
+    if "max_cpu_percent" in given and limits.max_cpu_percent > 100 * cores:
+        yield (
+            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine's "
+            f"{cores} cores have ({100 * cores}): it will never be reached"
+        )
