@@ -1,16 +1,24 @@
 """A table of each worker's connections in the shared memory, for reports.
 
 The gate's counters decide what may be connected, and are exact; this table lists a worker's first
-thousand connections.
+thousand connections. Beside each stands what it has run last and for whom: so the master can name
+what a worker was running when it died.
+
+Nothing is decided by this table, and it is read without a lock. On a machine that reorders stores
+(aarch64) a report may for an instant show a connection with a field of the one before it. What a
+worker that has ended has written is all there.
 """
 
+import struct
 from collections import deque
 from typing import NamedTuple
 
 LISTED = 1024
 _FIELDS = 5
-SIZE = 8 * _FIELDS * (LISTED + 1)  # bytes; the last entry is for all that are not listed
-_UNLISTED = _FIELDS * LISTED
+_UNLISTED = _FIELDS * LISTED  # the last entry is for all that are not listed
+_CALL = struct.Struct("@qq112s")  # the function's number, the client's pid, the caller in UTF-8
+_CALLS_AT = 8 * _FIELDS * (LISTED + 1)  # bytes; apart, so that listing connections reads no more
+SIZE = _CALLS_AT + _CALL.size * (LISTED + 1)  # bytes
 
 # What a connection is doing.
 READING = 1  # it waits for the rest of a request
@@ -45,6 +53,14 @@ class Connection(NamedTuple):
         return self.status in (READING, IDLE) and silent > stale_timeout
 
 
+class RunningCall(NamedTuple):
+    """What a connection is running."""
+
+    function: int  # see function_stats.py
+    pid: int  # the client's; 0: not known
+    caller: str  # as the client says, perhaps shortened; empty: it does not say
+
+
 class ConnectionTable:
     """One worker's table. Written by the thread that serves the connection."""
 
@@ -61,6 +77,16 @@ class ConnectionTable:
                 if entry.number and entry.status:
                     found.append(entry)
         return found
+
+    def running(self) -> list[RunningCall]:
+        """What the listed connections run. For a worker that has ended, or a glance at others."""
+        calls = []
+        for entry in range(0, _UNLISTED, _FIELDS):
+            if self.memory[entry] and self.memory[entry + _STATUS] == RUNNING:
+                function, pid, caller = _CALL.unpack_from(self.memory, _call_at(entry))
+                text = caller.rstrip(b"\0").decode("utf-8", "replace")
+                calls.append(RunningCall(function, pid, text))
+        return calls
 
     def clear(self) -> None:
         """Remove all, once their worker has ended. Called in the master."""
@@ -107,8 +133,10 @@ class ConnectionTableWriter:
         """Set what a connection is doing now."""
         self._memory[entry + _STATUS] = status
 
-    def runs(self, entry: int) -> None:
-        """One more request of it runs."""
+    def runs(self, entry: int, function: int, pid: int, caller: str | None) -> None:
+        """One more request of it runs: see RunningCall."""
+        text = caller.encode("utf-8", "replace") if caller else b""
+        _CALL.pack_into(self._memory, _call_at(entry), function, pid, text)
         self._memory[entry + _REQUESTS] += 1
         self._memory[entry + _STATUS] = RUNNING
 
@@ -122,3 +150,7 @@ class ConnectionTableWriter:
         if entry != _UNLISTED:
             self._memory[entry] = 0
             self._free.append(entry)
+
+
+def _call_at(entry: int) -> int:
+    return _CALLS_AT + entry // _FIELDS * _CALL.size

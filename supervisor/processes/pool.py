@@ -280,16 +280,18 @@ class WorkerPool:
         how = worker.describe_end(status)
         report = worker.take_report()  # its last report may not have been read yet
         pid, ready_at, exiting = worker.pid, worker.ready_at, worker.exiting
+        ran = worker.describe_running()
         worker.clear()  # first: its pid may be another process's from now on
         if not self._stopping:
             if report is not None and report.error is not None:
                 self._reported(worker, report)
             if exiting:
-                LOGGER.info("Worker %d (pid %d) has left: %s", worker.number, pid, how)
+                LOGGER.info("Worker %d (pid %d) has left: %s%s", worker.number, pid, how, ran)
                 self._after_exit(worker)
             elif worker.generation is not None and worker.generation.in_service:
                 self.spawner.shared.record_death()
-                LOGGER.error("Worker %d (pid %d) died: %s; replacing it", worker.number, pid, how)
+                text = "Worker %d (pid %d) died: %s; replacing it%s"
+                LOGGER.error(text, worker.number, pid, how, ran)
                 self._restart(worker, worker.generation, ready_at)
             elif worker.generation is not None:
                 LOGGER.error("Worker %d (pid %d) died at boot: %s", worker.number, pid, how)
@@ -335,7 +337,8 @@ class WorkerPool:
                 worker.free()
 
     def _inherited_left(self, worker: WorkerProcess) -> None:
-        LOGGER.info("Worker %d (pid %d) has left", worker.number, worker.pid)
+        ran = worker.describe_running()
+        LOGGER.info("Worker %d (pid %d) has left%s", worker.number, worker.pid, ran)
         worker.clear()
         if not self._stopping:
             self._after_exit(worker)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 from cpanbridge.supervisor.config import KILL_MARGIN
 from cpanbridge.supervisor.memory import handoff_sockets
+from cpanbridge.supervisor.memory.connection_table import RunningCall
 from cpanbridge.supervisor.memory.fields import COMMAND_NONE, COMMAND_RETIRE
 from cpanbridge.supervisor.processes.context import BEGIN, Report, WorkerContext, read_report
 from cpanbridge.supervisor.processes.generation import Generation
@@ -27,6 +28,7 @@ from cpanbridge.supervisor.processes.templates import Template
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
+_CALLS_TOLD = 20  # of those that a worker was running when it ended
 _FORK_SECONDS = 10.0  # for a template to fork a worker, which takes it some milliseconds
 
 
@@ -229,6 +231,15 @@ class WorkerProcess(Process):
         LOGGER.warning("Worker %d (pid %d) does not end: killed", self.number, self.pid)
         self.kill()
 
+    def describe_running(self) -> str:
+        """What the worker ran when it ended, and for whom, in words; empty when it ran nothing."""
+        shared = self._spawner.shared
+        calls, names = shared.statistics[self.number].connection_table.running(), shared.names.all()
+        told = [f"{names[each.function]} for {_client(each)}" for each in calls[:_CALLS_TOLD]]
+        if len(calls) > len(told):
+            told.append(f"{len(calls) - len(told)} more")
+        return f"; it ran {', '.join(told)}" if told else ""
+
     def clear(self) -> None:
         """The worker has ended: give back what it held."""
         self._spawner.shared.clear(self.slot)
@@ -251,3 +262,8 @@ class WorkerProcess(Process):
             self._close_report()
         if not self.pid:
             self._timer.cancel()
+
+
+def _client(call: RunningCall) -> str:
+    pid = f"pid {call.pid}" if call.pid else ""
+    return f"{call.caller} ({pid})" if call.caller and pid else call.caller or pid or "a client"

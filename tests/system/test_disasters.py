@@ -20,9 +20,10 @@ def test_a_segfault_is_traced_in_the_log_and_costs_its_own_worker_only(
     daemon = shared_daemon
     before = set(daemon.workers())
     with Framed(daemon.path) as client:
-        client.send("probe", "segfault")
+        client.send("probe", "segfault", perl_caller="import.pl")
         assert read_to_end(client.socket) == b""
     until(lambda: "died: killed by signal 11 (SIGSEGV); replacing it" in daemon.log())
+    assert f"; it ran probe.segfault for import.pl (pid {os.getpid()})\n" in daemon.log()
     assert "Fatal Python error: Segmentation fault" in daemon.log()
     assert f'File "{PROBE}"' in daemon.log()
     assert "in segfault" in daemon.log()

@@ -137,7 +137,8 @@ class Calls:
             with self.shared.lock:
                 name = f"{request.module}.{request.function}"
                 function = target.number = self.shared.names.number_of(name)
-        self.connection_table.runs(client.entry)
+        pid = self._pid_of(client, target)
+        self.connection_table.runs(client.entry, function, pid, request.perl_caller)
         # Watched if the module or the request sets a timeout: the shorter one.
         limit = seconds = target.request_timeout
         if request.timeout is not None:
@@ -178,6 +179,13 @@ class Calls:
             target.took(duration_ns)
             if answered:
                 raise ConnectionAbortedError
+
+    @staticmethod
+    def _pid_of(client: ClientSocket, target: Target) -> int:
+        """The client's pid; 0 where it is not worth asking for: a quick call would be no more."""
+        if client.process is not None:
+            return max(0, client.process.pid)
+        return 0 if target.is_quick else max(0, client.credentials().pid)
 
     def _failure(self, request: Request, error: BaseException, problem: str) -> bytes:
         trace = None

@@ -14,6 +14,7 @@ from cpanbridge.supervisor.memory.connection_table import (
     Connection,
     ConnectionTable,
     ConnectionTableWriter,
+    RunningCall,
 )
 
 SECOND = 1_000_000_000
@@ -45,14 +46,30 @@ def test_what_a_connection_does_is_told() -> None:
     assert seen() == Connection(1, 100, 110, 0, READING)
     writer.is_doing(entry, WAITING)
     assert seen() == Connection(1, 100, 110, 0, WAITING)
-    writer.runs(entry)
+    writer.runs(entry, 0, 0, None)
     assert seen() == Connection(1, 100, 110, 1, RUNNING)
     writer.ran(entry, 150)
     assert seen() == Connection(1, 100, 150, 1, REPLYING)
     writer.is_doing(entry, IDLE)
     writer.heard(entry, 200)
-    writer.runs(entry)
+    writer.runs(entry, 0, 0, None)
     assert seen() == Connection(1, 100, 200, 2, RUNNING)
+
+
+def test_what_runs_is_told_with_its_client_as_long_as_it_runs() -> None:
+    connection_table, writer = new_roster()
+    first, second = writer.enter(1, 100), writer.enter(2, 100)
+    assert connection_table.running() == []
+    writer.runs(first, 3, 4711, "caf\xe9.pl")
+    writer.runs(second, 4, 0, "x" * 200)
+    found = sorted(connection_table.running())
+    assert found[0] == RunningCall(3, 4711, "caf\xe9.pl")
+    assert found[1] == RunningCall(4, 0, "x" * 112)
+    writer.ran(second, 150)
+    writer.leave(second)
+    assert connection_table.running() == found[:1]
+    writer.runs(first, 5, 4711, None)
+    assert connection_table.running() == [RunningCall(5, 4711, "")]
 
 
 def test_each_status_has_a_name() -> None:
@@ -63,7 +80,7 @@ def test_each_status_has_a_name() -> None:
 def test_an_entry_that_is_used_again_remembers_nothing() -> None:
     connection_table, writer = new_roster()
     entry = writer.enter(1, 100)
-    writer.runs(entry)
+    writer.runs(entry, 0, 0, None)
     writer.leave(entry)
     assert writer.enter(2, 300) == entry
     assert connection_table.connections() == [Connection(2, 300, 300, 0, READING)]
@@ -76,7 +93,7 @@ def test_those_beyond_the_first_thousand_are_served_and_not_listed() -> None:
     unlisted = [writer.enter(number, number) for number in range(LISTED + 1, LISTED + 4)]
     for entry in unlisted:
         writer.heard(entry, 1)
-        writer.runs(entry)
+        writer.runs(entry, 0, 0, None)
         writer.ran(entry, 2)
     assert sorted(c.number for c in connection_table.connections()) == list(range(1, LISTED + 1))
     writer.leave(unlisted[0])

@@ -56,7 +56,7 @@ class Works:
         """Its request begins to run."""
         gate = self.gates[worker]
         assert gate.attempt(gate.admit, connection=False) is True
-        self.tables[worker].runs(entry)
+        self.tables[worker].runs(entry, 0, 0, None)
 
     def number_of(self, name: str) -> int:
         with self.shared.lock:
