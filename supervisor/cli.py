@@ -16,6 +16,7 @@ from typing import Any
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.wording import explain_start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of the output has closed it. The command itself is done.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"cpanbridged: {place}{explain_start(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -21,6 +21,7 @@ from cpanbridge.supervisor import config
 from cpanbridge.supervisor.config import ConfigError, Limits, Loaded, Settings
 from cpanbridge.supervisor.config_warnings import warnings_about
 from cpanbridge.supervisor.validation import checked
+from cpanbridge.supervisor.wording import explain
 
 _PREFIX = "CPAN_BRIDGE_"
 # The variables that are not named by the prefix and the key's last part.
@@ -97,7 +98,7 @@ def _read(file: str) -> dict[str, Any]:
         with open(file, "rb") as stream:
             return tomllib.load(stream)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{file}: cannot be read: {explain(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 

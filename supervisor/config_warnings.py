@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator
 import psutil
 
 from cpanbridge.supervisor.config import Limits, Settings
+from cpanbridge.supervisor.wording import count_of
 
 SMALLEST_REQUEST = len('{"module":"m","function":"f"}')
 
@@ -17,8 +18,8 @@ def warnings_about(settings: Settings, given: Container[str]) -> Iterator[str]:
     together = settings.worker_count * settings.thread_count
     if together < limits.max_connections:
         yield (
-            f"threads = {settings.threads}: the {settings.worker_count} workers together serve "
-            f"{together} of the {limits.max_connections} connections that "
+            f"threads = {settings.threads}: {count_of(settings.worker_count, 'worker')} together "
+            f"serve {together} of the {count_of(limits.max_connections, 'connection')} that "
             "limits.max_connections allows; others wait"
         )
     if limits.max_request_size < SMALLEST_REQUEST:
@@ -39,6 +40,6 @@ def _beyond_the_machine(given: Container[str], limits: Limits) -> Iterator[str]:
     cores = os.cpu_count() or 1
     if "max_cpu_percent" in given and limits.max_cpu_percent > 100 * cores:
         yield (
-            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine's "
-            f"{cores} cores have ({100 * cores}): it will never be reached"
+            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine "
+            f"has, {100 * cores} with {count_of(cores, 'core')}: it will never be reached"
         )

@@ -32,6 +32,7 @@ from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.system.sd_notify import ServiceManager
 from cpanbridge.supervisor.system.signals import Signals
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.wording import count_of
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -189,10 +190,10 @@ class Master:
             self._monitor.start()
             self._watchdog.check()
             LOGGER.info(
-                "cpanbridged %s ready: pid %d, %d workers, listening on %s",
+                "cpanbridged %s ready: pid %d, %s, listening on %s",
                 __version__,
                 os.getpid(),
-                generation.wanted,
+                count_of(generation.wanted, "worker"),
                 ", ".join(listener.path for listener in generation.listeners),
             )
             self._on_ready(None)
@@ -231,7 +232,9 @@ class Master:
     def _tell_ready(self, failure: str | None = None) -> None:
         """Tell the service manager that the daemon serves, and what has failed."""
         generation = self._reloader.generation
-        serves = f"Serving with {generation.wanted} workers, generation {generation.number}"
+        serves = (
+            f"Serving with {count_of(generation.wanted, 'worker')}, generation {generation.number}"
+        )
         if not self._stopping:  # or the service manager would take the stop for over
             self._service_manager.ready(failure or serves)
 

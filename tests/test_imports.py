@@ -14,7 +14,7 @@ FLOORS = {
     "supervisor": (
         *("cli", "commands", "daemon", "master", "monitor", "reports", "lifecycle", "processes"),
         *("control", "system", "gate", "memory", "listening"),
-        *("config_sources", "config_warnings", "config", "validation", "version"),
+        *("config_sources", "config_warnings", "config", "validation", "wording", "version"),
     ),
     "workers": (
         *("template", "worker", "main_thread", "service", "connection", "endings", "boot"),
@@ -24,7 +24,8 @@ FLOORS = {
 }
 # What workers may know of the supervisor: rooms and single files.
 FOR_WORKERS = (
-    *("config", "gate", "memory", "processes.context", "reports.health", "reports.reports"),
+    *("config", "gate", "memory", "wording", "processes.context"),
+    *("reports.health", "reports.reports"),
     *("system.log_text", "system.logs", "version"),
 )
 MOST_LINES = 350

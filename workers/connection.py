@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from cpanbridge.supervisor.memory.connection_table import IDLE
+from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.ready_clients import Arrival
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import ConnectionDrainer, Draining
@@ -219,7 +220,7 @@ class Connections:
         try:
             self._keep_alive.add(client)
         except OSError as error:
-            LOGGER.error("A connection cannot be kept: %s", error.strerror)
+            LOGGER.error("A connection cannot be kept: %s", explain(error))
             raise Draining from None
         return True  # it may be in another thread's hands by now
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor.memory import fields
 from cpanbridge.supervisor.processes.context import WorkerContext
+from cpanbridge.supervisor.wording import count_of
 from cpanbridge.workers import boot
 from cpanbridge.workers.modules.registry import Registry
 from cpanbridge.workers.service import Service
@@ -184,8 +185,8 @@ class MainThread:
 
     def _say_what_is_cut(self, connections: int) -> None:
         if connections:
-            what = "Worker %d: %d connections still busy at the end of their time, cutting them"
-            LOGGER.warning(what, self._context.slot, connections)
+            what = "Worker %d: %s still busy at the end of their time, cutting them"
+            LOGGER.warning(what, self._context.slot, count_of(connections, "connection"))
 
     # -- the modules' hooks --
 

@@ -18,6 +18,7 @@ from cpanbridge.supervisor.processes.context import (
     receive_command,
     tell_imports,
 )
+from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers import boot, worker
 from cpanbridge.workers.modules import builtin
 from cpanbridge.workers.modules.forks import fork_worker
@@ -68,7 +69,7 @@ def _fork(context: TemplateContext, loader: Loader, worker_context: WorkerContex
         with suppress(ChildProcessError):  # a module may have set SIGCHLD to be ignored
             os.waitpid(pid, 0)
     except OSError as error:  # the master reads an end of file from the report
-        LOGGER.error("The template cannot fork: %s", error.strerror)
+        LOGGER.error("The template cannot fork: %s", explain_start(error))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 

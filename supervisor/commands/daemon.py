@@ -15,6 +15,7 @@ from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.system import daemonize
 from cpanbridge.supervisor.system.privileges import PrivilegeError
+from cpanbridge.supervisor.wording import count_of, explain_start
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +46,7 @@ def start(options: argparse.Namespace) -> None:
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
     print(
-        f"Started: pid {outcome.pid}, {settings.worker_count} workers, "
+        f"Started: pid {outcome.pid}, {count_of(settings.worker_count, 'worker')}, "
         f"listening on {', '.join(settings.sockets)}, log {settings.log_file}"
     )
 
@@ -100,7 +101,8 @@ def restart(options: argparse.Namespace) -> None:
 
 def reload(options: argparse.Namespace) -> None:
     result = _request(options, "reload", "not reloaded")
-    print(f"Reloaded: generation {result['generation']}, {result['workers']} workers")
+    workers = count_of(result["workers"], "worker")
+    print(f"Reloaded: generation {result['generation']}, {workers}")
 
 
 def upgrade(options: argparse.Namespace) -> None:
@@ -127,6 +129,9 @@ def _serve_in_background(load_again: Load, report: Callable[[str | None], None])
         return _serve(load_again, report)
     except OperatorError as error:
         report(str(error))
+        return FAILED
+    except OSError as error:  # what is missing at the start; later the loop goes on
+        report(explain_start(error))
         return FAILED
 
 

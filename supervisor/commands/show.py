@@ -25,6 +25,7 @@ from cpanbridge.supervisor.control import client, one_call
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.system import privileges
 from cpanbridge.supervisor.system.log_text import TIME, format_duration
+from cpanbridge.supervisor.wording import count_of
 
 
 def status(options: argparse.Namespace) -> int:
@@ -63,8 +64,8 @@ def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
     minute = gate["max_requests_per_minute"]
     yield (
         f"gate {gate['verdict']} for {gate['verdict_seconds']:.0f} s: "
-        f"{gate['connections']} of {gate['max_connections']} connections, "
-        f"{gate['running']} of {gate['max_concurrent_requests']} requests running, "
+        f"{gate['connections']} of {count_of(gate['max_connections'], 'connection')}, "
+        f"{gate['running']} of {count_of(gate['max_concurrent_requests'], 'request')} running, "
         f"{gate['admitted_last_minute']}{f' of {minute}' if minute else ''} in the last minute"
     )
     yield (
@@ -72,7 +73,7 @@ def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
         f"(peaks {load['peak_memory']:.1f}MB, {load['peak_cpu']:.1f}%)"
     )
     if waiting := gate["waiting_clients"] + gate["waiting_requests"]:
-        yield f"{waiting} clients wait for room"
+        yield f"{count_of(waiting, 'client')} {'waits' if waiting == 1 else 'wait'} for room"
     yield from (*load["violations"], *load["warnings"])
 
 

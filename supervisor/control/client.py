@@ -26,6 +26,7 @@ from cpanbridge.supervisor.control.server import Reply, Request
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import running_pid
 from cpanbridge.supervisor.system import privileges
+from cpanbridge.supervisor.wording import explain
 
 _STOP_MARGIN = 10.0
 _CONNECT_SECONDS = 5.0
@@ -76,7 +77,7 @@ def _request(settings: Settings, command: str) -> socket.socket:
         connection.sendall(msgspec.json.encode(Request(command)) + b"\n")
     except OSError as error:
         connection.close()
-        raise ControlError(f"{path}: {error.strerror or error}") from None
+        raise ControlError(f"{path}: {explain(error)}") from None
     return connection
 
 

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from cpanbridge.supervisor.config import OperatorError
+from cpanbridge.supervisor.wording import explain
 
 _HEADER = struct.Struct(">I")
 _REPLY_SECONDS = 1.0  # for the daemon to report that a call took too long
@@ -34,10 +35,10 @@ def call(path: str, module: str, function: str, params: Any, timeout: float) -> 
         try:
             connection.connect(path)
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            text = f"not running: {path}: {error.strerror}; try cpanbridged start"
+            text = f"not running: {path}: {explain(error)}; try cpanbridged start"
             raise NotRunningError(text) from None
         except OSError as error:
-            raise CallError(f"{path}: {error.strerror or error}") from None
+            raise CallError(f"{path}: {explain(error)}") from None
         try:
             body = msgspec.json.encode(request)
             connection.sendall(_HEADER.pack(len(body)) + body)
@@ -49,7 +50,7 @@ def call(path: str, module: str, function: str, params: Any, timeout: float) -> 
         except TimeoutError:
             raise CallError(f"no reply within {timeout:g} s") from None
         except OSError as error:
-            raise CallError(f"connection lost: {error.strerror or error}") from None
+            raise CallError(f"connection lost: {explain(error)}") from None
     if not reply["success"]:
         raise CallError(f"{reply['error_type']}: {reply['error']}")
     return reply["result"]

@@ -29,6 +29,7 @@ import msgspec
 
 from cpanbridge.supervisor.listening.listener import Listener
 from cpanbridge.supervisor.system.event_loop import WRITE, Loop
+from cpanbridge.supervisor.wording import explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -107,7 +108,7 @@ class ControlServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: clients wait in the listen queue
-            LOGGER.error("The control socket cannot accept: %s", error.strerror)
+            LOGGER.error("The control socket cannot accept: %s", explain(error))
             self.loop.forget(self._listener.fileno())
             self.loop.after(_EXHAUSTED_SECONDS, self._watch)
             return

@@ -24,6 +24,7 @@ from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system.event_loop import Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
 from cpanbridge.supervisor.system.sd_notify import ServiceManager
+from cpanbridge.supervisor.wording import explain_start
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -81,7 +82,7 @@ class Handover:
                 )
                 end = socket.socket(fileno=ours.detach())
         except OSError as error:
-            self._go_on(f"the new master cannot be started: {error.strerror}")
+            self._go_on(f"the new master cannot be started: {explain_start(error)}")
             return
         self._line = Line(self._pool.spawner.loop, end, self._receive)
         self._line.send(First(estate))

@@ -26,6 +26,7 @@ from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system import logs, rlimit
 from cpanbridge.supervisor.system.logs import LogError, LogSettings
+from cpanbridge.supervisor.wording import count_of, explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -110,7 +111,7 @@ class Reloader:
             self._fail(str(error))
             return
         except OSError as error:  # no descriptor is left
-            self._fail(error.strerror or str(error))
+            self._fail(explain(error))
             return
         generation = self._attempt.generation
         LOGGER.info("Reloading from %s: generation %d boots", self.loaded.source, generation.number)
@@ -164,7 +165,7 @@ class Reloader:
         try:
             self._shared.apply_limits(attempt.loaded.settings.limits)
         except OSError as error:
-            self._fail(f"no memory for the limits: {error.strerror}")
+            self._fail(f"no memory for the limits: {explain(error)}")
             return
         finally:
             self._shared.lock.release()
@@ -194,9 +195,9 @@ class Reloader:
             return
         new, self._changing = self.generation, None
         LOGGER.info(
-            "Reloaded: generation %d serves with %d workers, listening on %s",
+            "Reloaded: generation %d serves with %s, listening on %s",
             new.number,
-            new.wanted,
+            count_of(new.wanted, "worker"),
             ", ".join(each.path for each in new.listeners),
         )
         self._conclude(waiting, None)

@@ -36,6 +36,7 @@ from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.processes.spawner import HeldPool
 from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.wording import explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -108,7 +109,7 @@ class Line:
         try:
             self._end.sendall(_encoded(message))
         except OSError as error:
-            LOGGER.error("The other master cannot be told: %s", error.strerror)
+            LOGGER.error("The other master cannot be told: %s", explain(error))
 
     def close(self) -> None:
         """Receive no more."""

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping
 import psutil
 
 from cpanbridge.supervisor.config import OperatorError
+from cpanbridge.supervisor.wording import explain
 
 # `running_pid` of any process holds a shared lock for microseconds.
 PASSING_HOLDER_SECONDS = 0.5
@@ -92,7 +93,7 @@ def _lock(path: str, patience: float) -> int:
         descriptor = os.open(f"{path}.lock", flags, 0o600)
     except OSError as error:
         raise InstanceError(
-            f"{path}.lock: cannot be made: {error.strerror}; "
+            f"{path}.lock: cannot be made: {explain(error)}; "
             "the socket's folder must exist and be writable"
         ) from None
     until = time.monotonic() + patience
@@ -115,7 +116,7 @@ def _try_to_lock(path: str, descriptor: int) -> bool:
 
         return filelock.lock_descriptor(descriptor, blocking=False)
     except OSError as error:
-        raise InstanceError(f"{path}.lock: cannot be locked: {error.strerror}") from None
+        raise InstanceError(f"{path}.lock: cannot be locked: {explain(error)}") from None
 
 
 def _in_use(path: str) -> str:
@@ -187,7 +188,7 @@ def _open_trusted(path: str, trusted: int | None = None) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InstanceError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InstanceError(f"{path}: cannot be read: {explain(error)}") from None
     owner = os.fstat(descriptor).st_uid
     if owner not in (0, os.getuid(), trusted):
         os.close(descriptor)
@@ -210,4 +211,4 @@ def _write_pid(socket_path: str) -> None:
             stream.write(f"{os.getpid()}\n")
         os.rename(temporary, f"{socket_path}.pid")
     except OSError as error:
-        raise InstanceError(f"{socket_path}.pid: cannot be written: {error.strerror}") from None
+        raise InstanceError(f"{socket_path}.pid: cannot be written: {explain(error)}") from None

@@ -16,6 +16,7 @@ from collections.abc import Collection
 import msgspec
 
 from cpanbridge.supervisor.config import OperatorError
+from cpanbridge.supervisor.wording import explain
 
 CONTROL = ".ctl"  # the control socket is the first path with this suffix
 # Bytes: sun_path holds 108 with the final zero (unix(7)), and the control socket needs the suffix.
@@ -51,7 +52,7 @@ class Listener(msgspec.Struct, frozen=True, rename={"socket": "descriptor"}):
             os.chmod(self.path, mode)
         except OSError as error:
             raise ListenError(
-                f"{self.path}: its mode and group cannot be set: {error.strerror}"
+                f"{self.path}: its mode and group cannot be set: {explain(error)}"
             ) from None
         return stat.S_IMODE(before.st_mode), before.st_gid
 
@@ -81,7 +82,7 @@ def _lent(descriptor: int) -> Listener:
         path = lent.getsockname()
         listening = lent.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
-        raise ListenError(f"LISTEN_FDS: descriptor {descriptor}: {error.strerror}") from None
+        raise ListenError(f"LISTEN_FDS: descriptor {descriptor}: {explain(error)}") from None
     if (lent.family, lent.type) != (socket.AF_UNIX, socket.SOCK_STREAM) or not listening:
         raise ListenError(
             f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket with a path: "
@@ -106,7 +107,7 @@ def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None
         try:
             os.makedirs(folder, mode, exist_ok=True)
         except OSError as error:
-            raise ListenError(f"{folder}: cannot be made: {error.strerror}") from None
+            raise ListenError(f"{folder}: cannot be made: {explain(error)}") from None
     length = len(os.fsencode(path))
     if length > _MAX_PATH:
         raise ListenError(f"{path}: too long for a socket: {length} bytes, at most {_MAX_PATH}")
@@ -114,7 +115,7 @@ def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None
         os.stat(f"{folder}/")  # it is a folder, and its links do not lead in a circle
         _check_folder(path, folder, {0, os.getuid(), os.getuid() if owner is None else owner})
     except OSError as error:
-        raise ListenError(f"{folder}: {error.strerror}; the socket's folder must exist") from None
+        raise ListenError(f"{folder}: {explain(error)}; the socket's folder must exist") from None
 
 
 def _check_folder(path: str, folder: str, trusted: Collection[int]) -> str:
@@ -187,7 +188,7 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise ListenError(f"{path}: another program has just bound it") from None
-        raise ListenError(f"{path}: cannot listen there: {error.strerror}") from None
+        raise ListenError(f"{path}: cannot listen there: {explain(error)}") from None
 
 
 def group_id(group: str | None) -> int | None:

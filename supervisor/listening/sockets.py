@@ -17,6 +17,7 @@ from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import PASSING_HOLDER_SECONDS, Instance
 from cpanbridge.supervisor.listening.listener import Listener, ListenError
+from cpanbridge.supervisor.wording import explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -134,7 +135,7 @@ class Sockets:
                 if each.path not in self._borrowed:
                     each.unlink()
             except OSError as error:
-                LOGGER.warning("%s: cannot be removed: %s", each.path, error.strerror)
+                LOGGER.warning("%s: cannot be removed: %s", each.path, explain(error))
             each.socket.close()
 
     def release(self, paths: Collection[str] | None = None) -> None:

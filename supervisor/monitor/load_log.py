@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading, at_level
+from cpanbridge.supervisor.wording import count_of
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -17,11 +18,10 @@ SETTLE_SECONDS = 5.0
 ELEVATED_SHARE = 0.2  # of max_connections: 20 and 50 of the 100 that are the default
 HIGH_SHARE = 0.5
 _MANY = {
-    1: (logging.INFO, "Elevated connection count: %d active connections."),
+    1: (logging.INFO, "Elevated connection count: %s."),
     2: (
         logging.WARNING,
-        "High connection count detected: %d active connections. "
-        "This may indicate a connection leak.",
+        "High connection count detected: %s. This may indicate a connection leak.",
     ),
 }
 
@@ -87,4 +87,4 @@ class Alarms:
             LOGGER.warning("Connection limit reached (%d), rejecting new connections", limit)
         level = (connections > ELEVATED_SHARE * limit) + (connections > HIGH_SHARE * limit)
         if self._many.is_due(level, now, interval) and level:
-            LOGGER.log(*_MANY[level], connections)
+            LOGGER.log(*_MANY[level], count_of(connections, "active connection"))

@@ -39,6 +39,7 @@ from cpanbridge.supervisor.reports import totals
 from cpanbridge.supervisor.system import process_tree
 from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.system.process_tree import Tree, Usage
+from cpanbridge.supervisor.wording import explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -125,7 +126,7 @@ class Monitor:
             failed = True
             if self._began >= self._next_complaint:
                 self._next_complaint = self._began + self.limits.resource_check_interval
-                LOGGER.error("Cannot look at the processes: %s", error.strerror)
+                LOGGER.error("Cannot look at the processes: %s", explain(error))
         else:
             self._evaluate(self._tree.usage)
         self._cpu_used += time.thread_time() - used

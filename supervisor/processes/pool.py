@@ -25,6 +25,7 @@ from cpanbridge.supervisor.processes.spawner import HeldPool, Spawner
 from cpanbridge.supervisor.processes.templates import Templates
 from cpanbridge.supervisor.processes.worker_process import WorkerProcess
 from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.wording import explain_start
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -196,16 +197,17 @@ class WorkerPool:
                 worker.request_fork(template)
                 return
             except OSError as error:
-                LOGGER.warning("Worker %d is not forked by its template: %s", worker.number, error)
+                why = explain_start(error)
+                LOGGER.warning("Worker %d is not forked by its template: %s", worker.number, why)
         try:
             worker.fork(generation)
         except OSError as error:
-            LOGGER.error("Worker %d: cannot fork: %s", worker.number, error.strerror)
+            LOGGER.error("Worker %d: cannot fork: %s", worker.number, explain_start(error))
             worker.generation = generation
             if generation.in_service:
                 self._restart(worker, generation, None)
             else:
-                reason = f"cannot fork a worker: {error.strerror}"
+                reason = f"cannot fork a worker: {explain_start(error)}"
                 self._owner.generation_failed(generation, reason)
 
     def _forked(self, worker: WorkerProcess, pid: int) -> None:

@@ -30,6 +30,7 @@ from cpanbridge.supervisor.processes.context import (
 from cpanbridge.supervisor.processes.generation import Generation, Stage
 from cpanbridge.supervisor.processes.spawner import Process, Spawner
 from cpanbridge.supervisor.system import process_tree
+from cpanbridge.supervisor.wording import count_of, explain_start
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -92,7 +93,7 @@ class Template(Process):
             process_tree.inherit_orphans()
             self._fork()
         except OSError as error:
-            self._do_without(f"it cannot be started: {error.strerror}")
+            self._do_without(f"it cannot be started: {explain_start(error)}")
 
     def command(self, slot: int, report: int) -> None:
         """Have it fork a worker into a slot. Raises OSError."""
@@ -173,8 +174,8 @@ class Template(Process):
             self._do_without(None)
         else:
             self._stage = _Stage.FORKS
-            text = "Template ready (pid %d): %d modules imported for all workers"
-            LOGGER.info(text, self.pid, imports.shared)
+            text = "Template ready (pid %d): %s imported for all workers"
+            LOGGER.info(text, self.pid, count_of(imports.shared, "module"))
             self._on_ready(self.generation)
 
     def _do_without(self, reason: str | None) -> None:

@@ -21,6 +21,7 @@ from cpanbridge.supervisor.processes.worker_process import WorkerProcess
 from cpanbridge.supervisor.reports import reports, totals
 from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.wording import count_of
 
 
 class Daemon(Protocol):
@@ -108,7 +109,7 @@ class Answers:
         workers = (each for each in self.pool.workers if each.generation is generation)
         own = [worker for worker in workers if not worker.exiting]
         missing = [worker for worker in own if not worker.ready]
-        text = f"{len(own) - len(missing)} of {generation.wanted} workers ready"
+        text = f"{len(own) - len(missing)} of {count_of(generation.wanted, 'worker')} ready"
         if missing:
             names = ", ".join(f"{worker.number} (pid {worker.pid})" for worker in missing)
             text += f", waiting for worker {names}"

@@ -13,6 +13,7 @@ from cpanbridge.supervisor.memory.fields import GATE_OPEN
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading
 from cpanbridge.supervisor.reports import reports, totals
+from cpanbridge.supervisor.wording import count_of
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 MOST_FUNCTIONS = 10
@@ -134,9 +135,10 @@ def _of_workers(shared: Shared, settings: Settings) -> Check:
         "deaths_last_5_minutes": recent,
     }
     if running < wanted:
-        return Check(WARN, f"Only {running} of {wanted} workers are running", details)
+        text = f"Only {running} of {count_of(wanted, 'worker')} {'is' if wanted == 1 else 'are'}"
+        return Check(WARN, f"{text} running", details)
     if recent >= DEATHS_WARNING:
-        text = f"{recent} workers died in the last five minutes; the log says of what"
+        text = f"{count_of(recent, 'worker')} died in the last five minutes; the log says of what"
         return Check(WARN, text, details)
     return Check(PASS, "workers: all running", details)
 

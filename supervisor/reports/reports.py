@@ -26,6 +26,7 @@ from cpanbridge.supervisor.reports import totals
 from cpanbridge.supervisor.reports.totals import Listed, Totals
 from cpanbridge.supervisor.system.log_text import format_duration
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.supervisor.wording import count_of
 
 RECENT = 20  # errors or events, of all workers together
 
@@ -172,6 +173,7 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
     """`system.info`: what runs here, where, and how it is configured."""
     limits = settings.limits
     by_rss = shared.header.processes_by_rss
+    by_rss_of = count_of(by_rss, "process", "processes")
     return {
         "daemon_version": __version__,
         "python_version": platform.python_version(),
@@ -183,7 +185,7 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
         "uptime": shared.uptime,
         "loaded_modules": list(modules),
         "active_connections": shared.connections(),
-        "memory_measure": "pss" if not by_rss else f"pss, and rss of {by_rss} processes",
+        "memory_measure": f"pss, and rss of {by_rss_of}" if by_rss else "pss",
         "configuration": {
             "workers": settings.worker_count,
             "threads": settings.thread_count,

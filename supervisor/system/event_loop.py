@@ -15,6 +15,8 @@ import selectors
 import time
 from collections.abc import Callable
 
+from cpanbridge.supervisor.wording import explain_start
+
 LOGGER = logging.getLogger("cpanbridge.master")
 
 MOST_FAULTS = 10  # in a second; after more, going on would be a busy loop
@@ -88,8 +90,11 @@ class Loop:
         """One step. A fault in one of them does not end the daemon; many in a row do."""
         try:
             step()
-        except Exception:
-            LOGGER.exception("A step of the master failed, by a fault of the daemon's own")
+        except Exception as error:
+            why = ", by a fault of the daemon's own"
+            if isinstance(error, OSError):
+                why = f": {explain_start(error)}"
+            LOGGER.exception("A step of the master failed%s", why)
             self._faults.append(time.monotonic())
             if len(self._faults) > MOST_FAULTS and self._faults[-1] - self._faults[0] < 1.0:
                 raise

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from cpanbridge.supervisor.config import Loaded, OperatorError
 from cpanbridge.supervisor.system.log_text import TIME, escaped, json_line, printable
+from cpanbridge.supervisor.wording import explain
 
 STANDARD_ERROR = 2
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -215,4 +216,4 @@ def _open(path: str, extra: int = 0) -> int:
     try:
         return os.open(path, flags | extra, 0o640)
     except OSError as error:
-        raise LogError(f"{path}: cannot be opened for the log: {error.strerror}") from None
+        raise LogError(f"{path}: cannot be opened for the log: {explain(error)}") from None

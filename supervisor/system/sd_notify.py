@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.wording import explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -86,5 +87,5 @@ class ServiceManager:
         except OSError as error:
             if not self._complained:
                 self._complained = True
-                reason = error.strerror
+                reason = explain(error)
                 LOGGER.warning("The service manager cannot be notified (NOTIFY_SOCKET): %s", reason)

@@ -502,7 +502,7 @@ def test_limits_that_the_machine_can_never_reach_get_a_warning(file: File) -> No
     )
     assert warning.endswith("MB): it will never be reached")
     (warning,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").warnings
-    assert warning.startswith("limits.max_cpu_percent = 99999 is more than this machine's ")
+    assert warning.startswith("limits.max_cpu_percent = 99999 is more than this machine has, ")
     assert warning.endswith("it will never be reached")
     assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").warnings == []
 

@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.memory.fields import WAITS_FOR_CONNECTION
+from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.listen_queue import ListenQueue
 from cpanbridge.workers.accept.ready_clients import Arrival, Prepare, ReadyClients
 from cpanbridge.workers.accept.rejecter import Rejecter
@@ -238,7 +239,7 @@ class Acceptor(Generic[C]):
         now = time.monotonic()
         if now - self._complained >= COMPLAIN_SECONDS:
             self._complained = now
-            LOGGER.error(message, error.strerror)
+            LOGGER.error(message, explain(error))
 
     # -- from other threads --
 

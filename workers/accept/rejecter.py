@@ -20,6 +20,7 @@ from collections.abc import Callable
 from socket import SocketType
 
 from cpanbridge.supervisor.gate import MOST_REJECTED, Obstacle
+from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.own_threads import OwnThread
 from cpanbridge.workers.protocol.framing import NO_MORE_REQUESTS, is_framed, to_frame, whole_frame
 from cpanbridge.workers.protocol.replies import to_ascii
@@ -144,7 +145,7 @@ class Rejecter:
                 try:
                     self._selector.register(rejected.socket, selectors.EVENT_READ, rejected)
                 except OSError as error:  # no memory, or the kernel's limit of watched files
-                    LOGGER.error("A client could not be rejected: %s", error.strerror)
+                    LOGGER.error("A client could not be rejected: %s", explain(error))
                     self._end(rejected)
 
     def _close(self, rejected: _RejectedClient) -> None:

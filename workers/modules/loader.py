@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.config import Functions, Module, ModuleDir, Settings
+from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers.modules.module_dirs import HelperFolder
 from cpanbridge.workers.modules.registry import Exposed, Registry
 from cpanbridge.workers.modules.sources import load_fresh
@@ -144,7 +145,11 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         at = f" ({error.filename}:{error.lineno})"
         error = SyntaxError(error.msg)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{at}"
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        path = f": {error.filename}" if error.filename is not None else ""
+        text = explain_start(error) + path
+    return f"{type(error).__name__}: {' '.join(text.split())}{at}"
 
 
 def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, Callable[..., Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, TypeAlias
 
 from cpanbridge.supervisor.config import Limits
+from cpanbridge.supervisor.wording import count_of
 from cpanbridge.workers.protocol.refusal import Refusal
 
 # The path to a value: that of the value that holds it, and its key there; None: it is `params`.
@@ -59,7 +60,9 @@ def _walk(params: Any, request_id: str | None, limits: Limits) -> None:
         raise Refusal("InvalidRequest", message, request_id)
 
     def refuse_count(path: _Path, count: int, what: str, limit: str) -> NoReturn:
-        refuse(path, f"{count} {what}, at most {getattr(limits, limit)} are allowed", limit)
+        most = getattr(limits, limit)
+        verb = "is" if most == 1 else "are"
+        refuse(path, f"{count} {what}, at most {most} {verb} allowed", limit)
 
     most_characters = limits.max_string_length or sys.maxsize
     most_items = limits.max_array_length or sys.maxsize
@@ -73,7 +76,8 @@ def _walk(params: Any, request_id: str | None, limits: Limits) -> None:
                 refuse_count(path, len(value), "characters", "max_string_length")
             continue
         if depth > limits.max_object_depth:
-            refuse(path, f"nested deeper than {limits.max_object_depth} levels", "max_object_depth")
+            levels = count_of(limits.max_object_depth, "level")
+            refuse(path, f"nested deeper than {levels}", "max_object_depth")
         items: Iterable[tuple[str | int, Any]]
         if isinstance(value, dict):
             items = value.items()

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from cpanbridge.supervisor.config import NAME_PATTERN, FunctionName, Limits, ModuleName
+from cpanbridge.supervisor.wording import count_of
 from cpanbridge.workers.protocol.param_limits import check_params
 from cpanbridge.workers.protocol.refusal import Refusal
 
@@ -104,7 +105,7 @@ def request_id_in(data: bytes) -> str | None:
 
 def _explain(error: Exception, data: bytes, limits: Limits) -> str:
     if isinstance(error, RecursionError):
-        return f"Invalid request: nested deeper than {limits.max_object_depth} levels"
+        return f"Invalid request: nested deeper than {count_of(limits.max_object_depth, 'level')}"
     if isinstance(error, UnicodeDecodeError):
         return f"Invalid request: not UTF-8: {error.reason} at byte {error.start} of a string"
     if isinstance(error, msgspec.ValidationError):

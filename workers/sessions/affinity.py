@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
+from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.identity import start_time
 from cpanbridge.workers.client.transfer import Transfer
@@ -123,7 +124,7 @@ class Affinity:
             return None
         except OSError as error:
             raise _no_room(
-                call, f"this client's process cannot be watched: {error.strerror}"
+                call, f"this client's process cannot be watched: {explain_start(error)}"
             ) from None
         written = self._ownership.take(process, owned_as)
         if written:

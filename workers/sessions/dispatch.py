@@ -11,6 +11,7 @@ from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.connection_table import WAITING, ConnectionTableWriter
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.owners import Owner
+from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import Draining
 from cpanbridge.workers.client.transfer import MovingClient, ReturnReason, Transfer
@@ -108,7 +109,7 @@ class Dispatcher:
         now = time.monotonic()
         if now - self._complained >= COMPLAIN_SECONDS:
             self._complained = now
-            LOGGER.error("Cannot hand clients over for now: %s", error.strerror)
+            LOGGER.error("Cannot hand clients over for now: %s", explain(error))
 
 
 def patience(call: Call) -> float:

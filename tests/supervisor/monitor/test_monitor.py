@@ -660,7 +660,10 @@ def test_a_sample_that_fails_is_logged_once_per_interval(
     harness.sample()
     harness.error = OSError(24, "Too many open files")
     harness.sample_for(59)
-    logged = ["ERROR Cannot look at the processes: Too many open files"]
+    logged = [
+        "ERROR Cannot look at the processes: Too many open files: "
+        "raise this process's limit (ulimit -n, LimitNOFILE=)"
+    ]
     assert lines(caplog, "Cannot look") == logged
     assert harness.closed  # no sample says that it may open
     assert len(lines(caplog, "Health check")) == 1  # the rest goes on

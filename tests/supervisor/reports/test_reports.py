@@ -325,7 +325,7 @@ def test_info_has_the_whole_configuration(works: Works) -> None:
         ["/tmp/a.sock", "/tmp/b.sock"],
     )
     assert info["loaded_modules"] == MODULES
-    assert info["memory_measure"] == "pss, and rss of 1 processes"
+    assert info["memory_measure"] == "pss, and rss of 1 process"
     works.shared.header.processes_by_rss = 0
     assert reports.info(works.shared, works.settings, MODULES)["memory_measure"] == "pss"
 

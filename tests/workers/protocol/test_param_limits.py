@@ -90,7 +90,7 @@ def test_any_depth_is_refused_without_a_crash(depth: int, opening: bytes, closin
         ({"max_array_length": 2}, {"a": {"b": [1, 2, 3]}}, [1, 2], "params.a.b", "3 items"),
         ({"max_param_count": 2}, {"a": 1, "b": 2, "c": 3}, {"a": 1}, "params", "3 parameters"),
         ({"max_param_count": 2}, [1, 2, 3], [1, [1, 2, 3]], "params", "3 parameters"),
-        ({"max_object_depth": 1}, [[]], [1], "params[0]", "nested deeper than 1 levels"),
+        ({"max_object_depth": 1}, [[]], [1], "params[0]", "nested deeper than 1 level"),
     ],
 )
 def test_a_value_over_a_limit_is_refused_with_its_path_and_the_limit(
