@@ -19,15 +19,21 @@ use overload
     '""'     => sub { ${ $_[0] } },
     fallback => 1;
 
-my $TRUE  = do { my $value = 1; bless \$value };
-my $FALSE = do { my $value = 0; bless \$value };
-Internals::SvREADONLY(${$_}, 1) for $TRUE, $FALSE;
+my ($true, $false);
 
-# JSON::PP's if the script has loaded it, so that all of a script's booleans are of one class.
-sub true  { no warnings 'once'; return $INC{'JSON/PP.pm'} ? $JSON::PP::true  : $TRUE }
-sub false { no warnings 'once'; return $INC{'JSON/PP.pm'} ? $JSON::PP::false : $FALSE }
+# JSON::PP's if the script has loaded it, so that all of a script's booleans are of one class. In Perl's global
+# destruction, any of these variables may have been taken away.
+sub true  { no warnings 'once'; return $INC{'JSON/PP.pm'} && $JSON::PP::true  // ($true  //= _new(1)) }
+sub false { no warnings 'once'; return $INC{'JSON/PP.pm'} && $JSON::PP::false // ($false //= _new(0)) }
 
-my $native = defined &builtin::is_bool ? \&builtin::is_bool : undef;
+sub _new {
+    my ($value) = @_;
+    my $self = bless \$value;
+    Internals::SvREADONLY($value, 1);
+    return $self;
+}
+
+*_is_native = defined &builtin::is_bool ? \&builtin::is_bool : sub { 0 };
 
 # 'true', 'false', or undef for what is not a boolean.
 sub json_name {
@@ -44,7 +50,7 @@ sub json_name {
             || $type eq 'JSON::XS::Boolean';
         return undef;
     }
-    return $native && $native->($value) ? ($value ? 'true' : 'false') : undef;
+    return _is_native($value) ? ($value ? 'true' : 'false') : undef;
 }
 
 1;

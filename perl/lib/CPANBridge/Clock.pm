@@ -10,15 +10,13 @@ use Time::HiRes ();
 our $VERSION = '0.5.0';
 
 # A clock that setting the date does not change; without one, the time of day.
-my $monotonic = eval {
+use constant MONOTONIC => scalar eval {
     local $SIG{__DIE__};
     my $clock = Time::HiRes::CLOCK_MONOTONIC();
     Time::HiRes::clock_gettime($clock) > 0 ? $clock : undef;
 };
 
-*now = defined $monotonic
-    ? sub { return Time::HiRes::clock_gettime($monotonic) }
-    : sub { return Time::HiRes::time() };
+sub now { return defined MONOTONIC ? Time::HiRes::clock_gettime(MONOTONIC) : Time::HiRes::time() }
 
 # Signals interrupt select; the pause continues afterwards.
 sub pause_until {

@@ -20,7 +20,7 @@ use constant READ_SIZE  => 64 * 1024;
 use constant BACKLOG_PAUSE => 0.02;
 
 # With this flag, if the system has it, sending to a closed connection fails without a signal to the script.
-my $NO_SIGNAL = eval { local $SIG{__DIE__}; Socket::MSG_NOSIGNAL() };
+use constant NO_SIGNAL => scalar eval { local $SIG{__DIE__}; Socket::MSG_NOSIGNAL() };
 
 # Connects to the first path of `candidates` that exists, or that answers if they were set. Dies with a
 # CPANBridge::Error of type DaemonNotRunning, RequestTimeout or ConnectionFailed; `worth_retrying` is set in the
@@ -154,8 +154,8 @@ sub transfer {
 sub _write {
     my ($self) = @_;
     my $count;
-    if (defined $NO_SIGNAL) {
-        $count = send $self->{handle}, substr($self->{unsent}, 0, SEND_SIZE), $NO_SIGNAL;
+    if (defined NO_SIGNAL) {
+        $count = send $self->{handle}, substr($self->{unsent}, 0, SEND_SIZE), NO_SIGNAL;
     }
     else {
         local $SIG{PIPE} = 'IGNORE';

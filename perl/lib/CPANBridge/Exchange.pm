@@ -182,10 +182,10 @@ sub _request {
     }
     my $left = $self->{deadline} - $now;
     # Times in microseconds: where a locale has decimal commas, no Perl puts one into a whole number.
-    my $json = sprintf '{"module":%s,"function":%s,"request_id":"%s","perl_caller":%s,'
-        . qq("client_version":"CPANBridge.pm/$VERSION","timestamp":%.0fe-6,"timeout":%.0fe-6),
+    my $json = sprintf '{"module":%s,"function":%s,"request_id":"%s","perl_caller":%s,"client_version":"%s",'
+        . '"timestamp":%.0fe-6,"timeout":%.0fe-6',
         _text($call->{module}, 'the module'), _text($call->{function}, 'the function'),
-        $call->{request_id}, _text($self->{perl_caller}, 'perl_caller'),
+        $call->{request_id}, _text($self->{perl_caller}, 'perl_caller'), "CPANBridge.pm/$VERSION",
         1e6 * Time::HiRes::time(), 1e6 * ($left > 0.001 ? $left : 0.001);
     $json .= ',"params":' . CPANBridge::JSON::encode($call->{params}, '$params') if defined $call->{params};
     $json .= '}';

@@ -8,30 +8,26 @@ use strict;
 use warnings;
 no warnings 'recursion';
 
+use B ();
 use CPANBridge::Boolean;
 use CPANBridge::Error;
 use POSIX ();
 
 our $VERSION = '0.5.0';
 
-my %UNESCAPED = (
+# Constants, not variables, as in CPANBridge::JSON::Encoder: replies are read in global destruction as well.
+use constant UNESCAPED => {
     '"' => '"', '\\' => '\\', '/' => '/', b => "\b",
     f => "\f", n => "\n", r => "\r", t => "\t",
-);
+};
+use constant INFINITY => 9**9**9;
 
-my $INFINITY      = 9**9**9;
-my $NEGATIVE_ZERO = -1 / $INFINITY;
-my $LARGEST       = ~0;                  # of unsigned integers; 2**64 - 1 on most machines
-my $SMALLEST      = -($LARGEST >> 1) - 1;
-my $SAFE_DIGITS   = length($LARGEST) - 2;
+# The digits of the largest unsigned integer (2**64 - 1 on most machines) and of the smallest signed one.
+use constant LARGEST  => '' . ~0;
+use constant SMALLEST => '' . ((~0 >> 1) + 1);
 
 # Before 5.30, Perl's own conversion could be wrong in the last digit of a float.
 use constant READS_EXACTLY => $] >= 5.030;
-
-# Numbers that 0 + converts exactly, and that are no special case by sign or size.
-my $SIMPLE = READS_EXACTLY
-    ? qr/-?[1-9][0-9]{0,8}(?:\.[0-9]+)?|0(?:\.[0-9]+)?/
-    : qr/-?[1-9][0-9]{0,8}|0/;
 
 # Whether strings hold bytes that need decoding, and what true and false are: set for each document.
 our ($Wide, $True, $False);
@@ -57,6 +53,11 @@ sub _is_wide {
         die CPANBridge::Error->new(message => 'not UTF-8', error_type => 'InvalidReply');
     }
     return 1;
+}
+
+# Whether Perl is past the script's end, and has taken away what variables refer to.
+sub in_global_destruction {
+    return defined ${^GLOBAL_PHASE} ? ${^GLOBAL_PHASE} eq 'DESTRUCT' : !${ B::main_cv() };
 }
 
 # Whether UTF-8, as Perl takes it, has surrogates or something above U+10FFFF.
@@ -85,10 +86,10 @@ sub _array {
     my @items;
     return \@items if /\G[ \t\r\n]*\]/gc;
     while (1) {
-        if (/\G[ \t\r\n]*(?:"([^"\\\x00-\x1f]*)"|($SIMPLE))[ \t\r\n]*([],])/gco) {
+        if (/\G[ \t\r\n]*(?:"([^"\\\x00-\x1f]*)"|(-?[1-9][0-9]{0,8}(?:\.[0-9]+)?|0(?:\.[0-9]+)?))[ \t\r\n]*([],])/gc) {
             my $end = $3;
             if (defined $2) {
-                push @items, 0 + $2;
+                push @items, READS_EXACTLY ? 0 + $2 : _float($2);
             }
             else {
                 push @items, $1;
@@ -110,13 +111,13 @@ sub _object {
     while (1) {
         # The key and colon, and a simple value with what follows it.
         if (/\G[ \t\r\n]*"([^"\\\x00-\x1f]*)"[ \t\r\n]*:[ \t\r\n]*
-            (?:(?:"([^"\\\x00-\x1f]*)"|($SIMPLE)|(true|false|null))[ \t\r\n]*([\},]))?/gcxo)
+            (?:(?:"([^"\\\x00-\x1f]*)"|(-?[1-9][0-9]{0,8}(?:\.[0-9]+)?|0(?:\.[0-9]+)?)|(true|false|null))[ \t\r\n]*([\},]))?/gcx)
         {
             my ($key, $end) = ($1, $5);
             utf8::decode($key) if $Wide;
             if (defined $end) {
                 if (defined $3) {
-                    $pairs{$key} = 0 + $3;
+                    $pairs{$key} = READS_EXACTLY ? 0 + $3 : _float($3);
                 }
                 elsif (defined $2) {
                     $pairs{$key} = $2;
@@ -145,16 +146,19 @@ sub _object {
 sub _number {
     my ($integer, $rest) = @_;
     if ($rest eq '') {
-        return 0 + $integer if length $integer <= $SAFE_DIGITS;
+        my $limit = $integer =~ /\A-/ ? '-' . SMALLEST : LARGEST;
+        return 0 + $integer
+            if length $integer < length $limit || (length $integer == length $limit && $integer le $limit);
+        _fail("an integer beyond Perl's own, for which it is too late to load Math::BigInt,")
+            if !$INC{'Math/BigInt.pm'} && in_global_destruction();
         require Math::BigInt;
-        my $exact = Math::BigInt->new($integer);
-        return $exact if $exact > "$LARGEST" || $exact < "$SMALLEST";
-        return 0 + $integer;
+        # Without the accuracy or precision that the script may have set for all of its own numbers.
+        return Math::BigInt->new($integer, undef, undef);
     }
     my $float = _float("$integer$rest");
-    _fail('a number too large for Perl') if $float == $INFINITY || $float == -$INFINITY;
+    _fail('a number too large for Perl') if abs $float == INFINITY;
     # Perl reads "-0.0" as 0.
-    return $float == 0 && $integer eq '-0' ? $NEGATIVE_ZERO : $float;
+    return $float == 0 && $integer eq '-0' ? -1 / INFINITY : $float;
 }
 
 # For numbers that Perl's own conversion gets wrong: strtod uses the locale, and stops at a full stop if
@@ -185,7 +189,7 @@ sub _escaped_string {
     pos = $end + 1;
     utf8::decode($string) if $Wide;
     $string =~ s/\\(u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)/
-        exists $UNESCAPED{$1} ? $UNESCAPED{$1} : _unicode($1)/ge;
+        exists UNESCAPED->{$1} ? UNESCAPED->{$1} : _unicode($1)/ge;
     return $string;
 }
 
@@ -225,6 +229,10 @@ The data of a JSON document in UTF-8. Strings are character strings; C<true> and
 L<CPANBridge::Boolean>s, C<null> is undef. An integer beyond Perl's own is a L<Math::BigInt>. Dies
 with a L<CPANBridge::Error> for what is not JSON, half of a surrogate pair, and numbers beyond a
 float's range.
+
+=item in_global_destruction()
+
+Whether Perl is past the script's end.
 
 =item has_surrogates($bytes)
 

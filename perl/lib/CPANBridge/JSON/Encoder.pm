@@ -2,6 +2,11 @@ package CPANBridge::JSON::Encoder;
 
 # Nothing is tracked for error messages while encoding: only if a value has no
 # JSON form, a second and slower walk finds its place. That keeps the usual case fast.
+#
+# Objects whose DESTROY runs in Perl's global destruction make calls as well. By then Perl has taken away
+# what any variable refers to if it is an object, and a qr// is one: a pattern from a variable would match
+# everything. So the patterns and tables here are constants of the code, and no sub uses a variable from outside
+# of itself but those that `encode` sets.
 
 use 5.010;
 use strict;
@@ -20,29 +25,16 @@ our $VERSION = '0.5.0';
 use constant WATCHED_DEPTH => 200;
 use constant MAX_DEPTH     => 100_000;
 
-# A string that is sent unchanged and cannot be a number, a boolean, a glob, Inf or NaN: most strings.
-my $PLAIN_START = qr/[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ]/;
-my $PLAIN       = qr/\A$PLAIN_START[ !#-\[\]-~]*\z/;
-my $PLAIN_KEY   = qr/\A[ !#-\[\]-~]*\z/;
-
-my %ESCAPE = (
+use constant ESCAPES => {
+    (map { chr, sprintf '\\u%04x', $_ } 0 .. 0x1f),
     '"' => '\\"', '\\' => '\\\\', "\n" => '\\n', "\r" => '\\r',
     "\t" => '\\t', "\f" => '\\f', "\b" => '\\b',
-);
-for my $code (0 .. 0x1f) {
-    my $character = chr $code;
-    $ESCAPE{$character} = sprintf '\\u%04x', $code if !exists $ESCAPE{$character};
-}
+};
 
-my $INFINITY = 9**9**9;
+use constant INFINITY => 9**9**9;
 
 # Before 5.30, Perl reads some numbers with errors in the last digit, so reading a number's text back proves nothing.
 use constant READS_EXACTLY => $] >= 5.030;
-
-# A number's text that is also its JSON, if it is read back as the same number. Zero has a sign.
-my $PLAIN_NUMBER = READS_EXACTLY
-    ? qr/\A-?(?:[1-9][0-9]*(?:\.[0-9]+)?|0\.[0-9]+)\z/
-    : qr/\A-?[1-9][0-9]*\z/;
 
 # Up to here, floats that are whole numbers are sent as integers: 2**53.
 use constant MAX_WHOLE => 9007199254740992;
@@ -84,8 +76,12 @@ sub _value {
     return 'null' if !defined $value;
     if (_is_number($value)) {
         my $text = "$value";
-        # Perl prints 15 digits: the text of 2.9999999999999996 is "3".
-        return $text if $text =~ /$PLAIN_NUMBER/o && $text == $value;
+        # The text is JSON, and read back as the same number: Perl prints 15 digits, so the text of
+        # 2.9999999999999996 is "3". Zero has a sign.
+        my $is_json = READS_EXACTLY
+            ? $text =~ /\A-?(?:[1-9][0-9]*(?:\.[0-9]+)?|0\.[0-9]+)\z/
+            : $text =~ /\A-?[1-9][0-9]*\z/;
+        return $text if $is_json && $text == $value;
         return _float($value, $text);
     }
     my $boolean = CPANBridge::Boolean::json_name($value);
@@ -94,6 +90,8 @@ sub _value {
     return _string($value);
 }
 
+# In both loops, the long pattern is for strings that are sent unchanged and cannot be a number, a boolean, a glob,
+# Inf or NaN: most strings.
 sub _object {
     my ($hash) = @_;
     _watch($hash) if ++$Depth > WATCHED_DEPTH;
@@ -102,8 +100,10 @@ sub _object {
         # A copy: matching turns the number in a variable into a string, on Perls before 5.36.
         my $copy = $hash->{$key};
         $json .= ',' if $json ne '';
-        $json .= $key =~ /$PLAIN_KEY/o ? qq("$key":) : _string($key) . ':';
-        $json .= defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($hash->{$key});
+        $json .= $key =~ /\A[ !#-\[\]-~]*\z/ ? qq("$key":) : _string($key) . ':';
+        $json .= defined $copy && !ref $copy && $copy =~ /\A[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ][ !#-\[\]-~]*\z/
+            ? qq("$copy")
+            : _value($hash->{$key});
     }
     delete $Inside->{ refaddr $hash} if $Depth-- > WATCHED_DEPTH;
     return "{$json}";
@@ -116,7 +116,9 @@ sub _array {
     for my $index (0 .. $#{$array}) {
         my $copy = $array->[$index];
         $json .= ',' if $index;
-        $json .= defined $copy && !ref $copy && $copy =~ /$PLAIN/o ? qq("$copy") : _value($array->[$index]);
+        $json .= defined $copy && !ref $copy && $copy =~ /\A[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ][ !#-\[\]-~]*\z/
+            ? qq("$copy")
+            : _value($array->[$index]);
     }
     delete $Inside->{ refaddr $array} if $Depth-- > WATCHED_DEPTH;
     return "[$json]";
@@ -175,7 +177,7 @@ sub _converted {
 
 sub _string {
     my ($string) = @_;
-    $string =~ s/(["\\\x00-\x1f])/$ESCAPE{$1}/g;
+    $string =~ s/(["\\\x00-\x1f])/ESCAPES->{$1}/ge;
     if ($string =~ /[^\x00-\x7f]/) {
         utf8::encode($string);
         # In UTF-8 these are the surrogates and what is above U+10FFFF.
@@ -210,7 +212,7 @@ sub _float {
         && $text =~ /\A-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?\z/;
     _refuse('NaN has no JSON form') if $number != $number;
     _refuse('an infinite number has no JSON form')
-        if $number == $INFINITY || $number == -$INFINITY;
+        if $number == INFINITY || $number == -INFINITY;
     $text = sprintf '%.17g', $number;
     $text =~ tr/,/./;    # a locale's decimal comma
     return $text;
