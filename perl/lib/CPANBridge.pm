@@ -8,6 +8,7 @@ use Carp qw(croak);
 use CPANBridge::Clock;
 use CPANBridge::Error;
 use CPANBridge::Exchange;
+use CPANBridge::JSON;
 use CPANBridge::SocketPath;
 use Scalar::Util qw(looks_like_number);
 
@@ -15,14 +16,7 @@ our $VERSION = '0.5.0';
 
 use constant MAX_CALLER => 200;
 
-my %OPTIONS = (
-    timeout       => \&set_timeout,
-    debug         => \&set_debug,
-    retry_count   => \&set_retry_count,
-    max_json_size => \&set_max_json_size,
-    socket        => \&_set_socket,
-);
-my %DEFAULTS = (
+use constant DEFAULTS => (
     timeout       => 60,
     debug         => 0,
     retry_count   => 3,
@@ -31,15 +25,37 @@ my %DEFAULTS = (
 
 sub new {
     my ($class, @options) = @_;
+    $class = ref $class || $class;
+    my %setters = (
+        timeout       => \&set_timeout,
+        debug         => \&set_debug,
+        retry_count   => \&set_retry_count,
+        max_json_size => \&set_max_json_size,
+        socket        => \&_set_socket,
+    );
+    my $self = bless { _state => { traffic => { sent => 0, received => 0 } }, _stats => _no_calls() }, $class;
+    if ($class ne __PACKAGE__ && scalar(caller)->isa(__PACKAGE__)) {
+        @options = _inherited(\%setters, @options);
+    }
     croak 'CPANBridge->new takes names and values' if @options % 2;
-    my %options = (%DEFAULTS, @options);
-    my $self = bless { _state => { traffic => { sent => 0, received => 0 } }, _stats => _no_calls() }, ref $class || $class;
+    my %options = (DEFAULTS, @options);
     for my $name (sort keys %options) {
-        my $set = $OPTIONS{$name}
-            or croak "Unknown option '$name'; allowed are: " . join ', ', sort keys %OPTIONS;
+        my $set = $setters{$name}
+            or croak "Unknown option '$name'; allowed are: " . join ', ', sort keys %setters;
         $set->($self, $options{$name});
     }
     return $self;
+}
+
+# Of what a subclass was given and hands on, the options of the bridge. The rest is its own. As with the first client,
+# one that is not set, or has no time or size in it, has its default.
+sub _inherited {
+    my ($setters, @options) = @_;
+    push @options, undef if @options % 2;
+    my %options = @options;
+    return map { $_ => $options{$_} }
+        grep { $options{$_} || ($_ eq 'retry_count' && defined $options{$_} && $options{$_} ne '') }
+        grep { exists $options{$_} } keys %{$setters};
 }
 
 sub set_timeout {
@@ -87,16 +103,23 @@ sub _is_number {
 sub call_python {
     my ($self, $module, $function, $params) = @_;
     my $call = { module => $module, function => $function, params => $params };
-    $self->_run($call);
-    return $call->{outcome}{success} ? $call->{outcome}{result} : _failure($call);
+    _run($self, $call);
+    return $call->{outcome}{success} ? $call->{outcome}{result} : _outcome($call);
 }
 
 sub call {
     my ($self, $module, $function, $params) = @_;
     my $call = { module => $module, function => $function, params => $params };
-    $self->_run($call);
+    _run($self, $call);
     return $call->{outcome}{result} if $call->{outcome}{success};
     return _error($call)->throw;
+}
+
+sub call_outcome {
+    my ($self, $module, $function, $params) = @_;
+    my $call = { module => $module, function => $function, params => $params };
+    _run($self, $call);
+    return _outcome($call);
 }
 
 sub call_many {
@@ -104,8 +127,8 @@ sub call_many {
     croak 'call_many takes a reference to an array of [module, function, params]'
         if ref $calls ne 'ARRAY' || grep { ref ne 'ARRAY' } @{$calls};
     my @calls = map { { module => $_->[0], function => $_->[1], params => $_->[2] } } @{$calls};
-    $self->_run(@calls);
-    my @results = map { $_->{outcome}{success} ? $_->{outcome}{result} : _failure($_) } @calls;
+    _run($self, @calls);
+    my @results = map { $_->{outcome}{success} ? $_->{outcome}{result} : _outcome($_) } @calls;
     return wantarray ? @results : \@results;
 }
 
@@ -121,23 +144,22 @@ sub _run {
     $caller = substr $caller, -MAX_CALLER() if defined $caller && length $caller > MAX_CALLER;
     CPANBridge::Exchange->new($self, $caller)->run(@calls);
     for my $call (@calls) {
-        $self->_count($call);
+        _count($self, $call);
         $self->call_finished($call);
     }
     return;
 }
 
-# What a failed call returns.
-sub _failure {
+sub _outcome {
     my ($call) = @_;
-    my %failure = (%{ $call->{outcome} }, map { $_ => $call->{$_} } qw(module function duration));
-    $failure{request_id} = $call->{request_id} if defined $call->{request_id};
-    return \%failure;
+    my %outcome = (%{ $call->{outcome} }, map { $_ => $call->{$_} } qw(module function duration));
+    $outcome{request_id} = $call->{request_id} if defined $call->{request_id};
+    return \%outcome;
 }
 
 sub _error {
     my ($call) = @_;
-    my %fields = %{ _failure($call) };
+    my %fields = %{ _outcome($call) };
     delete $fields{success};
     return CPANBridge::Error->new(%fields, message => delete $fields{error});
 }
@@ -180,7 +202,7 @@ sub get_performance_stats {
 sub test_python_bridge {
     my ($self) = @_;
     my $call = { module => 'test', function => 'ping', params => undef };
-    $self->_run($call);
+    _run($self, $call);
     my $result = $call->{outcome}{result};
     return ref $result eq 'HASH' && defined $result->{message} && $result->{message} eq 'pong' ? 1 : 0;
 }
@@ -191,6 +213,16 @@ sub disconnect {
     my $connection = delete $self->{_state}{connection};
     $connection->close if $connection;
     return;
+}
+
+# The data as JSON, for subclasses that were written for the first client.
+sub _safe_json_encode {
+    my ($self, $data) = @_;
+    my $previous_error = $@;
+    my $json = eval { CPANBridge::JSON::encode($data, '$data') };
+    croak "JSON encoding failed: $@" if !defined $json;
+    $@ = $previous_error;
+    return $json;
 }
 
 # What follows may be overridden.
@@ -343,6 +375,11 @@ L</ERRORS>. It never dies because a call failed.
 The same, but dies with a L<CPANBridge::Error> if the call fails. So a result that has the fields
 of a failure cannot be mistaken for one.
 
+=head2 call_outcome($module, $function, $params)
+
+The same, but always returns a reference to a hash: of C<success> (1), C<result>, C<module>, C<function>, C<duration> and
+C<request_id> if the call succeeds, else as C<call_python>. This is what C<call_python> of the first client returned.
+
 =head2 call_many([ [$module, $function, $params], ... ])
 
 Runs many calls, without waiting for one reply before the next request is sent. Returns a list of what
@@ -384,9 +421,20 @@ Closes the connection. The next call opens another.
 
 =head1 SUBCLASSES
 
-A subclass may call C<< $class->SUPER::new(%options) >>, with none but the options above, and keep
+A subclass may call C<< $class->SUPER::new(%options) >> with all that it was given itself: options that are not of the
+list above are its own, and one of the list that is undef, empty or 0 has its default (but 0 for C<retry_count> is 0). So a
+mistyped option of a subclass is found only if the subclass looks for it. It may keep
 fields of its own in the object, which is a hash; names that begin with an underscore, and those of
-the options, are taken. These methods may be overridden:
+the options, are taken.
+
+Subclasses that were written for the first client (1.x, 2.x) expect C<call_python> to return a hash of C<success> and
+C<result>. One line in each makes that so:
+
+    sub call_python { my ($self, @call) = @_; return $self->call_outcome(@call) }
+
+They also find C<_safe_json_encode($data)>, which returns JSON, and dies if there is none for the data.
+
+These methods may be overridden:
 
 =over
 

@@ -22,6 +22,25 @@ like(refusal(sub { CPANBridge->new(timeuot => 5) }),
     'an unknown option is named, with what is allowed, and where');
 like(refusal(sub { CPANBridge->new('timeout') }), qr/names and values/, 'a name without a value');
 
+subtest 'a subclass' => sub {
+    { package Plain;   our @ISA = ('CPANBridge') }
+    { package Helper;  our @ISA = ('CPANBridge'); sub new { my ($class, @given) = @_; return $class->SUPER::new(@given) } }
+    { package Further; our @ISA = ('Helper') }
+    for my $class (qw(Helper Further)) {
+        my $helper = $class->new(dsn => 'dbi:x', host => 'h', -cipher => 'AES', timeout => 7, retry_count => 0, debug => undef);
+        is_deeply([ @{$helper}{qw(timeout retry_count debug)} ], [ 7, 0, 0 ], "$class hands on options of its own");
+        ok(!exists $helper->{dsn}, '... which are left to it');
+    }
+    is_deeply([ @{ Helper->new(timeout => 0, max_json_size => '', retry_count => undef) }{qw(timeout max_json_size retry_count)} ],
+        [ 60, 10485760, 3 ], 'what is empty has its default');
+    isa_ok(Helper->new('the key'), 'Helper', 'arguments that are not pairs');
+    like(refusal(sub { Helper->new(timeout => 'soon') }), qr/timeout must be/, 'an impossible value is refused');
+    like(refusal(sub { Plain->new(dsn => 1) }), qr/Unknown option 'dsn'; allowed are/, 'a direct new of a subclass is strict');
+    is(Helper->new->_safe_json_encode({ a => [ "x\n", 1.5 ] }), '{"a":["x\n",1.5]}', '_safe_json_encode');
+    like(refusal(sub { Helper->new->_safe_json_encode([ 9**9**9 ]) }),
+        qr/JSON encoding failed: \$data->\[0\] cannot be sent: an infinite number/, '... of what has no JSON');
+};
+
 is(CPANBridge->new(timeout => 0.25)->{timeout}, 0.25, 'a fraction of a second');
 is(CPANBridge->new(timeout => '5')->{timeout},  5,    'a number from a command line');
 for my $bad (undef, 0, -1, 'soon', '', 9**9**9, -sin 9**9**9, []) {

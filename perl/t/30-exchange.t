@@ -377,4 +377,31 @@ subtest 'a subclass' => sub {
     isa_ok($bridge->new, 'Logged');
 };
 
+subtest 'a helper that was written for the first client' => sub {
+    {
+        package CryptHelper;
+        our @ISA = ('CPANBridge');
+        sub new {
+            my ($class, %args) = @_;
+            my $self   = $class->SUPER::new(%args);
+            my $result = $self->call_python('crypto', 'new', { cipher => $args{-cipher} });
+            die "no cipher: $result->{error}" if !$result->{success};
+            $self->{cipher} = $result->{result}{cipher};
+            return $self;
+        }
+        sub call_python { my ($self, @call) = @_; return $self->call_outcome(@call) }
+    }
+    my ($daemon) = bridge_to(
+        sub {
+            my ($connection) = @_;
+            $connection->reply($connection->read_request);
+            $connection->fail($connection->read_request, error => 'no', error_type => 'KeyError');
+        }
+    );
+    my $helper = CryptHelper->new(-cipher => 'AES', -key => 'k', socket => $daemon->path);
+    is($helper->{cipher}, 'AES', 'gets success and result');
+    my $outcome = $helper->call_python('m', 'f');
+    is_deeply([ @{$outcome}{qw(success error error_type function)} ], [ 0, 'no', 'KeyError', 'f' ], '... or the failure');
+};
+
 done_testing;
