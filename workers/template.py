@@ -37,6 +37,7 @@ def _serve(context: TemplateContext) -> int:
     name = f"template gen {context.worker.generation}"
     boot.set_up(context.worker, f"{name} imports")
     loader = Loader(context.worker.settings, builtin.NAMES)
+    loader.on_import = lambda label: tell_imports(context.commands, Imports(importing=label))
     try:
         imports = preload(loader, context.worker.settings, context.kept_out)
     except ModuleLoadError as error:

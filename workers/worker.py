@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
-from cpanbridge.supervisor.processes.context import WorkerContext, send_report
+from cpanbridge.supervisor.processes.context import WorkerContext, report_import, send_report
 from cpanbridge.workers import boot
 from cpanbridge.workers.main_thread import MainThread
 from cpanbridge.workers.modules import builtin
@@ -68,6 +69,7 @@ def _work(context: WorkerContext, loader: Loader) -> int:
 def _boot(context: WorkerContext, loader: Loader) -> Registry:
     names: list[str] = []
     built_in = builtin.built_in(context.shared, context.settings, lambda: names, context.wakeups)
+    loader.on_import = partial(report_import, context.report)
     registry = loader.load(built_in)
     names.extend(sorted(registry.exposed))
     for name, reason in registry.left_out.items():

@@ -5,10 +5,11 @@ function that is called with a WorkerContext", and a template likewise. So nothi
 imports what they are made of.
 
 A template and the master talk over a pair of SOCK_SEQPACKET sockets, which keep messages apart. The
-template reports once how its imports went. Then it receives the number of a slot for each worker to
+template reports each module that it is about to import, and once how its imports went. Then it
+receives the number of a slot for each worker to
 fork, with the descriptor of that worker's `report`, one of such a pair too. The worker writes its
 pid there at first and waits for a byte: only then does the master know it, and handles whatever
-becomes of it.
+becomes of it. Then it reports what it imports, and how its boot went.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ class WorkerContext(NamedTuple):
     listeners: Sequence[socket.socket]
     lent: bool  # the listening sockets are the service manager's as well, and outlive the daemon
     lifeline: int  # reads end of file when the master is gone
-    report: int  # where the worker writes its Report, once
+    report: int  # where the worker writes its Reports
     opening: int  # an eventfd, readable from when the worker may accept; it is never read
     retirement_request: int  # an eventfd: written when the worker's slot asks for its retirement
     reopen_logs: Callable[[], None]  # raises LogError
@@ -51,14 +52,19 @@ class TemplateContext(NamedTuple):
 
 
 class Report(msgspec.Struct):
-    """How a worker's boot went: `error` is None when it is ready to accept."""
+    """What a worker imports now, or how its boot went: without `error` it is ready to accept."""
 
+    importing: str | None = None  # the module, as errors name it; "": none any more
     error: str | None = None
 
 
 class Imports(msgspec.Struct):
-    """How a template's imports went. With an `error` or with `unfit` modules it is of no use."""
+    """What a template imports now, or how its imports went.
 
+    With an `error` or with `unfit` modules it is of no use.
+    """
+
+    importing: str | None = None  # the module, as errors name it
     error: str | None = None  # a module cannot be imported, in one line
     unfit: dict[str, str] = {}  # modules that left something that processes must not share: what
     shared: int = 0  # modules that it has imported
@@ -80,21 +86,31 @@ _MAX_ERROR = 900  # characters; none takes more than 4 bytes as they are sent
 
 def send_report(descriptor: int, error: str | None) -> None:
     """Called in the worker, once: it is ready, or it cannot boot."""
+    _report(descriptor, Report(error=error and _one_line(error)))
+
+
+def report_import(descriptor: int, label: str) -> None:
+    """Called in the worker before each import, so that the master can name one that hangs."""
+    _report(descriptor, Report(importing=_one_line(label)))
+
+
+def _report(descriptor: int, report: Report) -> None:
     with contextlib.suppress(BrokenPipeError):  # the master is gone, as the lifeline tells too
-        os.write(descriptor, msgspec.json.encode(Report(error and _one_line(error))))
+        os.write(descriptor, msgspec.json.encode(report))
 
 
-def read_report(data: bytes) -> Report:
-    """Called in the master, with a message as it was read."""
-    return msgspec.json.decode(data, type=Report)
+def read_report(data: bytes) -> Report | None:
+    """Called in the master, with a message as it was read; None at the end of file."""
+    return msgspec.json.decode(data, type=Report) if data else None
 
 
 def tell_imports(commands: socket.socket, imports: Imports) -> None:
-    """Called in a template, once."""
-    error = imports.error and _one_line(imports.error)
-    unfit = {name: _one_line(reason) for name, reason in imports.unfit.items()}
+    """Called in a template: before each import, and once at the end."""
+    for each in (name for name in ("importing", "error") if getattr(imports, name)):
+        setattr(imports, each, _one_line(getattr(imports, each)))
+    imports.unfit = {name: _one_line(reason) for name, reason in imports.unfit.items()}
     with contextlib.suppress(BrokenPipeError):  # the master is gone
-        commands.send(msgspec.json.encode(Imports(error, unfit, imports.shared)))
+        commands.send(msgspec.json.encode(imports))
 
 
 def receive_imports(commands: socket.socket) -> Imports | None:

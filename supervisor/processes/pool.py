@@ -279,9 +279,10 @@ class WorkerPool:
             self._unknown[pid] = status  # a template may tell its pid later
 
     def _worker_ended(self, worker: WorkerProcess, status: int) -> None:
+        report = worker.take_report(ended=True)  # its last report may not have been read yet
         how = worker.describe_end(status)
-        report = worker.take_report()  # its last report may not have been read yet
         pid, ready_at, exiting = worker.pid, worker.ready_at, worker.exiting
+        importing = worker.importing
         ran = worker.describe_running()
         worker.clear()  # first: its pid may be another process's from now on
         if not self._stopping:
@@ -297,7 +298,7 @@ class WorkerPool:
                 self._restart(worker, worker.generation, ready_at)
             elif worker.generation is not None:
                 LOGGER.error("Worker %d (pid %d) died at boot: %s", worker.number, pid, how)
-                reason = f"worker {worker.number} died at boot: {how}"
+                reason = how if importing else f"worker {worker.number} died at boot: {how}"
                 self._owner.generation_failed(worker.generation, reason)
         self._tell_gone()
 

@@ -121,6 +121,7 @@ class Process:
         self._spawner = spawner
         self._timer = Timer(lambda: None)
         self._overdue = False  # it was not ready after BOOT_SECONDS
+        self.importing = ""  # the module that it imports, as errors name it, while it boots
         self.pid = 0  # 0: no process
 
     def signal(self, number: signal.Signals) -> None:
@@ -135,8 +136,10 @@ class Process:
     def describe_end(self, status: int) -> str:
         """How it ended, in words."""
         if self._overdue:
-            return f"not ready after {BOOT_SECONDS:g} s; the log shows what it was at"
-        return describe_exit(status)
+            what = f"{self.importing}: not imported" if self.importing else "not ready"
+            return f"{what} after {BOOT_SECONDS:g} s; the log shows what it was at"
+        how = describe_exit(status)
+        return f"{self.importing}: its import ended the process: {how}" if self.importing else how
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         """Call `action` in so many seconds, in place of what was to happen."""
@@ -145,7 +148,7 @@ class Process:
 
     def _started(self, pid: int) -> None:
         """From now on it boots."""
-        self.pid = pid
+        self.pid, self.importing = pid, ""
         self.after(BOOT_SECONDS, self._boot_hangs)
 
     def _boot_hangs(self) -> None:

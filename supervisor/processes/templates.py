@@ -128,7 +128,8 @@ class Template(Process):
         elif self.imports:
             self._stage = _Stage.OVER
             LOGGER.error("The template (pid %d) died at boot: %s", pid, how)
-            self._on_failed(self.generation, f"the template died at boot: {how}")
+            reason = how if self.importing else f"the template died at boot: {how}"
+            self._on_failed(self.generation, reason)
 
     def _fork(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -152,13 +153,15 @@ class Template(Process):
     def _receive(self) -> None:
         assert self._commands is not None
         try:
-            imports = receive_imports(self._commands)
+            while (imports := receive_imports(self._commands)) is not None and imports.importing:
+                self.importing = imports.importing
         except BlockingIOError:
             return
         if imports is None or not self.imports:
             self._close_commands()  # SIGCHLD tells how it ended
             return
         self._timer.cancel()
+        self.importing = ""
         if imports.error is not None:
             LOGGER.error("Generation %d cannot start: %s", self.generation.number, imports.error)
             self.end()

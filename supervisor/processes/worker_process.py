@@ -155,23 +155,32 @@ class WorkerProcess(Process):
         return True
 
     def _read_report(self) -> None:
-        report = self.take_report()
+        report = self.take_report(ended=False)
         if report is not None:
             self._on_report(self, report)
 
-    def take_report(self) -> Report | None:
-        """What the worker reports of its boot, once; None when it died without a report."""
-        if self._report < 0:
-            return None
+    def take_report(self, *, ended: bool) -> Report | None:
+        """How the worker's boot went, once; None while it is not over, or when it died first.
+
+        When it has `ended`, it may have left a child that holds the pipe: nothing more will come.
+        """
+        report: Report | None = None
         try:
-            data = os.read(self._report, 65536)
-        except (BlockingIOError, ConnectionResetError):
-            data = b""  # the worker is gone; it may have left a child that holds the pipe
-        self._close_report()
-        if not data:
+            while self._report >= 0 and report is None:
+                report = read_report(os.read(self._report, 65536))
+                if report is not None and report.importing is not None:
+                    self.importing, report = report.importing, None
+                else:
+                    self._close_report()
+        except BlockingIOError:
+            if ended:
+                self._close_report()
+        except ConnectionResetError:
+            self._close_report()
+        if report is None:
             return None  # SIGCHLD tells how it ended
-        report = read_report(data)
         self._timer.cancel()
+        self.importing = ""
         if report.error is None:
             self.ready_at = time.monotonic()
         return report
@@ -245,6 +254,7 @@ class WorkerProcess(Process):
         self._spawner.shared.clear(self.slot)
         handoff_sockets.discard_all(self._spawner.wakeups[self.number].take)
         self.pid, self.ready_at, self.exiting, self._overdue = 0, None, "", False
+        self.importing = ""
         self._timer.cancel()
         if self._handle >= 0:
             self._spawner.loop.forget(self._handle)

@@ -105,7 +105,8 @@ class Answers:
         """What the boot of a generation waits for: its template, or some of its workers."""
         template = self.pool.templates.of(generation)
         if template is not None and template.imports:
-            return f"the template (pid {template.pid}) imports the modules"
+            at = f", now {template.importing}" if template.importing else ""
+            return f"the template (pid {template.pid}) imports the modules{at}"
         workers = (each for each in self.pool.workers if each.generation is generation)
         own = [worker for worker in workers if not worker.exiting]
         missing = [worker for worker in own if not worker.ready]

@@ -88,7 +88,7 @@ def syntax_error(daemon: Daemon) -> str:
 def crash_at_import(daemon: Daemon) -> str:
     text = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
     daemon.write_config(f"workers = 2\n{helpers(daemon, bad=text)}")
-    return "died at boot: killed by signal 11"
+    return "bad.py: its import ended the process: killed by signal 11"
 
 
 def no_log(daemon: Daemon) -> str:

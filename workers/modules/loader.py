@@ -51,6 +51,8 @@ class Loader:
         self._settings = settings
         self._built_in = built_in  # the names of the built-in modules
         self.left_out: dict[str, str] = {}  # modules that could not be imported -> why
+        # Called with the label of each module before it is imported, and with "" after the last.
+        self.on_import: Callable[[str], None] = lambda label: None
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -68,6 +70,7 @@ class Loader:
         """
         if entry.name in self.left_out:
             return None
+        self.on_import(entry.label)
         try:
             return entry.importing()
         except BaseException as error:  # a module may raise anything, or call sys.exit
@@ -81,27 +84,39 @@ class Loader:
             return None
 
     def load(self, built_in: dict[str, Exposed]) -> Registry:
-        """Import all, and list what may be called. Raises ModuleLoadError at the first failure."""
+        """Import all, and list what may be called. Raises ModuleLoadError with all failures."""
         exposed: dict[str, Exposed] = {}
+        problems: list[str] = []
         for entry in self.entries:
-            module = self.import_module(entry)
-            if module is None:
-                continue
-            table = entry.table
-            functions = _select(module, table.functions, entry.label)
-            if isinstance(table, Module) and table.functions == "*" and not functions:
-                problem = f"finds no function of {table.import_!r}'s own; name them"
-                raise ModuleLoadError(f'{entry.label}: "*" {problem}')
-            timeout = self._settings.timeout_of(table)
-            exposed[entry.name] = Exposed(functions, module, False, timeout, table.affinity)
+            try:
+                module = self.import_module(entry)
+                if module is not None:
+                    exposed[entry.name] = self._expose(entry, module)
+            except ModuleLoadError as error:
+                problems.extend(error.problems)
+        self.on_import("")
+        if problems:
+            raise ModuleLoadError(*problems)
         return Registry(built_in | exposed, self.left_out)
+
+    def _expose(self, entry: Entry, module: ModuleType) -> Exposed:
+        table = entry.table
+        functions = _select(module, table.functions, entry.label)
+        if isinstance(table, Module) and table.functions == "*" and not functions:
+            problem = f"finds no function of {table.import_!r}'s own; name them"
+            raise ModuleLoadError(f'{entry.label}: "*" {problem}')
+        timeout = self._settings.timeout_of(table)
+        return Exposed(functions, module, False, timeout, table.affinity)
 
     def _find(self) -> Iterator[Entry]:
         load_fresh()
         settings = self._settings
-        for folder in (*settings.python_path, *(each.path for each in settings.module_dirs)):
-            if not Path(folder).is_dir():
-                raise ModuleLoadError(f"{folder}: not a folder")
+        folders = (*settings.python_path, *(each.path for each in settings.module_dirs))
+        if missing := [
+            f"{folder}: not a folder" for folder in folders if not Path(folder).is_dir()
+        ]:
+            raise ModuleLoadError(*missing)
+        for folder in folders:
             if os.path.abspath(folder) not in sys.path:
                 sys.path.append(os.path.abspath(folder))
         seen: set[str] = set()
@@ -155,7 +170,7 @@ def _describe(error: BaseException) -> str:
 def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, Callable[..., Any]]:
     if functions == "*":
         return _public_functions(module)
-    selected = {}
+    selected, problems = {}, []
     for name in functions:
         function = getattr(module, name, None)
         if not callable(function):
@@ -163,10 +178,13 @@ def _select(module: ModuleType, functions: Functions, label: str) -> dict[str, C
             close = difflib.get_close_matches(name, _public_functions(module), 1)
             problem += f" in {module.__name__}"
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ModuleLoadError(f"{label}: function {name!r} {problem}{hint}")
-        if inspect.iscoroutinefunction(function):
-            raise ModuleLoadError(f"{label}: {name!r} is a coroutine function; expose a plain one")
-        selected[name] = function
+            problems.append(f"{label}: function {name!r} {problem}{hint}")
+        elif inspect.iscoroutinefunction(function):
+            problems.append(f"{label}: {name!r} is a coroutine function; expose a plain one")
+        else:
+            selected[name] = function
+    if problems:
+        raise ModuleLoadError(*problems)
     return selected
 
 

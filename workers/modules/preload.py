@@ -22,7 +22,7 @@ from types import ModuleType
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.processes.context import Imports
-from cpanbridge.workers.modules.loader import Loader
+from cpanbridge.workers.modules.loader import Loader, ModuleLoadError
 
 _SEEDED_ANEW = {"random", "numpy.random", "numpy.random.mtrand"}
 _NUMPY_GENERATORS = (
@@ -47,19 +47,26 @@ def preload(loader: Loader, settings: Settings, kept_out: Collection[str]) -> Im
     """Import all modules that may be shared, but those in `kept_out`.
 
     When some are unfit, so is this process as a template: another one must do it, and keep them
-    out. Raises ModuleLoadError at the first module that fails.
+    out. Raises ModuleLoadError with all modules that fail.
     """
     unfit, fit = {}, 0
+    problems: list[str] = []
     for entry in loader.entries:
         if entry.name in kept_out or not settings.preloads(entry.table):
             continue
         before = _State()
-        if loader.import_module(entry) is None:
+        try:
+            if loader.import_module(entry) is None:
+                continue
+        except ModuleLoadError as error:
+            problems.extend(error.problems)
             continue
         if (reason := _why_unfit(before)) is not None:
             unfit[entry.name] = reason
         else:
             fit += 1
+    if problems:
+        raise ModuleLoadError(*problems)
     return Imports(unfit=unfit, shared=fit)
 
 

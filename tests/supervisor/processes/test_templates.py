@@ -112,6 +112,12 @@ def finding_fault(context: TemplateContext) -> None:
     time.sleep(60)
 
 
+def hanging_in_an_import(context: TemplateContext) -> None:
+    for name in ("m", "n"):
+        tell_imports(context.commands, Imports(importing=f"modules.{name}"))
+    time.sleep(60)
+
+
 def sharing_nothing(context: TemplateContext) -> None:
     tell_imports(context.commands, Imports(shared=0))
     time.sleep(60)
@@ -224,6 +230,17 @@ def test_a_template_that_hangs_fails_its_generation(
     said = "the template died at boot: not ready after 0.2 s; the log shows what it was at"
     assert setup.failed == [said]
     assert setup.pids() == setup.template_pids == []
+
+
+def test_a_template_that_hangs_in_an_import_names_the_module(
+    new_setup: NewSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpanbridge.supervisor.processes.spawner.BOOT_SECONDS", 0.2)
+    setup = new_setup(hanging_in_an_import)
+    setup.pool.spawn(setup.generation)
+    setup.until(lambda: setup.failed)
+    said = "modules.n: not imported after 0.2 s; the log shows what it was at"
+    assert setup.failed == [said]
 
 
 def test_a_template_that_is_killed_at_boot_fails_its_generation(new_setup: NewSetup) -> None:
