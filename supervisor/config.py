@@ -52,6 +52,7 @@ Functions = Annotated[
 Affinity = Annotated[
     Literal["none", "client", "module"], Meta(description='must be "none", "client" or "module"')
 ]
+Results = Annotated[Literal["exact", "lenient"], Meta(description='must be "exact" or "lenient"')]
 Sockets = Annotated[list[Text], Meta(min_length=1, description="must be a list of socket paths")]
 Mode = Annotated[
     str,
@@ -96,6 +97,7 @@ class Module(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     import_: Text = msgspec.field(name="import")
     functions: Functions
     affinity: Affinity = "none"
+    results: Results = "exact"
     request_timeout: SecondsOrNever | None = None
     preload: Flag | None = None
 
@@ -106,6 +108,7 @@ class ModuleDir(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     path: Text
     functions: Functions = "*"
     affinity: Affinity = "module"
+    results: Results = "exact"
     request_timeout: SecondsOrNever | None = None
     preload: Flag | None = None
 

@@ -464,7 +464,9 @@ Writes a debug line to STDERR.
 =head1 DATA
 
 No value is ever altered: a value that cannot be sent is refused, and the message names its place, such as
-C<< $params->{rows}[3] >>.
+C<< $params->{rows}[3] >>. So is a result that cannot arrive as it was (C<UnencodableResult>): infinity and NaN, two keys of a
+dict that are the same as strings (C<1> and C<"1">), and objects other than dates, decimals and the like. (An operator can let a
+module send them all the same, with C<results = "lenient">.)
 
 =over
 
@@ -513,9 +515,14 @@ C<ValueError>. Others come from the daemon:
 
 =over
 
-=item InvalidRequest, InvalidParams, ModuleNotAllowed, FunctionNotAllowed, UnencodableResult
+=item InvalidRequest, InvalidParams, ModuleNotAllowed, FunctionNotAllowed
 
 The call is wrong, or not allowed. The bridge itself uses the first two for values that it cannot send.
+
+=item UnencodableResult
+
+The function B<has run>, but its result cannot be sent as it is; the message has the place, such as
+C<result.rows[3].price is nan>.
 
 =item PermissionDenied
 

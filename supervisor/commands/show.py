@@ -121,7 +121,8 @@ def check(options: argparse.Namespace) -> None:
     print(f"workers: {settings.worker_count}")
     for name, module in sorted(registry.exposed.items()):
         functions = ", ".join(sorted(module.functions)) or "no functions"
-        print(f"module {name} (affinity {module.affinity}): {functions}")
+        results = ", lenient results" if module.lenient else ""
+        print(f"module {name} (affinity {module.affinity}{results}): {functions}")
     for name, reason in registry.left_out.items():
         print(f"module {name}: left out: {reason}")
 

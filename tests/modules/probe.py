@@ -1,13 +1,17 @@
 """What the tests call: functions that do one thing that can be seen from outside."""
 
 import _thread
+import array
+import collections
 import ctypes
 import dataclasses
 import datetime
 import decimal
 import enum
+import fractions
 import multiprocessing
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 from typing import Any
 
@@ -169,8 +174,32 @@ class Colour(enum.Enum):
 
 @dataclasses.dataclass
 class Point:
-    x: int
+    x: float
     y: int
+
+
+class Number(enum.Enum):
+    ONE = 1
+
+
+class Text(str):
+    pass
+
+
+class Whole(int):
+    pass
+
+
+class Float(float):
+    pass
+
+
+class Bytes(bytes):
+    pass
+
+
+class Moment(datetime.datetime):
+    pass
 
 
 class Opaque:
@@ -247,6 +276,39 @@ def results(kind: str) -> Any:
         "opaque": Opaque(),
         "nested": {"list": [{"tuple": (1, None)}]},
         "int_keys": {1: "one"},
+        "keys": {
+            1: 0,
+            1.5: 0,
+            Colour.RED: 0,
+            datetime.date(2026, 11, 24): 0,
+            decimal.Decimal("1.10"): 0,
+            pathlib.PurePosixPath("/a"): 0,
+        },
+        "path": pathlib.Path("/etc/hosts"),
+        "subclasses": [
+            Text("text"),
+            Whole(3),
+            Float(1.5),
+            Bytes(b"\x00\xff"),
+            Moment(2026, 11, 24),
+        ],
+        "mapping": types.MappingProxyType({"a": 1}),
+        "sequences": [
+            range(2),
+            collections.deque([2]),
+            {"a": 1}.keys(),
+            array.array("d", [1.5]),
+        ],
+        "deep_nan": {"rows": [0, 1, 2, {"price": float("nan")}]},
+        "nan_in_dataclass": Point(float("nan"), 1),
+        "generator": {"all": (each for each in range(3))},
+        "fraction": fractions.Fraction(1, 3),
+        "same_keys": {1: "a", "1": "b"},
+        "same_enum_keys": {"a b": {Number.ONE: "a", 1: "b"}},
+        "none_key": {None: 1},
+        "bool_key": {True: 1},
+        "nan_key": {float("nan"): 1},
+        "tuple_key": [{(1, 2): 1}],
         "unprintable": Unprintable(),
         "cycle": cycle,
         "surrogate": "\udc80",

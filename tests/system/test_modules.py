@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from as_json import AS_JSON
+from as_json import AS_JSON, INEXACT
 from conftest import Daemon, NewDaemon
 from exposing import write_modules
 from plain_client import Framed, one_shot, until
@@ -36,6 +36,24 @@ def test_a_result_without_a_json_form_is_an_error(daemon: Daemon, kind: str) -> 
     assert reply["error_type"] == "UnencodableResult"
     assert reply["error"].startswith("Result of probe.results cannot be encoded as JSON: ")
     assert reply["request_id"] == "r"
+
+
+def test_a_result_that_json_cannot_carry_is_refused_with_its_path_or_sent_leniently(
+    new_daemon: NewDaemon,
+) -> None:
+    lenient = '[modules.lenient]\nimport = "probe"\nfunctions = "*"\nresults = "lenient"'
+    daemon = new_daemon(f"{UNLIMITED}\n{lenient}").run()
+    for kind, fault, value in INEXACT:
+        reply = one_shot(daemon.path, "probe", "results", [kind])
+        assert reply["error_type"] == "UnencodableResult"
+        prefix = "Result of probe.results cannot be encoded as JSON: "
+        assert reply["error"].startswith(prefix + fault)
+        if value is not ...:
+            assert daemon.call("lenient", "results", [kind]) == value
+    listed = daemon.command("check").stdout.splitlines()
+    assert any(
+        each.startswith("module lenient (affinity none, lenient results)") for each in listed
+    )
 
 
 def test_a_result_of_50_mb_arrives_whole(daemon: Daemon) -> None:

@@ -106,7 +106,8 @@ class Loader:
             problem = f"finds no function of {table.import_!r}'s own; name them"
             raise ModuleLoadError(f'{entry.label}: "*" {problem}')
         timeout = self._settings.timeout_of(table)
-        return Exposed(functions, module, False, timeout, table.affinity)
+        lenient = table.results == "lenient"
+        return Exposed(functions, module, False, timeout, table.affinity, lenient)
 
     def _find(self) -> Iterator[Entry]:
         load_fresh()

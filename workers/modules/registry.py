@@ -30,6 +30,7 @@ class Exposed(NamedTuple):
     takes_request: bool = False  # its functions receive the Request itself and the ClientSocket
     request_timeout: float = 0.0  # seconds that a call may take; 0: any time
     affinity: Affinity = "none"
+    lenient: bool = False  # its results may lose what JSON cannot carry
 
 
 class Target(msgspec.Struct, eq=False):
@@ -41,6 +42,7 @@ class Target(msgspec.Struct, eq=False):
     # None: any worker may run it; FOR_CLIENT: the worker that has the client's state; else the
     # worker that has the state of the module with this number.
     owned_as: int | None
+    lenient: bool = False  # as in Exposed
     number: int = -1  # its index in the daemon's table of names; -1: not called in this worker
     _slow_share: float = 0.5  # of its calls, an exponential moving average
 
@@ -77,7 +79,8 @@ class Registry:
         self.left_out = left_out or {}  # modules that could not be loaded -> why
         self._targets: dict[str, dict[str, Target]] = {}
         for name, module in exposed.items():
-            rules = module.takes_request, module.request_timeout, _owned_as(name, module.affinity)
+            owned_as = _owned_as(name, module.affinity)
+            rules = module.takes_request, module.request_timeout, owned_as, module.lenient
             self._targets[name] = {
                 called: Target(function, *rules) for called, function in module.functions.items()
             }

@@ -13,6 +13,7 @@ import msgspec
 
 from cpanbridge.supervisor.system.log_text import printable
 from cpanbridge.supervisor.version import __version__
+from cpanbridge.workers.protocol import results
 from cpanbridge.workers.protocol.framing import MAX_FRAME
 from cpanbridge.workers.protocol.refusal import Refusal
 from cpanbridge.workers.protocol.requests import Request
@@ -42,36 +43,34 @@ class _Success(msgspec.Struct):
 
 
 _DAEMON_INFO = {"version": __version__, "python_version": PYTHON_VERSION}
-_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
-def encode_success(request: Request, result: object, duration_ms: float, worker: int) -> bytes:
+def encode_success(
+    request: Request, result: object, duration_ms: float, worker: int, *, lenient: bool = False
+) -> bytes:
     """The reply with a function's result.
 
-    JSON's own types as they are; dates and times as ISO 8601, Decimal and UUID as strings, bytes
-    as base64, sets and tuples as arrays, dataclasses as objects, NaN and infinities as null, any
-    other object as `str(object)`. Raises Refusal (UnencodableResult) for what has no JSON form.
+    JSON's own types as they are; dates and times as ISO 8601, Decimal, UUID and paths as strings,
+    bytes as base64, sequences and sets as arrays, mappings and dataclasses as objects. Raises
+    Refusal (UnencodableResult) for what has no exact JSON form, with its path. With `lenient` NaN
+    and infinities become null, keys are not compared, and any other object becomes `str(object)`.
     """
     info = _ExecutionInfo(__version__, PYTHON_VERSION, time.time(), duration_ms, worker)
     reply = _Success(result, request.module, request.function, request.request_id, info)
     try:
-        encoded = _encode(reply)
-    except BaseException as error:  # str() of a foreign object may raise anything
-        problem = f"cannot be encoded as JSON: {type(error).__name__}: {message_of(error)}"
+        if lenient:
+            encoded, fault = results.encode_leniently(reply), None
+        else:
+            encoded = results.encode(reply)
+            fault = results.lost_in(encoded, result)
+    except BaseException as error:  # classes of the module may raise anything
+        fault = results.explain(result, error)
     else:
-        if len(encoded) <= MAX_FRAME:
+        if fault is None and len(encoded) <= MAX_FRAME:
             return encoded
-        problem = f"is over {MAX_FRAME} bytes"
+    problem = f"cannot be encoded as JSON: {fault}" if fault else f"is over {MAX_FRAME} bytes"
     message = f"Result of {request.module}.{request.function} {problem}"
     raise Refusal("UnencodableResult", message, request.request_id)
-
-
-def message_of(error: BaseException) -> str:
-    """An exception's message; a placeholder when its `__str__` raises."""
-    try:
-        return str(error)
-    except BaseException:
-        return "(its message cannot be shown)"
 
 
 def encode_failure(refusal: Refusal, traceback: str | None = None) -> bytes:
@@ -87,7 +86,7 @@ def encode_failure(refusal: Refusal, traceback: str | None = None) -> bytes:
         reply["traceback"] = printable(traceback)
     if refusal.retry_after is not None:
         reply["retry_after"] = refusal.retry_after
-    return _encode(reply)
+    return results.encode(reply)
 
 
 def to_ascii(reply: bytes) -> bytes:

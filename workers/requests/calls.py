@@ -22,7 +22,7 @@ from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import Draining
 from cpanbridge.workers.modules import registry
 from cpanbridge.workers.modules.registry import Registry, Target
-from cpanbridge.workers.protocol import framing, replies
+from cpanbridge.workers.protocol import framing, replies, results
 from cpanbridge.workers.protocol.refusal import Refusal
 from cpanbridge.workers.protocol.requests import Request, decode_if_complete, decode_request
 from cpanbridge.workers.requests.stats import SecurityLog, StatisticsWriter
@@ -154,10 +154,12 @@ class Calls:
                 # The function has forked and returned in the child. The client is the parent's.
                 os._exit(0)
             if error is not None:
-                problem = replies.message_of(error) or type(error).__name__
+                problem = results.message_of(error) or type(error).__name__
                 return self._failure(request, error, problem)
             duration_ms = (time.monotonic_ns() - started) / 1e6
-            reply = replies.encode_success(request, result, duration_ms, self.worker)
+            reply = replies.encode_success(
+                request, result, duration_ms, self.worker, lenient=target.lenient
+            )
             problem = None
             return reply
         except Refusal as refusal:

@@ -1,11 +1,14 @@
 """Replies: results of every kind as JSON, failures, and the same in pure ASCII."""
 
 import json
+import math
+from collections import Counter
 from typing import Any
 
+import msgspec
 import probe
 import pytest
-from as_json import AS_JSON
+from as_json import AS_JSON, INEXACT
 from decoding import VALUES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,14 +28,95 @@ def test_results_of_every_kind(kind: str, json_value: Any) -> None:
     assert reply_to(probe.results(kind))["result"] == json_value
 
 
+@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("kind", ["unprintable", "cycle", "surrogate", "exits", "doubly"])
-def test_what_has_no_json_form_is_an_unencodable_result(kind: str) -> None:
+def test_what_has_no_json_form_is_an_unencodable_result(kind: str, lenient: bool) -> None:
+    refusal = refusal_of(probe.results(kind), lenient=lenient)
+    assert refusal.kind == "UnencodableResult"
+    assert refusal.request_id == "r"
+    json.loads(replies.encode_failure(refusal))
+
+
+# -- what JSON cannot carry exactly --
+
+
+def refusal_of(result: Any, *, lenient: bool = False) -> Refusal:
     with pytest.raises(Refusal) as caught:
-        reply_to(probe.results(kind))
-    assert caught.value.kind == "UnencodableResult"
+        replies.encode_success(Request("m", "f", request_id="r"), result, 1.5, 3, lenient=lenient)
     assert caught.value.message.startswith("Result of m.f cannot be encoded as JSON: ")
-    assert caught.value.request_id == "r"
-    json.loads(replies.encode_failure(caught.value))
+    return caught.value
+
+
+def fault_of(result: Any) -> str:
+    return refusal_of(result).message.removeprefix("Result of m.f cannot be encoded as JSON: ")
+
+
+@pytest.mark.parametrize("padding", [0, 5000])  # small and large results are looked at differently
+@pytest.mark.parametrize(("kind", "fault", "_"), INEXACT)
+def test_the_refusal_names_the_path(kind: str, fault: str, _: Any, padding: int) -> None:
+    result = probe.results(kind)
+    if padding:
+        result = [["x"] * padding, result]
+        fault = fault.replace("result", "result[1]", 1)
+    assert fault_of(result).startswith(fault)
+
+
+def test_data_that_contains_itself_is_told_by_its_path() -> None:
+    node: dict[str, Any] = {"name": "a"}
+    node["children"] = [{}, {"parent": node}]
+    assert fault_of(node) == "result.children[1].parent contains itself"
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert fault_of(deep) == "result is nested too deep"
+
+
+def test_a_lone_surrogate_is_told_by_its_path() -> None:
+    assert fault_of({"files": ["a", "b\udcff"]}).startswith("result.files[1] has a lone surrogate")
+    assert fault_of([{"b\udcff": 1}]).startswith("result[0] has a key with a lone surrogate")
+
+
+# What a function may return, with what JSON cannot carry in it now and then.
+_KEYS = st.text(max_size=2) | st.integers(-3, 30) | st.floats() | st.sampled_from(probe.Number)
+_RESULTS = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(_KEYS | st.none(), inner, max_size=4)
+        | st.builds(probe.Point, inner, inner)
+        | st.builds(lambda each: Counter({"a": each}), inner)
+    ),
+    max_leaves=12,
+)
+
+
+def loses_nothing(value: Any) -> bool:
+    """Said once more, as simply as it can be."""
+    if isinstance(value, dict):
+        texts = [json.loads(msgspec.json.encode({key: 0}, enc_hook=str)) for key in value]
+        keys = [text for each in texts for text in each]
+        odd = any(
+            key is None or (isinstance(key, float) and not math.isfinite(key)) for key in value
+        )
+        return len(set(keys)) == len(value) and not odd and all(map(loses_nothing, value.values()))
+    if isinstance(value, probe.Point):
+        return loses_nothing([value.x, value.y])
+    if isinstance(value, list | tuple):
+        return all(map(loses_nothing, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@given(_RESULTS, st.sampled_from([0, 2000]))
+def test_a_result_is_refused_if_and_only_if_something_of_it_would_be_lost(
+    result: Any, padding: int
+) -> None:
+    padded = [result, "x" * padding]
+    if not loses_nothing(result):
+        fault_of(padded)
+    else:
+        lenient = replies.encode_success(Request("m", "f"), padded, 1.5, 3, lenient=True)
+        assert reply_to(padded)["result"] == json.loads(lenient)["result"]
 
 
 @given(VALUES)
