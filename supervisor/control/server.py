@@ -21,8 +21,9 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -65,7 +66,7 @@ Command = Callable[["ControlConnection"], None]
 
 @dataclass
 class ControlServer:
-    """Listens, and owns the connections.
+    """Listens beside each of the daemon's paths, and owns the connections.
 
     `inquiries` are answered at once, with what they return. `commands` are begun; they call the
     connection's `finish` or `fail` when they have an outcome. `progress` returns what the master
@@ -78,39 +79,39 @@ class ControlServer:
     progress: Callable[[], str | None]
     # The oldest first.
     connections: "list[ControlConnection]" = field(default_factory=list, init=False)
-    _listener: socket.socket | None = field(default=None, init=False)
+    _listening: list[socket.socket] = field(default_factory=list, init=False)
 
-    def listen(self, listener: Listener) -> None:
-        """Accept clients on this listener from now on, and on no other."""
+    def listen(self, listeners: Sequence[Listener]) -> None:
+        """Accept clients on these listeners from now on, and on no others."""
         self.stop_listening()
-        self._listener = listener.socket
-        self._watch()
+        self._listening = [each.socket for each in listeners]
+        for each in self._listening:
+            self._watch(each)
 
     def stop_listening(self) -> None:
-        """Accept no more clients. To be called before the socket is closed."""
-        if self._listener is not None:
-            self.loop.forget(self._listener.fileno())
-            self._listener = None
+        """Accept no more clients. To be called before the sockets are closed."""
+        for each in self._listening:
+            self.loop.forget(each.fileno())
+        self._listening = []
 
     @property
     def is_full(self) -> bool:
         """Whether too many would wait for an outcome, counting the one whose request is handled."""
         return sum(connection.waits for connection in self.connections) > MOST_WAITING
 
-    def _watch(self) -> None:
-        if self._listener is not None:
-            self.loop.watch(self._listener.fileno(), self._accept_next)
+    def _watch(self, listening: socket.socket) -> None:
+        if listening in self._listening:
+            self.loop.watch(listening.fileno(), partial(self._accept_next, listening))
 
-    def _accept_next(self) -> None:
-        assert self._listener is not None
+    def _accept_next(self, listening: socket.socket) -> None:
         try:
-            client, _ = self._listener.accept()
+            client, _ = listening.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: clients wait in the listen queue
             LOGGER.error("The control socket cannot accept: %s", explain(error))
-            self.loop.forget(self._listener.fileno())
-            self.loop.after(_EXHAUSTED_SECONDS, self._watch)
+            self.loop.forget(listening.fileno())
+            self.loop.after(_EXHAUSTED_SECONDS, partial(self._watch, listening))
             return
         client.setblocking(False)
         connection = ControlConnection(self, client)

@@ -18,7 +18,7 @@ import msgspec
 from cpanbridge.supervisor.config import OperatorError
 from cpanbridge.supervisor.wording import explain
 
-CONTROL = ".ctl"  # the control socket is the first path with this suffix
+CONTROL = ".ctl"  # the control socket beside a path is that path with this suffix
 # Bytes: sun_path holds 108 with the final zero (unix(7)), and the control socket needs the suffix.
 _MAX_PATH = 107 - len(CONTROL)
 _SO_PASSRIGHTS = 83  # asm-generic/socket.h; the socket module does not have it yet

@@ -8,6 +8,8 @@ Called in the master.
 
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -29,13 +31,13 @@ class HeldSockets(msgspec.Struct):
     """All that `Sockets` holds, for another process that inherits the descriptors."""
 
     listeners: list[Listener]
-    control: Listener | None
+    controls: list[Listener]
     locks: dict[str, int]
 
     def descriptors(self) -> list[int]:
         """The descriptors that the other process must inherit."""
-        control = [self.control] if self.control is not None else []
-        return [*(each.socket.fileno() for each in self.listeners + control), *self.locks.values()]
+        sockets = [each.socket.fileno() for each in self.listeners + self.controls]
+        return [*sockets, *self.locks.values()]
 
 
 class Sockets:
@@ -49,22 +51,27 @@ class Sockets:
         self._instance = Instance(held.locks if held is not None else None)
         self._borrowed: set[str] = set()
         self.listeners: list[Listener] = []
-        self.control: Listener | None = None
+        self.controls: list[Listener] = []
         if held is not None:
-            self.listeners, self.control = held.listeners, held.control
+            self.listeners, self.controls = held.listeners, held.controls
             self.give_away()
-        # Called when a reload has moved the control socket, while the one before is still open.
-        self.control_moved: Callable[[Listener], None] = lambda _: None
+        self._masters_alone: list[socket.socket] = [each.socket for each in self.controls]
+        os.register_at_fork(after_in_child=self._leave_controls_to_master)
+        # Called when there are other control sockets, while those before are still open.
+        self._answer: Callable[[Sequence[Listener]], None] = lambda _: None
 
-    def answer(self, listen: Callable[[Listener], None]) -> None:
-        """Have the control socket answered from now on, wherever a reload moves it."""
-        assert self.control is not None
-        listen(self.control)
-        self.control_moved = listen
+    def answer(self, listen: Callable[[Sequence[Listener]], None]) -> None:
+        """Have the control sockets answered from now on, also when they change."""
+        self._answer = listen
+        self.answer_controls()
+
+    def answer_controls(self) -> None:
+        """Have those control sockets answered that there are now, and no others."""
+        self._answer(self.controls)
 
     def held(self) -> HeldSockets:
         """What a master that takes over needs."""
-        return HeldSockets(self.listeners, self.control, self._instance.descriptors)
+        return HeldSockets(self.listeners, self.controls, self._instance.descriptors)
 
     def take_over(self) -> None:
         """Become responsible for them, and write this process's pid files. Raises InstanceError."""
@@ -74,8 +81,7 @@ class Sockets:
     def give_away(self) -> None:
         """Another master is responsible for them."""
         self._borrowed = set(self._instance.descriptors)
-        if self.control is not None:
-            self._borrowed.add(self.control.path)
+        self._borrowed.update(each.path for each in self.controls)
 
     def open(self, settings: Settings, lent: Sequence[Listener] = ()) -> None:
         """Open all paths or none; `lent` are open. Raises ListenError, InstanceError, OSError."""
@@ -93,8 +99,9 @@ class Sockets:
 
         Raises ListenError, InstanceError, OSError; all is as it was then.
         """
-        have = {each.path: each for each in self.listeners}
-        unlocked = [path for path in settings.sockets if path not in self._instance.descriptors]
+        have = {each.path: each for each in self.listeners + self.controls}
+        paths = list(dict.fromkeys(settings.sockets))
+        unlocked = [path for path in paths if path not in self._instance.descriptors]
         for path in unlocked:
             listener.prepare_folder(path, create=settings.listen is None)
         with contextlib.ExitStack() as undo:
@@ -103,30 +110,38 @@ class Sockets:
             added: list[Listener] = []
             undo.callback(self.close, added)
             mode, group = int(settings.socket_mode, 8), settings.socket_group
-            for path in (path for path in dict.fromkeys(settings.sockets) if path not in have):
+            for path in (path for path in paths if path not in have):
                 added.append(listener.listen(path, mode, group, self._instance.unclean))
-            control = self.control
-            if control is None or settings.sockets[0] + listener.CONTROL != control.path:
-                control = self._listen_for_control(settings)
-                undo.callback(self.close, [control])
+            # Beside each path, whose lock excludes other daemons from it.
+            controls = []
+            for path in (path + listener.CONTROL for path in paths):
+                controls.append(have.get(path) or self._listen_for_control(path))
+                if path not in have:
+                    undo.callback(self.close, controls[-1:])
             gid = listener.group_id(group)
-            kept = [have[path] for path in settings.sockets if path in have]
+            kept = [have[path] for path in paths if path in have]
             for each in (each for each in kept if not each.lent):
                 before = each.set_access(mode, gid)
                 undo.callback(_restore_access, each, *before)
-            removed = [each for each in self.listeners if each.path not in settings.sockets]
-            return Change(self, kept + added, removed, control, undo.pop_all())
+            removed = [each for each in self.listeners if each.path not in paths]
+            return Change(self, kept + added, removed, controls, undo.pop_all())
 
-    def _listen_for_control(self, settings: Settings) -> Listener:
-        """The control socket beside the first path, whose lock excludes other daemons from it.
+    def _listen_for_control(self, path: str) -> Listener:
+        control = listener.listen(path, 0o600, None, ())
+        self._masters_alone.append(control.socket)
+        return control
 
-        Where the path's last owner died, its control socket is stale too. Workers of that daemon
-        may still have copies of it, so that connecting to it would seem to succeed.
+    def _leave_controls_to_master(self) -> None:
+        """Called in a forked child: who connects to a control socket has found a living master.
+
+        The numbers stay taken, because the objects that own them still exist. The child's own
+        children inherit none.
         """
-        first = settings.sockets[0]
-        path = first + listener.CONTROL
-        stale = {path} if first in self._instance.unclean else ()
-        return listener.listen(path, 0o600, None, stale)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        while self._masters_alone:
+            if (descriptor := self._masters_alone.pop().fileno()) >= 0:
+                os.dup2(null, descriptor, inheritable=False)
+        os.close(null)
 
     def close(self, listeners: Sequence[Listener] | None = None) -> None:
         """Remove the files and listen no more. Workers have their own copies of the sockets."""
@@ -137,6 +152,7 @@ class Sockets:
             except OSError as error:
                 LOGGER.warning("%s: cannot be removed: %s", each.path, explain(error))
             each.socket.close()
+        self._masters_alone = [each for each in self._masters_alone if each.fileno() >= 0]
 
     def release(self, paths: Collection[str] | None = None) -> None:
         """Free the locks: another daemon may have the paths."""
@@ -145,7 +161,7 @@ class Sockets:
 
     def give_back(self) -> None:
         """The daemon has ended: no file, no socket and no lock of it is left."""
-        self.close(self.listeners + ([self.control] if self.control is not None else []))
+        self.close(self.listeners + self.controls)
         self.release()
 
 
@@ -156,7 +172,7 @@ class Change:
     _sockets: Sockets
     listeners: list[Listener]  # those of the changed configuration
     removed: list[Listener]  # those that it does not have any more
-    _control: Listener
+    _controls: list[Listener]
     _undo: contextlib.ExitStack
 
     def undo(self) -> None:
@@ -166,14 +182,12 @@ class Change:
     def complete(self) -> None:
         """The new workers accept: give up what is not served any more."""
         self._undo.pop_all()
-        sockets, before = self._sockets, self._sockets.control
-        sockets.close(self.removed)
-        sockets.release([each.path for each in self.removed])
+        sockets = self._sockets
+        before, sockets.controls = sockets.controls, self._controls
         sockets.listeners = self.listeners
-        if before is not None and before is not self._control:
-            sockets.control_moved(self._control)
-            sockets.close([before])
-        sockets.control = self._control
+        sockets.answer_controls()
+        sockets.close([*self.removed, *(each for each in before if each not in self._controls)])
+        sockets.release([each.path for each in self.removed])
 
 
 def _restore_access(each: Listener, mode: int, gid: int) -> None:

@@ -34,7 +34,7 @@ def state(folder: Path, sockets: Sockets) -> tuple[object, ...]:
     """What a change must leave as it was when it fails or is undone."""
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.glob("?")}
     locked = [name for name in "abc" if running_pid(str(folder / name))]
-    control = [path.name for path in folder.glob("*.ctl")]
+    control = sorted(path.name for path in folder.glob("*.ctl"))
     descriptors = sorted(os.listdir("/proc/self/fd"))
     return [each.path for each in sockets.listeners], modes, locked, control, descriptors
 
@@ -55,16 +55,16 @@ def test_an_undone_change_leaves_all_as_it_was(tmp_path: Path, sockets: Sockets)
 def test_a_completed_change_gives_up_what_is_not_configured_any_more(
     tmp_path: Path, sockets: Sockets
 ) -> None:
-    moved: list[Listener] = []
-    sockets.control_moved = moved.append
+    answered: list[str] = []
+    sockets.answer(lambda controls: answered.extend(each.path for each in controls))
     change = sockets.change(changed(tmp_path))
     connect(str(tmp_path / "a")).close()  # until it is completed
     change.complete()
     listeners, modes, locked, control, _ = state(tmp_path, sockets)
     assert sorted(listeners) == paths_in(tmp_path, "b", "c")  # type: ignore[call-overload]
     assert modes == {"b": 0o660, "c": 0o660}
-    assert (locked, control) == (["b", "c"], ["c.ctl"])
-    assert moved == [sockets.control]
+    assert (locked, control) == (["b", "c"], ["b.ctl", "c.ctl"])
+    assert answered == paths_in(tmp_path, "a.ctl", "b.ctl", "c.ctl", "b.ctl")
 
 
 def test_a_path_that_cannot_be_opened_changes_nothing(tmp_path: Path, sockets: Sockets) -> None:
@@ -107,11 +107,12 @@ def test_inherited_sockets_are_left_alone_until_they_are_taken_over(
 ) -> None:
     """Here one process is both masters; each has its own descriptors of the same sockets."""
     held = sockets.held()
-    assert held.control is not None
-    copies = [msgspec.structs.replace(each, socket=each.socket.dup()) for each in held.listeners]
-    control = msgspec.structs.replace(held.control, socket=held.control.socket.dup())
+
+    def copies(listeners: list[Listener]) -> list[Listener]:
+        return [msgspec.structs.replace(each, socket=each.socket.dup()) for each in listeners]
+
     locks = {path: os.dup(descriptor) for path, descriptor in held.locks.items()}
-    other = Sockets(HeldSockets(copies, control, locks))
+    other = Sockets(HeldSockets(copies(held.listeners), copies(held.controls), locks))
     other.give_back()
     other._instance._close_copies()  # as the kernel does when a process ends
     for name in "ab":
