@@ -482,8 +482,14 @@ stay numbers and strings stay strings: C<"007"> and C<"1.0"> arrive as such. Wha
 was made, not how it was used; before Perl 5.36, a number that was printed counts as a string, and only
 C<< $value + 0 >> is certain to be a number. A float that is a whole number is sent as an integer up to 2**53 (9007199254740992); one above
 that as Perl prints it, mostly with an exponent, and arrives as a float. Infinity and NaN are
-refused. A whole number beyond Perl's own arrives as a L<Math::BigInt>, and such objects are sent as
-numbers.
+refused. A whole number beyond Perl's own arrives as a L<Math::BigInt>.
+
+=item Exact numbers
+
+Objects of L<Math::BigInt>, L<Math::BigFloat> and L<Math::BigRat>, and so all numbers under C<use bigint>, C<use bignum> and
+C<use bigrat>, are sent as numbers: whole ones of up to 4300 digits as integers, others as decimal numbers, which arrive as floats.
+One that no float shows exactly, such as C<1/3> or one of 20 digits after the point, is refused, as are infinity and NaN: round
+it first (15 digits always fit), or send it as a string.
 
 =item undef
 
@@ -586,6 +592,12 @@ The received data is not a reply to the call, which may have run; or another pro
 No signal handler is installed or replaced, and C<alarm> is not used. A signal doesn't shorten a call.
 A handler may die: that ends the call and reaches the script, and the object can be used again. A daemon
 that closes the connection causes no C<SIGPIPE>.
+
+=head1 THE END OF A SCRIPT
+
+Calls may also be made by a C<DESTROY> that runs in Perl's global destruction: they are sent as at any other time. But by then
+Perl itself may have made undef of what the script's variables referred to, if it was an object (a L<Math::BigInt>, a boolean, another
+bridge). Strings and numbers stay. Objects that have a last call to make are best let go of before the script's end.
 
 =head1 ENVIRONMENT
 

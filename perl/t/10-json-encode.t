@@ -1,6 +1,7 @@
 use strict;
 use warnings;
 
+use Scalar::Util ();
 use Test::More;
 
 use CPANBridge::Boolean;
@@ -118,8 +119,46 @@ subtest 'containers and objects' => sub {
     local $SIG{__WARN__} = sub { push @warnings, @_ };
     is(length sent($deep), 40_002, 'deep nesting');
     is("@warnings", '', '... without a warning');
-    require Math::BigInt;
-    is(sent(Math::BigInt->new('123456789012345678901234567890')), '123456789012345678901234567890', 'Math::BigInt');
+};
+
+subtest 'exact numbers are sent as such, or refused by their value' => sub {
+    require Math::BigRat;
+    my $integer = sub { Math::BigInt->new($_[0], undef, undef) };
+    my $float   = sub { Math::BigFloat->new($_[0], undef, undef) };
+    my $ratio   = sub { Math::BigRat->new($_[0]) };
+    my %sent = (
+        $integer => [ [ 0, 0 ], map { [ $_, $_ ] } '123456789012345678901234567890', '-5', '9' x 4300 ],
+        $float   => [
+            [ '0', '0' ], [ '5', '5' ], [ '-12.50', '-12.5' ], [ '1200', '1200' ], [ '0.1', '0.1' ], [ '1e23', '1' . '0' x 23 ],
+            [ '1e400', '1' . '0' x 400 ], [ '1e-7', '0.0000001' ], [ '-5e-324', '-5e-324' ], [ '0.30000000000000004' ],
+            [ '0.1000000000000000055511151231257827021181583404541015625', '1000000000000000055511151231257827021181583404541015625e-55' ],
+        ],
+        $ratio => [ [ '1/2', '0.5' ], [ '-7/8', '-0.875' ], [ '1/10', '0.1' ], [ '10/5', '2' ], [ '123456789/1000', '123456.789' ] ],
+    );
+    my %refused = (
+        $integer => [ 'NaN', 'inf', '1' . '0' x 4300 ],
+        $float   => [ 'NaN', '-inf', '3.14159265358979323846264338327950288', '0.12345678901234567', '1e-400', '1e5000', '1e99999999999' ],
+        $ratio   => [ 'NaN', 'inf', '1/3', '22/7' ],
+    );
+    for my $new ($integer, $float, $ratio) {
+        is(sent($new->($_->[0])), $_->[-1], 'the number ' . substr $_->[0], 0, 60) for @{ $sent{$new} };
+        like(refusal({ a => $new->($_) }), qr/\A\$params->\{a\} cannot be sent: (?!.*Math::Big)/, substr($_, 0, 60) . ' is refused')
+            for @{ $refused{$new} };
+    }
+    my $thousandth = $float->('1.23456');
+    { no warnings 'once'; local $Math::BigFloat::accuracy = 3; is(sent($thousandth), '1.23456', "the script's accuracy rounds nothing") }
+    { package Price; our @ISA = ('Math::BigFloat'); sub TO_JSON { return $_[0]->bstr . ' EUR' } }
+    is(sent([ Price->new('1.5') ]), '["1.5 EUR"]', 'TO_JSON of a class of its own goes first');
+    my $program = 'print CPANBridge::JSON::encode([ 1, 0.1, 0.1 + 0.2, 2 ** 70, -0.5, 1e3 ])';
+    for my $pragma (qw(bignum bigrat)) {
+        is(`$^X -Ilib -M$pragma -MCPANBridge::JSON -e '$program'`, '[1,0.1,0.3,1180591620717411303424,-0.5,1000]', "use $pragma");
+    }
+};
+
+subtest 'scalars of two kinds' => sub {
+    require version;
+    is(sent([ Scalar::Util::dualvar(5, 'five'), v1.2 ]), '["five","\u0001\u0002"]', 'are the strings that they show');
+    like(refusal([ version->parse('1.2') ]), qr/an object of class version/, 'a version object is refused');
 };
 
 subtest 'what has no JSON form is refused with its place' => sub {

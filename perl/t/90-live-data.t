@@ -78,6 +78,11 @@ subtest 'what Python sees' => sub {
     is($bridge->call('seen', 'representation', [18446744073709551615]), '18446744073709551615', '64 bits');
     is($bridge->call('seen', 'representation', [0.1 + 0.2]), '0.30000000000000004', '17 digits');
     is($bridge->call('seen', 'representation', [ -1 / 9**9**9 ]), '-0.0', 'negative zero');
+    require Math::BigFloat;
+    is($type->(Math::BigFloat->new('0.1')),   'float', 'a Math::BigFloat');
+    is($type->(Math::BigFloat->new('1e30')),  'int',   '... that is whole');
+    is($bridge->call('seen', 'representation', [ Math::BigFloat->new($_) ]), $_, "Math::BigFloat $_")
+        for '0.1', '-12.75', '0.30000000000000004', '1e-300', '5e-324', '1' . '0' x 30;
     my @points = (0, 0x7f, 0x80, 0xff, 0x100, 0xd7ff, 0xe000, 0xfffe, 0xffff, 0x10000, 0x10ffff);
     my $text = join '', map { chr } @points;
     is_deeply($bridge->call('seen', 'code_points', [$text]), \@points, 'characters');

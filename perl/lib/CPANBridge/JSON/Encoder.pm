@@ -39,6 +39,10 @@ use constant READS_EXACTLY => $] >= 5.030;
 # Up to here, floats that are whole numbers are sent as integers: 2**53.
 use constant MAX_WHOLE => 9007199254740992;
 
+# The most digits of an integer that arrives exactly, and of any float.
+use constant MAX_DIGITS       => 4300;
+use constant MAX_FLOAT_DIGITS => 767;
+
 # The depth of the walk, and its enclosing containers (from WATCHED_DEPTH on).
 our ($Depth, $Inside) = (0);
 
@@ -134,11 +138,7 @@ sub _watch {
 # Objects that have a JSON form.
 sub _other {
     my ($reference) = @_;
-    if (_is_big_integer($reference)) {
-        my $digits = $reference->bstr;
-        return $digits if $digits =~ /\A-?[0-9]+\z/;
-        _refuse("$digits has no JSON form");
-    }
+    return _exact($reference) if _is_exact_number($reference);
     my $converted = _converted($reference);
     $Converted->{ refaddr $reference} = \$converted;
     _watch($reference) if ++$Depth > WATCHED_DEPTH;
@@ -148,11 +148,84 @@ sub _other {
     return $json;
 }
 
-sub _is_big_integer {
+# Whether it is a Math::BigInt, Math::BigFloat or Math::BigRat. (The latter two inherit, and deny it.) A class of
+# fractions that has TO_JSON, such as one of amounts with a currency, knows better.
+sub _is_exact_number {
     my ($reference) = @_;
     return blessed $reference
-        && $reference->isa('Math::BigInt')
-        && !$reference->isa('Math::BigFloat');
+        && ($reference->isa('Math::BigInt')
+            || ($reference->isa('Math::BigFloat') || $reference->isa('Math::BigRat')) && !$reference->can('TO_JSON'));
+}
+
+# The JSON of such a number, if what arrives is that number.
+sub _exact {
+    my ($number) = @_;
+    my ($digits, $exponent) = _decimal($number);
+    if ($exponent >= 0) {
+        my $length = ($digits =~ tr/0-9//) + $exponent;
+        _refuse("an integer of $length digits; at most " . MAX_DIGITS . ' arrive exactly') if $length > MAX_DIGITS;
+        return $digits . '0' x $exponent;
+    }
+    my ($sign, $places) = ($digits =~ s/\A-// ? '-' : '', -$exponent);
+    if (!_is_float($digits, $exponent)) {
+        my $shown = length $digits > 60 ? substr($digits, 0, 60) . '...' : $digits;
+        _refuse("no float is exactly $sign${shown}e$exponent; round it, or send it as a string");
+    }
+    return "$sign${digits}e$exponent" if $places > 30;
+    $digits = '0' x ($places + 1 - length $digits) . $digits if length $digits <= $places;
+    return $sign . substr($digits, 0, -$places) . '.' . substr $digits, -$places;
+}
+
+# The number's digits, with a sign if it is negative, and the exponent of 10 of the last of them.
+sub _decimal {
+    my ($number) = @_;
+    my $text = eval {
+        # What the script has set for its own calculations must not round what is sent.
+        no warnings 'once';
+        local ($Math::BigInt::accuracy, $Math::BigFloat::accuracy, $Math::BigRat::accuracy);
+        local ($Math::BigInt::precision, $Math::BigFloat::precision, $Math::BigRat::precision);
+        local ($Math::BigInt::upgrade, $Math::BigInt::downgrade, $Math::BigFloat::downgrade);
+        $number->isa('Math::BigRat') ? _decimal_of_fraction($number)
+            : $number->isa('Math::BigFloat') ? $number->bsstr
+            :                                  $number->bstr;
+    };
+    if (!defined $text) {
+        die $@ if CPANBridge::Error::is_internal($@);
+        _refuse('the value of a ' . ref($number) . " cannot be read: $@");
+    }
+    my ($digits, $exponent) = $text =~ /\A(-?[0-9]+)(?:e([-+]?[0-9]+))?\z/ or _refuse("$text has no JSON form");
+    return (0, 0) if $digits !~ /[1-9]/;
+    $exponent = 0 if !defined $exponent;
+    $exponent += length $1 if $exponent < 0 && $digits =~ s/(0+)\z//;
+    return ($digits, $exponent);
+}
+
+sub _decimal_of_fraction {
+    my ($number) = @_;
+    my $text = $number->bstr;
+    my ($numerator, $divisor) = $text =~ m{\A(-?[0-9]+)/([0-9]+)\z} or return $text;
+    ($numerator, $divisor) = map { Math::BigInt->new($_) } $numerator, $divisor;
+    my %power = (2 => 0, 5 => 0);
+    for my $factor (keys %power) {
+        while ($divisor->copy->bmod($factor)->is_zero) {
+            $divisor->bdiv($factor);
+            $power{$factor}++;
+        }
+    }
+    _refuse("no float is exactly $text; round it to a decimal number, or send it as a string") if !$divisor->is_one;
+    my $places = $power{2} > $power{5} ? $power{2} : $power{5};
+    $numerator->bmul(Math::BigInt->new($_)->bpow($places - $power{$_})) for keys %power;
+    return $numerator->bstr . "e-$places";
+}
+
+# Whether a number is the one that a float shows: whether the nearest float, with as many digits, has these.
+sub _is_float {
+    my ($digits, $exponent) = @_;
+    return 0 if length $digits > MAX_FLOAT_DIGITS;
+    my $float = 0 + "${digits}e$exponent";
+    my ($first, $others, $power)
+        = sprintf('%.*e', length($digits) - 1, $float) =~ /\A([0-9])[^0-9]?([0-9]*)e([-+][0-9]+)\z/;
+    return defined $power && "$first$others" eq $digits && $power - length($others) == $exponent;
 }
 
 # The result of an object's TO_JSON.
@@ -245,7 +318,7 @@ sub _locate {
         }
         return;
     }
-    if (blessed $value && !CPANBridge::Boolean::json_name($value) && !_is_big_integer($value)) {
+    if (blessed $value && !CPANBridge::Boolean::json_name($value) && !_is_exact_number($value)) {
         _refuse_at($path, 'TO_JSON leads back to the same object') if $inside->{ refaddr $value};
         local $inside->{ refaddr $value} = 1;
         return _try(sub { _converted($value) }, $path) if !$value->can('TO_JSON');
