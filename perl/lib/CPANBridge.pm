@@ -336,7 +336,8 @@ Creates a bridge; does not connect yet. Dies if an option is unknown or has an i
 =item timeout
 
 How long a call may take, in seconds, from connecting to the last byte of the reply. Above 0 and at most
-1e9; fractions are fine. 60 by default.
+1e9; fractions are fine. 60 by default. The daemon gets it with each request, and says when it is over whether the call has
+run; that reply is waited for a little longer, by a quarter of the timeout, but at least 0.25 and at most 1 s.
 
 =item retry_count
 
@@ -370,6 +371,14 @@ C<error_type>, C<module>, C<function>, C<duration> in seconds, and if they exist
 C<traceback> (where the daemon runs with C<debug> on), C<retry_after> (with C<Overloaded>). See
 L</ERRORS>. It never dies because a call failed.
 
+A call waits its turn while the daemon has no room for it: while all requests that may run at once are running, while the
+requests of a minute are used up (C<limits.max_requests_per_minute>, 2000 by default, of all clients together), and while the
+daemon uses more memory or CPU than it may. So a call that takes a millisecond may have its reply after up to a minute, or later
+where many wait. It waits for as long as the C<timeout> allows, and is not run if that is over before: then the C<error_type> is
+C<RequestTimeout>, and C<error> names the limit, as in C<The call was not run: it waited 5.0 s for
+limits.max_requests_per_minute>. Such a call may be repeated. A daemon that lets calls wait is alive: C<test_python_bridge>
+is answered meanwhile.
+
 =head2 call($module, $function, $params)
 
 The same, but dies with a L<CPANBridge::Error> if the call fails. So a result that has the fields
@@ -392,8 +401,8 @@ One reply over C<max_json_size> ends the connection as well: that call fails wit
 those that were sent with it and have no reply yet fail with C<WorkerLost>, though the worker lives; their
 messages name the call that was the cause.
 
-The daemon takes 2000 requests a minute by default (C<limits.max_requests_per_minute>). Larger
-batches have to wait: set a C<timeout> that is long enough, or raise the limit.
+Larger batches than the daemon takes in a minute have to wait (see C<call_python>): set a C<timeout> that is long
+enough, or raise the limit.
 
 =head2 get_last_error
 
@@ -567,8 +576,8 @@ The system gives the script no further socket.
 
 =item RequestTimeout
 
-No reply in time; the call may have run, or may still run, unless the message says otherwise. The request has the
-time that the script waits, and the daemon gives up then as well. If the daemon allows less (C<limits.request_timeout>,
+No reply in time; the call may have run, or may still run, unless the message says that it was not run or not sent. The
+request has the time that the script waits, and the daemon gives up then as well. If the daemon allows less (C<limits.request_timeout>,
 or the module's own), the daemon reports this error.
 
 =item WorkerLost

@@ -58,6 +58,50 @@ subtest 'a request that is not ready in time' => sub {
     is(scalar(grep { $_ eq 'request slow' } $daemon->noted), 0, '... and that one never arrives');
 };
 
+subtest "the daemon's word that the time is over" => sub {
+    my $reason = 'The call was not run: it waited 3.0 s for limits.max_requests_per_minute';
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection, $number) = @_;
+            return $connection->echo if $number > 1;
+            my $request = $connection->read_request;
+            Time::HiRes::sleep($request->{timeout} + 0.05);
+            $connection->fail($request, error => $reason, error_type => 'RequestTimeout', retry_after => 2);
+            $connection->no_more_requests;
+        },
+        timeout => 3,
+    );
+    my @results = $bridge->call_many([ [ 'm', 'first' ], [ 'm', 'second' ] ]);
+    is($results[0]{error}, $reason, 'is waited for');
+    is_deeply([ @{ $results[0] }{qw(error_type retry_after)} ], [ 'RequestTimeout', 2 ], '... and has its type, and when to try again');
+    is($results[1]{error_type}, 'RequestTimeout', 'a call after it');
+    like($results[1]{error}, qr/\Am\.second: the call was not run within 3 s/, '... was not run');
+    is(scalar(grep { $_ eq 'request second' } $daemon->noted), 0, '... nor sent again when it was too late');
+    is_deeply($bridge->set_timeout(30)->call_python('m', 'f', [1]), [1], 'the next call works');
+};
+
+subtest 'a reply that has come while a signal handler took its time' => sub {
+    my ($daemon, $bridge) = bridge_to(
+        sub {
+            my ($connection) = @_;
+            while (1) {
+                my $request = $connection->read_request;
+                Time::HiRes::sleep(0.1);
+                $connection->reply($request);
+                $connection->note('replied');
+            }
+        },
+        timeout => 0.5,
+    );
+    local $SIG{ALRM} = sub {
+        $daemon->wait_until_noted('replied');
+        CPANBridge::Clock::pause_until(CPANBridge::Clock::now() + 1);
+    };
+    Time::HiRes::setitimer(Time::HiRes::ITIMER_REAL(), 0.05);
+    is_deeply($bridge->call_python('m', 'f', [1]), [1], 'is taken');
+    is_deeply($bridge->call_python('m', 'f', [2]), [2], '... and the connection goes on');
+};
+
 subtest 'a daemon that answers in drops' => sub {
     my ($daemon, $bridge) = bridge_to(
         sub {

@@ -120,7 +120,7 @@ sub is_own { return $_[0]{owner} eq _owner() }
 sub is_usable {
     my ($self) = @_;
     return 0 if defined $self->{end} || $self->{unread} ne '' || $self->{unsent} ne '';
-    $self->_read;
+    $self->receive;
     return !defined $self->{end} && $self->{unread} eq '';
 }
 
@@ -129,6 +129,14 @@ sub enqueue {
     my ($self, $body) = @_;
     $self->{unsent} .= pack('N', length $body) . $body;
     return $self->{queued} += 4 + length $body;
+}
+
+# What could not be sent yet is not sent at all; a request that is cut off by that ends the connection's use.
+sub stop_sending {
+    my ($self) = @_;
+    $self->{broken} = 1 if $self->{unsent} ne '';
+    $self->{unsent} = '';
+    return;
 }
 
 sub unsent_bytes  { return length $_[0]{unsent} }
@@ -146,7 +154,7 @@ sub transfer {
     my $has_more = $self->{unsent} ne '';
     return 1 if $progress && $has_more;
     my ($readable, $writable) = CPANBridge::Clock::wait_for($self->{set}, $has_more, $deadline);
-    $self->_read  if $readable;
+    $self->receive  if $readable;
     $self->_write if $writable;
     return $readable || $writable;
 }
@@ -174,7 +182,8 @@ sub _write {
     return 0;
 }
 
-sub _read {
+# Reads what is there; returns at once.
+sub receive {
     my ($self) = @_;
     my $want = $self->{missing} > READ_SIZE ? 1 << 20 : READ_SIZE;
     my $count = sysread $self->{handle}, $self->{unread}, $want, length $self->{unread};
@@ -267,6 +276,14 @@ Adds a request. Returns a count of bytes; the request is out when C<written_byte
 =item transfer($deadline)
 
 Sends and receives what is possible.
+
+=item stop_sending
+
+Drops what was not sent yet.
+
+=item receive
+
+Reads what is there, without waiting.
 
 =item next_reply($limit)
 

@@ -27,6 +27,11 @@ use constant MAX_REQUEST => 9 * 2**24 - 1;
 # The beginning of the reply to a call that has succeeded.
 use constant RESULT => '{"result":';
 
+# How much longer than the timeout a reply is waited for, in seconds: a quarter of it, within these bounds. The daemon has
+# the timeout from the request, and answers when it is over, with the reason.
+use constant LEAST_GRACE => 0.25;
+use constant MOST_GRACE  => 1;
+
 # For so many seconds after all retries have found no daemon, calls try just once.
 use constant ABSENT_SECONDS => 5;
 
@@ -133,7 +138,7 @@ sub _converse {
         $self->_send($connection) if @{$waiting} && @{$sent} <= WINDOW / 2;
         last if !@{$sent};
         if (!$connection->transfer($self->{deadline})) {
-            $self->_time_out($connection);
+            $finished += $self->_wait_for_reasons($connection);
             last;
         }
         $finished += $self->_receive($connection);
@@ -148,6 +153,27 @@ sub _converse {
         $state->{connection} = $connection;
     }
     return;
+}
+
+# The time is over. Nothing more is sent; calls that were sent get the daemon's own replies, if these are there (a
+# signal handler may have taken long) or come soon. Returns how many came.
+sub _wait_for_reasons {
+    my ($self, $connection) = @_;
+    my $sent  = $self->{sent};
+    my $grace = $self->{timeout} / 4;
+    $grace = LEAST_GRACE if $grace < LEAST_GRACE;
+    $grace = MOST_GRACE  if $grace > MOST_GRACE;
+    my $finished = 0;
+    $connection->stop_sending;
+    $connection->receive;
+    while (1) {
+        $finished += $self->_receive($connection);
+        return $finished if $self->{spoiled} || defined $connection->end;
+        last if !@{$sent} || $sent->[0]{sent_at} > $connection->written_bytes;
+        last if !$connection->transfer($self->{deadline} + $grace);
+    }
+    $self->_time_out($connection) if @{$sent} || @{ $self->{waiting} };
+    return $finished;
 }
 
 sub _send {
@@ -345,14 +371,19 @@ sub _settle {
     }
     unshift @{ $self->{waiting} }, @again;
     return if !@{ $self->{waiting} };
-    $self->{state}{retries} += @again;
+    if (CPANBridge::Clock::now() >= $self->{deadline}) {
+        $self->_fail_with($_, 'RequestTimeout', "the call was not run within $self->{timeout} s")
+            for splice @{ $self->{waiting} };
+        return;
+    }
     # A limit on new connections, if each ends before any reply.
     $self->{fruitless} = $finished ? 0 : $self->{fruitless} + 1;
-    if ($self->{fruitless} > $self->{bridge}{retry_count} + 1 || CPANBridge::Clock::now() >= $self->{deadline}) {
+    if ($self->{fruitless} > $self->{bridge}{retry_count} + 1) {
         $self->_fail_with($_, 'ShuttingDown', 'the daemon takes no requests; the call was not run')
             for splice @{ $self->{waiting} };
         return;
     }
+    $self->{state}{retries} += @again;
     $self->_pause($self->{fruitless} - 1) if $self->{fruitless} > 1;
     return;
 }
