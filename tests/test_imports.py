@@ -26,7 +26,7 @@ FLOORS = {
 FOR_WORKERS = (
     *("config", "gate", "memory", "wording", "processes.context"),
     *("reports.health", "reports.reports"),
-    *("system.log_text", "system.logs", "version"),
+    *("system.exhaustion", "system.log_text", "system.logs", "version"),
 )
 MOST_LINES = 350
 MOST_COLLABORATORS = 6

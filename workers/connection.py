@@ -90,12 +90,14 @@ class Connections:
             self._endings.close(client)
 
     def _welcome(self, arrival: Arrival[Call]) -> ClientSocket:
-        entry = self._connection_table.enter(arrival.number, time.monotonic_ns())
-        client = ClientSocket(arrival.descriptor, entry)
+        now = time.monotonic_ns()
+        entry = self._connection_table.enter(arrival.number, now)
+        client = ClientSocket(arrival.descriptor, entry, now)
         if (moving := arrival.moving) is not None:
+            client.accepted_at = moving.accepted_at
             client.taken_over = client.duplicated = True
             client.input_ended_before = moving.input_may_have_ended
-            self._connection_table.resume(entry, moving.opened_at, moving.requests)
+            self._connection_table.resume(entry, moving.accepted_at, moving.requests)
         return client
 
     def _deadline(self) -> float:

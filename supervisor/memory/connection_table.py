@@ -115,9 +115,9 @@ class ConnectionTableWriter:
         memory[entry] = number
         return entry
 
-    def history(self, entry: int) -> tuple[int, int]:
-        """When a connection was opened, and how many requests it has had."""
-        return self._memory[entry + _OPENED_AT], self._memory[entry + _REQUESTS]
+    def requests(self, entry: int) -> int:
+        """How many requests a connection has had."""
+        return self._memory[entry + _REQUESTS]
 
     def resume(self, entry: int, opened_at: int, requests: int) -> None:
         """Take over the history of a connection that was another worker's before."""

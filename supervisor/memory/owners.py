@@ -18,20 +18,22 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _NEVER, _USED, _GONE = 0, 1, 2
-_COLUMNS = 4  # pid, start, module, owner: 64 bits each
+_COLUMNS = 5  # pid, start, uid, module, owner: 64 bits each
 _SLOTS = 1 << 16  # more than there ever are
 _MIX_PID, _MIX_START = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 
 class ClientProcess(NamedTuple):
-    """Whose state it is: a client process, which its pid and start time tell.
+    """Whose state it is: a client process, which its pid and start time tell, and its user.
 
-    If the kernel tells neither, the connection stands for its client: `pid` is
-    `BY_CONNECTION` then, and `start` the inode of its socket.
+    The user is the one that it had when it connected. If the kernel tells no process, the
+    connection stands for its client: `pid` is `BY_CONNECTION` then, and `start` the inode of its
+    socket.
     """
 
     pid: int
     start: int
+    uid: int = 0
 
 
 BY_CONNECTION = -1
@@ -63,7 +65,7 @@ class OwnerTable:
         self._mask = places - 1
         self._states = memory[:places]
         numbers = memory[places:].cast("q")
-        self._pids, self._starts, self._modules, self._owners = (
+        self._pids, self._starts, self._uids, self._modules, self._owners = (
             numbers[n * places : (n + 1) * places] for n in range(_COLUMNS)
         )
 
@@ -84,6 +86,7 @@ class OwnerTable:
             index = (index + 1) & self._mask
         self._pids[index] = process.pid
         self._starts[index] = process.start
+        self._uids[index] = process.uid
         self._modules[index] = module
         self._owners[index] = owner.incarnation * _SLOTS + owner.slot
         self._states[index] = _USED
@@ -99,22 +102,24 @@ class OwnerTable:
         """Every row. Without the lock it is a glance: check what you find before you act on it."""
         for index, state in enumerate(bytes(self._states)):
             if state == _USED:
-                yield ClientProcess(self._pids[index], self._starts[index]), self._owner(index)
+                yield self._process(index), self._owner(index)
 
     def _rows_of(self, process: ClientProcess) -> Iterator[int]:
-        pid, start = process
         index = self._home(process)
         for _ in range(self._mask + 1):
             state = self._states[index]
             if state == _NEVER:
                 return
-            if state == _USED and self._pids[index] == pid and self._starts[index] == start:
+            if state == _USED and self._process(index) == process:
                 yield index
             index = (index + 1) & self._mask
 
     def _home(self, process: ClientProcess) -> int:
         mixed = process.pid * _MIX_PID + process.start * _MIX_START
         return (mixed >> 24) & self._mask
+
+    def _process(self, index: int) -> ClientProcess:
+        return ClientProcess(self._pids[index], self._starts[index], self._uids[index])
 
     def _owner(self, index: int) -> Owner:
         incarnation, slot = divmod(self._owners[index], _SLOTS)

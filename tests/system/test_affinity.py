@@ -26,6 +26,7 @@ from stateful import ClientProcess
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 CROWD = Path(__file__).parents[1] / "crowd.py"
+NAMESAKE = Path(__file__).parents[1] / "namesake.py"
 UNLIMITED = "limits.max_requests_per_minute = 0"
 CLIENTS, HANDLES = 6, 10
 
@@ -741,6 +742,26 @@ def test_a_client_of_another_pid_namespace_is_known_by_its_connection(
         assert one_shot(daemon.path, "c", "keep", [str(event), 2])["success"]
     until(lambda: event.read_text().split() == ["1"] + ["2"] * 5)
     until(lambda: sessions(daemon) == 0)
+
+
+# Has the workers ask the kernel for what no kernel has, as one before Linux 6.5 would answer it.
+NO_PEER_PIDFD = "from cpanbridge.workers.client import identity; identity.SO_PEERPIDFD = 9999"
+
+
+@pytest.mark.parametrize("patch", ["", NO_PEER_PIDFD], ids=["pidfd", "start time"])
+def test_a_connection_that_outlives_its_process_reads_no_session_of_the_next_with_its_pid(
+    new_daemon: NewDaemon, patch: str, tmp_path: Path
+) -> None:
+    daemon = configured(new_daemon, workers=1)
+    daemon.will_run(patch)
+    daemon.run()
+    program = [sys.executable, "-S", str(NAMESAKE), daemon.path, str(tmp_path / "closed")]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        if said.startswith("skip"):
+            pytest.skip(said)
+        assert json.loads(said)["error_type"] == "UnknownHandle", said
 
 
 def test_a_client_that_does_not_wait_for_its_reply_leaves_nothing(keeper: Daemon) -> None:

@@ -41,6 +41,7 @@ class ClientSocket(msgspec.Struct, eq=False):
 
     descriptor: int  # a blocking socket's; -1 once it is closed
     entry: int  # in the worker's connection table
+    accepted_at: int = 0  # CLOCK_MONOTONIC nanoseconds, by the worker that accepted it
 
     # Written by `ConnectionDrainer` under its lock, in any thread.
     input_ended: bool = False  # this worker has ended the input: no further request can come

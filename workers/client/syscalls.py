@@ -74,7 +74,7 @@ def shutdown(descriptor: int, how: int) -> None:
 
 
 def close(descriptor: int) -> None:
-    """Close a socket without SO_LINGER."""
+    """Close a descriptor whose closing never waits: not that of a socket with SO_LINGER."""
     _checked(_libc.close(descriptor))
 
 
@@ -93,6 +93,11 @@ def has_hung_up(descriptor: int) -> bool:
     # poll(2) counts a descriptor without any events asked for only if it has a hang-up or an error.
     # It writes the returned events into the packed bytes, which nothing else refers to.
     return bool(_libc.poll(_POLLFD.pack(descriptor, 0, 0), 1, 0) == 1)
+
+
+def is_readable(descriptor: int) -> bool:
+    """Whether a descriptor is readable now."""
+    return bool(_libc.poll(_POLLFD.pack(descriptor, select.POLLIN, 0), 1, 0) == 1)
 
 
 def watch_once(epoll: int, descriptor: int, *, again: bool) -> None:

@@ -19,7 +19,7 @@ class MovingClient(NamedTuple):
 
     descriptor: int
     data: bytes  # what was read from it and not answered yet, beginning with a request
-    opened_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
+    accepted_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
     requests: int  # that it has made so far
     arrived: float  # when the request in `data` did, CLOCK_MONOTONIC seconds
     input_may_have_ended: bool  # a worker that had it may have shut down the receiving side

@@ -108,7 +108,7 @@ class Incoming:
             except BlockingIOError:
                 return None
             descriptors = descriptors_in(ancillary)
-            incarnation, sender, position, number, opened_at, requests, arrived, flags = (
+            incarnation, sender, position, number, accepted_at, requests, arrived, flags = (
                 HEADER.unpack_from(message)
             )
             claim = Claim(position, number)
@@ -130,6 +130,6 @@ class Incoming:
             raise
         input_may_have_ended = bool(flags & INPUT_ENDED)
         moving = MovingClient(
-            descriptors[0], data, opened_at, requests, arrived, input_may_have_ended
+            descriptors[0], data, accepted_at, requests, arrived, input_may_have_ended
         )
         return HandoffMessage(moving, sender, claim)

@@ -145,12 +145,12 @@ class Outgoing:
         return not self._shared.is_there(transfer.receiver)
 
     def _send(self, client: ClientSocket, transfer: Transfer, claim: Claim) -> None:
-        _, data, opened_at, requests, arrived, input_may_have_ended = transfer.moving
+        _, data, accepted_at, requests, arrived, input_may_have_ended = transfer.moving
         owner = transfer.receiver
         is_large = len(data) > MOST_INLINE
         flags = (IN_MEMORY if is_large else 0) | (INPUT_ENDED if input_may_have_ended else 0)
         head = HEADER.pack(
-            *(owner.incarnation, self._slot, *claim), *(opened_at, requests, arrived, flags)
+            *(owner.incarnation, self._slot, *claim), *(accepted_at, requests, arrived, flags)
         )
         queue = self._queue(owner.slot)
         if not is_large:

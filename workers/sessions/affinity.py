@@ -19,7 +19,7 @@ from collections.abc import Callable
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
 from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.identity import start_time
+from cpanbridge.workers.client.identity import has_connected, start_time
 from cpanbridge.workers.client.transfer import Transfer
 from cpanbridge.workers.modules.registry import FOR_CLIENT
 from cpanbridge.workers.protocol.refusal import Refusal
@@ -68,7 +68,7 @@ class Affinity:
             client.duplicated = True  # it may be in the queue still
             self._dispatcher.accept_returned(call, transfer, stop)
         while True:
-            process = client.process or self._recognise(client)
+            process = client.process or self._recognise(call, client)
             session = self._sessions.enter_for(process, owned_as)
             if session is not None:
                 if session.expired:
@@ -92,17 +92,20 @@ class Affinity:
 
     # -- who the client is --
 
-    def _recognise(self, client: ClientSocket) -> ClientProcess:
-        pid = client.credentials().pid
-        session = self._sessions.of_process(pid)
-        if session is not None:
-            client.process = session.process
-            return session.process
-        # 0 is a process that this PID namespace has no number for.
-        start = start_time(pid) if pid > 0 else None
-        if start is None:
-            return self._by_connection(client)
-        client.process = ClientProcess(pid, start)
+    def _recognise(self, call: Call, client: ClientSocket) -> ClientProcess:
+        """The client; Refusal (Overloaded) when that cannot be told for now."""
+        pid, uid, _ = client.credentials()
+        session = self._sessions.of_process(pid, uid)
+        try:
+            if session is not None:
+                start: int | None = session.process.start
+            else:  # 0 is a process that this PID namespace has no number for
+                start = start_time(pid) if pid > 0 else None
+            if start is None or not has_connected(client, start):
+                return self._by_connection(client)
+        except OSError as error:
+            raise _cannot_watch(call, error) from None
+        client.process = ClientProcess(pid, start, uid)
         return client.process
 
     def _by_connection(self, client: ClientSocket) -> ClientProcess:
@@ -123,9 +126,7 @@ class Affinity:
             self._by_connection(client)
             return None
         except OSError as error:
-            raise _no_room(
-                call, f"this client's process cannot be watched: {explain_start(error)}"
-            ) from None
+            raise _cannot_watch(call, error) from None
         written = self._ownership.take(process, owned_as)
         if written:
             session.modules.add(owned_as)
@@ -152,6 +153,10 @@ def _session_lost(call: Call, why: str) -> Refusal:
         f"What this client process had in module {call.request.module!r}, and in all others of "
         f"that worker, is lost: {why}",
     )
+
+
+def _cannot_watch(call: Call, error: OSError) -> Refusal:
+    return _no_room(call, f"this client's process cannot be watched: {explain_start(error)}")
 
 
 def _no_room(call: Call, what: str) -> Refusal:

@@ -49,8 +49,11 @@ class Dispatcher:
         self, call: Call, client: ClientSocket, data: bytes, *, input_may_have_ended: bool
     ) -> MovingClient:
         """What goes to another worker; `data` is what was read of the client, from the call on."""
-        history = self._connection_table.history(client.entry)
-        return MovingClient(client.descriptor, data, *history, call.arrived, input_may_have_ended)
+        requests = self._connection_table.requests(client.entry)
+        return MovingClient(
+            *(client.descriptor, data, client.accepted_at, requests),
+            *(call.arrived, input_may_have_ended),
+        )
 
     def send(self, client: ClientSocket) -> None:
         """Put a client into another worker's queue, as `client.transfer` says.

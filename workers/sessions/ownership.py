@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess, Owner
-from cpanbridge.workers.client.identity import start_time
+from cpanbridge.supervisor.memory.owners import ClientProcess, Owner
+from cpanbridge.workers.client.identity import has_ended
 from cpanbridge.workers.modules.registry import FOR_CLIENT
 
 _MORE = 2  # sessions than another worker has, and a new client goes there
@@ -79,8 +79,7 @@ class Ownership:
         dead = {
             (process, owner)
             for process, owner in self._shared.sessions.all()
-            if not self.is_there(owner)
-            and (process.pid == BY_CONNECTION or start_time(process.pid) != process.start)
+            if not self.is_there(owner) and has_ended(process)
         }
         with self._shared.lock:
             for process, owner in dead:

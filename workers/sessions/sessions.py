@@ -35,7 +35,7 @@ class Sessions:
         self._forget = forget
         self._lock = threading.Lock()
         self._sessions: dict[ClientProcess, Session] = {}
-        self._by_pid: dict[int, Session] = {}
+        self._by_pid: dict[tuple[int, int], Session] = {}  # and uid
         self._by_descriptor: dict[int, Session] = {}
         # Those that silence may end, the longest silent first.
         self._silent: OrderedDict[Session, None] = OrderedDict()
@@ -52,9 +52,9 @@ class Sessions:
         """How many there are; those that silence has ended do not count."""
         return int(self._slot.sessions)
 
-    def of_process(self, pid: int) -> Session | None:
-        """The session of the process that has this pid now."""
-        session = self._by_pid.get(pid)
+    def of_process(self, pid: int, uid: int) -> Session | None:
+        """The session of the process that has this pid now, as it has called for this user."""
+        session = self._by_pid.get((pid, uid))
         # Where the process has ended, another one may have its pid.
         return session if session is not None and not session.has_ended() else None
 
@@ -108,7 +108,7 @@ class Sessions:
             raise
         session = Session(process, descriptor)
         if process.pid != BY_CONNECTION:
-            self._by_pid[process.pid] = session
+            self._by_pid[process.pid, process.uid] = session
         self._sessions[process] = self._by_descriptor[session.descriptor] = session
         self._slot.sessions += 1
         return session
@@ -175,8 +175,9 @@ class Sessions:
     def _remove(self, session: Session) -> None:
         session.over = True
         del self._sessions[session.process], self._by_descriptor[session.descriptor]
-        if self._by_pid.get(session.process.pid) is session:
-            del self._by_pid[session.process.pid]
+        pid, _, uid = session.process
+        if self._by_pid.get((pid, uid)) is session:
+            del self._by_pid[pid, uid]
         self._silent.pop(session, None)
         self._ends.unregister(session.descriptor)
         os.close(session.descriptor)
