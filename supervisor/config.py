@@ -4,6 +4,7 @@ The types below are the rules; `validation` checks values against them, and `con
 the file, the environment and the command's flags. Workers receive the finished `Settings`.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cpanbridge.supervisor.cgroup import Cgroups
 from cpanbridge.supervisor.validation import ConfigError as ConfigError
 from cpanbridge.supervisor.validation import OperatorError as OperatorError
 
@@ -142,8 +144,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def worker_count(self) -> int:
-        """Workers to run: as set, or one per usable core, at least 2 and at most 8."""
-        return self.workers or min(8, max(2, len(os.sched_getaffinity(0))))
+        """Workers to run: as set, or one per core that may be used, at least 2 and at most 8."""
+        return self.workers or min(8, max(2, math.ceil(Cgroups().processors().usable)))
 
     def timeout_of(self, module: Module | ModuleDir) -> float:
         """How many seconds a call of a module may take; 0: no limit."""

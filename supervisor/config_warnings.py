@@ -1,10 +1,10 @@
 """What the settings allow and nobody can have meant: one line for each, for check and the log."""
 
-import os
 from collections.abc import Container, Iterator
 
 import psutil
 
+from cpanbridge.supervisor.cgroup import Cgroups
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.wording import count_of
 
@@ -30,16 +30,23 @@ def warnings_about(settings: Settings, given: Container[str]) -> Iterator[str]:
 
 
 def _beyond_the_machine(given: Container[str], limits: Limits) -> Iterator[str]:
-    """Warnings about given limits that this machine can never reach."""
+    """Warnings about given limits that can never be reached here."""
     memory = psutil.virtual_memory().total >> 20
     if "max_memory_mb" in given and limits.max_memory_mb > memory:
         yield (
             f"limits.max_memory_mb = {limits.max_memory_mb} is more memory than this machine has "
             f"({memory} MB): it will never be reached"
         )
-    cores = os.cpu_count() or 1
+    cgroups = Cgroups()
+    share = min((group.share for group in cgroups.memory()), default=memory << 20) >> 20
+    if "max_memory_mb" in given and share < limits.max_memory_mb <= memory:
+        yield (
+            f"limits.max_memory_mb = {limits.max_memory_mb} is more than a cgroup allows: "
+            f"{share} MB hold"
+        )
+    cores = cgroups.processors().usable
     if "max_cpu_percent" in given and limits.max_cpu_percent > 100 * cores:
         yield (
-            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than this machine "
-            f"has, {100 * cores} with {count_of(cores, 'core')}: it will never be reached"
+            f"limits.max_cpu_percent = {limits.max_cpu_percent:g} is more than may be used "
+            f"here, {100 * cores:g}: it will never be reached"
         )

@@ -14,7 +14,8 @@ FLOORS = {
     "supervisor": (
         *("cli", "commands", "daemon", "master", "monitor", "reports", "lifecycle", "processes"),
         *("control", "system", "gate", "memory", "listening"),
-        *("config_sources", "config_warnings", "config", "validation", "wording", "version"),
+        *("config_sources", "config_warnings", "config", "cgroup"),
+        *("validation", "wording", "version"),
     ),
     "workers": (
         *("template", "worker", "main_thread", "service", "connection", "endings", "boot"),

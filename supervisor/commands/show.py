@@ -23,6 +23,7 @@ from cpanbridge.supervisor.commands.common import (
 )
 from cpanbridge.supervisor.control import client, one_call
 from cpanbridge.supervisor.listening import listener
+from cpanbridge.supervisor.reports import surroundings
 from cpanbridge.supervisor.system import privileges
 from cpanbridge.supervisor.system.log_text import TIME, format_duration
 from cpanbridge.supervisor.wording import count_of
@@ -47,6 +48,9 @@ def _status_lines(state: dict[str, Any]) -> Iterator[str]:
     yield f"{state['state']}: pid {state['pid']}, up {up}, listening on {sockets}"
     if "gate" in state:
         yield from _load_lines(state["gate"], state["resource_status"])
+    if "cgroup_memory" in state:  # it is not told by a daemon of an earlier version
+        limit = state["resource_status"]["memory_limit"]
+        yield from _surroundings_lines(limit, state)
     for each in state.get("templates", ()):
         yield f"pid {each['pid']}: template gen {each['generation']} {each['state']}"
     for each in state["workers"]:
@@ -58,6 +62,11 @@ def _status_lines(state: dict[str, Any]) -> Iterator[str]:
         when = time.strftime(TIME, time.localtime(last["at"]))
         how = f"failed: {last['error']}" if last["error"] else f"generation {last['generation']}"
         yield f"last reload, {when}: {how}"
+
+
+def _surroundings_lines(memory_limit: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    yield f"memory limit: {surroundings.memory_in_words(memory_limit, found)}"
+    yield f"cores: {surroundings.processors_in_words(found)}"
 
 
 def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
@@ -119,6 +128,10 @@ def check(options: argparse.Namespace) -> None:
         print(f"note: {warning}")
     print(f"sockets: {', '.join(settings.sockets)}")
     print(f"workers: {settings.worker_count}")
+    found = surroundings.found()
+    share_mb = (found["cgroup_memory"] or {}).get("share_mb", 0)
+    limit = surroundings.memory_limit(settings.limits.max_memory_mb, share_mb)
+    print("\n".join(_surroundings_lines(limit, found)))
     for name, module in sorted(registry.exposed.items()):
         functions = ", ".join(sorted(module.functions)) or "no functions"
         results = ", lenient results" if module.lenient else ""

@@ -89,6 +89,9 @@ class Header(ctypes.Structure):
         ("processes", ctypes.c_int64),  # in the tree
         ("processes_by_rss", ctypes.c_int64),  # of these, those whose PSS cannot be read
         ("backlog", ctypes.c_int64),  # clients in the listen queues
+        # Nine tenths of what a cgroup may use, in bytes; 0: no cgroup limits memory.
+        ("tightest_cgroup", ctypes.c_int64),  # of the one with the lowest limit
+        ("fullest_cgroup", ctypes.c_int64),  # of the one that is nearest to its limit
         # Written by the master under the gate's lock.
         ("max_connections", ctypes.c_int64),
         ("max_concurrent_requests", ctypes.c_int64),

@@ -1,8 +1,9 @@
 """The daemon's load beside its limits: which ones it is near, and which it is over.
 
 Over 80 % of a limit is a warning, over 100 % a violation. Memory and CPU are what the whole tree of
-processes uses. The gate never admits more requests or connections than allowed, so what counts here
-is the demand: those that are admitted, and those that wait because there is no room for them.
+processes uses; the memory of a cgroup is what all processes in it use. The gate never admits more
+requests or connections than allowed, so what counts here is the demand: those that are admitted,
+and those that wait because there is no room for them.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ class Kind(IntEnum):
     REQUESTS = 2  # in a minute
     CONCURRENT = 3  # requests
     CONNECTIONS = 4
+    CGROUP_MEMORY = 5  # megabytes, of the cgroup that is nearest to its limit
 
 
 KINDS = len(Kind)
 # A violation of these closes the gate; the others are kept by the gate itself.
-CLOSING = (Kind.MEMORY, Kind.CPU)
+MEMORY_KINDS = (Kind.MEMORY, Kind.CGROUP_MEMORY)
+CLOSING = (*MEMORY_KINDS, Kind.CPU)
 
 MEGABYTE = 1 << 20
 
@@ -63,6 +66,7 @@ _TEXTS = {
     Kind.REQUESTS: "Request rate {value:.0f}/min {relation} limit {limit:.0f}/min",
     Kind.CONCURRENT: "Concurrent requests {value:.0f} {relation} limit {limit:.0f}",
     Kind.CONNECTIONS: "Connections {value:.0f} {relation} limit {limit:.0f}",
+    Kind.CGROUP_MEMORY: "Memory of the cgroup {value:.1f}MB {relation} limit {limit:.0f}MB",
 }
 
 

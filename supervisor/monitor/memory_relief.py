@@ -16,6 +16,7 @@ from collections.abc import Callable
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE
+from cpanbridge.supervisor.reports import totals
 from cpanbridge.supervisor.system.process_tree import Tree, Usage
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -79,13 +80,14 @@ class MemoryRelief:
             self._next_advice = now + limits.resource_check_interval
             LOGGER.warning(
                 "Memory stays over its limit, but no worker has run anything since it was "
-                "started: raise limits.max_memory_mb, or end what else holds memory"
+                "started: raise limits.max_memory_mb, or what the cgroup allows, or end what else "
+                "holds memory"
             )
 
     def _retire_worker(self, number: int, limits: Limits) -> None:
         slot = self._shared.slots[number]
         share = f"it holds {slot.memory / MEGABYTE:.1f}MB"
-        if slot.memory > limits.max_memory_mb * MEGABYTE:
+        if slot.memory > totals.memory_limit(self._shared)["mb"] * MEGABYTE:
             names = self._shared.names.all()
             function_stats = self._shared.statistics[number].function_stats
             recent = function_stats.latest(names, slot.since, RECENT_FUNCTIONS)

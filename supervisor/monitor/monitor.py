@@ -32,7 +32,15 @@ from cpanbridge.supervisor.memory.fields import (
     WAITS_FOR_REQUEST,
 )
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.memory.overload_state import CLOSING, MEGABYTE, SCALE, Kind, Level
+from cpanbridge.supervisor.memory.overload_state import (
+    CLOSING,
+    MEGABYTE,
+    MEMORY_KINDS,
+    SCALE,
+    Kind,
+    Level,
+)
+from cpanbridge.supervisor.monitor.cgroup_memory import CgroupMemory
 from cpanbridge.supervisor.monitor.load_log import Alarms
 from cpanbridge.supervisor.monitor.memory_relief import MemoryRelief, Retire
 from cpanbridge.supervisor.reports import totals
@@ -82,6 +90,7 @@ class Monitor:
         self._shared = shared
         self._wakeups = wakeups
         self._tree = Tree(os.getpid())
+        self._cgroup_memory = CgroupMemory(shared)
         self._memory_relief = MemoryRelief(shared, self._tree, retire)
         self._backlog: Backlog | None = None
         self._alarms = Alarms()
@@ -161,7 +170,7 @@ class Monitor:
             set_overload_state(self._shared, self._wakeups, overload_state)
         self._alarms.log(readings, now, self.limits.resource_check_interval)
         self._log_connections(now)
-        over = Kind.MEMORY in violations
+        over = not violations.isdisjoint(MEMORY_KINDS)
         self._memory_relief.check(usage, over, gap, self.limits, now)
 
     def _record(self, usage: Usage) -> None:
@@ -172,6 +181,7 @@ class Monitor:
         values = {Kind.MEMORY: usage.memory / MEGABYTE, Kind.CPU: cpu, **self._demands()}
         for kind, value in values.items():
             header.values[kind] = round(value * SCALE)
+        self._cgroup_memory.measure()
         header.peak_memory = max(header.peak_memory, usage.memory)
         header.peak_cpu = max(header.peak_cpu, header.values[Kind.CPU])
         header.processes = usage.processes

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.listening.listener import Listener
 from cpanbridge.supervisor.system.logs import LogSettings
@@ -30,6 +32,8 @@ class Generation:
 
     def __post_init__(self) -> None:
         self.wanted = self.settings.worker_count  # workers
+        # What `workers = 0` counts may change while the generation serves.
+        self.settings = msgspec.structs.replace(self.settings, workers=self.wanted)
         self.opening = os.eventfd(0, os.EFD_CLOEXEC)
 
     @property

@@ -18,7 +18,7 @@ from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.processes.worker_process import WorkerProcess
-from cpanbridge.supervisor.reports import reports, totals
+from cpanbridge.supervisor.reports import reports, surroundings, totals
 from cpanbridge.supervisor.system.event_loop import Loop
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.wording import count_of
@@ -81,6 +81,7 @@ class Answers:
             ],
             "worker_deaths": shared.header.deaths,
             "resource_status": reports.resource_status(shared, counts),
+            **surroundings.found(),
             "gate": reports.gate(shared, loaded.settings, counts),
             "last_reload": last._asdict() if last is not None else None,
         }

@@ -29,9 +29,11 @@ _NAMES = {
     Kind.REQUESTS: "request_rate",
     Kind.CONCURRENT: "concurrency",
     Kind.CONNECTIONS: "connections",
+    Kind.CGROUP_MEMORY: "cgroup_memory",
 }
 _ADVICE = {
     "memory": "See which worker holds it (system.metrics, workers), or raise limits.max_memory_mb",
+    "cgroup_memory": "Give the cgroup more memory (system.info), or end what else is in it",
     "cpu": "See which functions take long (module_performance), or raise limits.max_cpu_percent",
     "request_rate": "Raise limits.max_requests_per_minute, or let clients send less",
     "concurrency": "Raise limits.max_concurrent_requests, or make slow functions faster",

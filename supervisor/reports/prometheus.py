@@ -34,7 +34,7 @@ _GAUGES = (
     ("connections_limit", "gate.max_connections", "limits.max_connections."),
     ("connections_peak", "connection_summary.peak_connections", "The highest value."),
     ("memory_bytes", "memory.now", "Of all processes; shared pages count once."),
-    ("memory_limit_bytes", "memory.limit", "limits.max_memory_mb."),
+    ("memory_limit_bytes", "memory.limit", "limits.max_memory_mb, or the cgroup's."),
     ("memory_peak_bytes", "memory.peak", "The highest value."),
     ("cpu_cores", "cpu.now", "Cores in use, by all processes."),
     ("cpu_limit_cores", "cpu.limit", "limits.max_cpu_percent."),

@@ -22,7 +22,7 @@ from cpanbridge.supervisor.memory.event_ring import Event, EventRing
 from cpanbridge.supervisor.memory.fields import GATE_OPEN, OVERLOAD, WAITS_FOR_NOTHING
 from cpanbridge.supervisor.memory.layout import Shared, Statistics
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Level, at_level
-from cpanbridge.supervisor.reports import totals
+from cpanbridge.supervisor.reports import surroundings, totals
 from cpanbridge.supervisor.reports.totals import Listed, Totals
 from cpanbridge.supervisor.system.log_text import format_duration
 from cpanbridge.supervisor.version import __version__
@@ -73,6 +73,7 @@ def resource_status(shared: Shared, counts: Totals) -> dict[str, Any]:
     readings = totals.readings(shared)
     return {
         "memory_mb": header.values[Kind.MEMORY] / SCALE,
+        "memory_limit": totals.memory_limit(shared),
         "cpu_percent": header.values[Kind.CPU] / SCALE,
         "requests_per_minute": counts.admitted_last_minute,
         "concurrent_requests": counts.running,
@@ -185,6 +186,8 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
         "uptime": shared.uptime,
         "loaded_modules": list(modules),
         "active_connections": shared.connections(),
+        "memory_limit": totals.memory_limit(shared),
+        **surroundings.found(),
         "memory_measure": f"pss, and rss of {by_rss_of}" if by_rss else "pss",
         "configuration": {
             "workers": settings.worker_count,

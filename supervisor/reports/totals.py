@@ -12,7 +12,8 @@ from cpanbridge.supervisor.memory.connection_table import Connection
 from cpanbridge.supervisor.memory.fields import EVENT_KINDS, REASONS
 from cpanbridge.supervisor.memory.histogram import Latencies
 from cpanbridge.supervisor.memory.layout import Shared, Statistics
-from cpanbridge.supervisor.memory.overload_state import SCALE, Kind, Reading
+from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Reading
+from cpanbridge.supervisor.reports import surroundings
 
 
 class Totals(NamedTuple):
@@ -114,14 +115,21 @@ def functions(shared: Shared) -> list[function_stats.Count]:
     return function_stats.counts(shared.names.all(), all_stats)
 
 
+def memory_limit(shared: Shared) -> surroundings.Report:
+    """What holds for the memory of the whole tree of processes, as the monitor found it last."""
+    header = shared.header
+    return surroundings.memory_limit(header.max_memory_mb, header.tightest_cgroup / MEGABYTE)
+
+
 def readings(shared: Shared) -> list[Reading]:
     """The last values of the monitor, with the limits."""
     header = shared.header
     limits = {
-        Kind.MEMORY: header.max_memory_mb,
+        Kind.MEMORY: memory_limit(shared)["mb"],
         Kind.CPU: header.max_cpu / SCALE,
         Kind.REQUESTS: shared.window.limit,
         Kind.CONCURRENT: header.max_concurrent_requests,
         Kind.CONNECTIONS: header.max_connections,
+        Kind.CGROUP_MEMORY: header.fullest_cgroup / MEGABYTE,
     }
     return [Reading(kind, header.values[kind] / SCALE, limits[kind]) for kind in Kind]

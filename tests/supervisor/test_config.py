@@ -1,5 +1,6 @@
 """Settings: every key, from every source, and the message for every mistake."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 
 from cpanbridge.supervisor import config, config_sources
+from cpanbridge.supervisor.cgroup import Cgroups, Memory, Processors
 from cpanbridge.supervisor.config import ConfigError, Limits, Loaded, Settings
 from cpanbridge.supervisor.config_sources import load
 
@@ -128,14 +130,30 @@ def test_there_is_no_other_key() -> None:
     assert {f.name for f in msgspec.structs.fields(Limits)} == {name for name, _, _ in LIMITS}
 
 
-def test_workers_are_one_per_core_between_2_and_8(
+def test_workers_are_one_per_core_that_may_be_used_between_2_and_8(
     file: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = file.load("").settings
-    for cores, workers in ((1, 2), (2, 2), (5, 5), (8, 8), (64, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+    for affinity, quota, workers in (
+        *((1, math.inf, 2), (2, math.inf, 2), (5, math.inf, 5), (8, math.inf, 8)),
+        *((64, math.inf, 8), (64, 0.5, 2), (64, 2.5, 3), (3, 5.0, 3)),
+    ):
+        cores = Processors(affinity, quota, "")
+        monkeypatch.setattr(Cgroups, "processors", lambda _, cores=cores: cores)
         assert settings.worker_count == workers
     assert file.load("workers = 20").settings.worker_count == 20
+
+
+def test_limits_above_those_of_the_cgroup_get_a_warning(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cgroups, "processors", lambda _: Processors(8, 1.5, "/c"))
+    monkeypatch.setattr(Cgroups, "memory", lambda _: [Memory("/c", 200 << 20, 0)])
+    assert file.load("limits = {max_memory_mb = 180, max_cpu_percent = 150}").warnings == []
+    assert file.load("limits = {max_memory_mb = 181, max_cpu_percent = 151}").warnings == [
+        "limits.max_memory_mb = 181 is more than a cgroup allows: 180 MB hold",
+        "limits.max_cpu_percent = 151 is more than may be used here, 150: it will never be reached",
+    ]
 
 
 def test_threads_are_enough_for_all_connections(file: File) -> None:
@@ -502,7 +520,7 @@ def test_limits_that_the_machine_can_never_reach_get_a_warning(file: File) -> No
     )
     assert warning.endswith("MB): it will never be reached")
     (warning,) = file.load("", CPAN_BRIDGE_MAX_CPU_PERCENT="99999").warnings
-    assert warning.startswith("limits.max_cpu_percent = 99999 is more than this machine has, ")
+    assert warning.startswith("limits.max_cpu_percent = 99999 is more than may be used here, ")
     assert warning.endswith("it will never be reached")
     assert file.load("limits = {max_memory_mb = 64, max_cpu_percent = 50}").warnings == []
 

@@ -41,7 +41,7 @@ def test_every_limit_is_compared_exactly(limit: int, value: int) -> None:
 
 
 def test_only_memory_and_cpu_close_the_gate() -> None:
-    assert set(CLOSING) == {Kind.MEMORY, Kind.CPU}
+    assert set(CLOSING) == {Kind.MEMORY, Kind.CGROUP_MEMORY, Kind.CPU}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,10 @@ def test_only_memory_and_cpu_close_the_gate() -> None:
         (
             Reading(Kind.MEMORY, 1100.04, 1024),
             "Memory usage 1100.0MB exceeds limit 1024MB",
+        ),
+        (
+            Reading(Kind.CGROUP_MEMORY, 1900, 1800),
+            "Memory of the cgroup 1900.0MB exceeds limit 1800MB",
         ),
         (Reading(Kind.CPU, 175.2, 200.0), "CPU usage 175.2% approaching limit 200%"),
         (Reading(Kind.CPU, 250, 200.0), "CPU usage 250.0% exceeds limit 200%"),

@@ -16,6 +16,7 @@ LIMITS = {
     Kind.REQUESTS: 1000.0,
     Kind.CONCURRENT: 50.0,
     Kind.CONNECTIONS: 100.0,
+    Kind.CGROUP_MEMORY: 2000.0,
 }
 CLOSED_BY_MEMORY = [
     "CRITICAL RESOURCE VIOLATION: ['Memory usage 1100.0MB exceeds limit 1024MB']",

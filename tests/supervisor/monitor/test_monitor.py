@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import logging
+import math
 import os
 import signal
 import types
@@ -14,6 +15,7 @@ import pytest
 from conftest import close_wakeups
 
 from cpanbridge.supervisor import gate as gate_module
+from cpanbridge.supervisor.cgroup import Memory, Processors
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate, Wakeups
 from cpanbridge.supervisor.memory import layout as shared_module
@@ -32,8 +34,10 @@ from cpanbridge.supervisor.memory.fields import (
 )
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
+from cpanbridge.supervisor.monitor import cgroup_memory
 from cpanbridge.supervisor.monitor import monitor as monitor_module
 from cpanbridge.supervisor.monitor.monitor import Monitor
+from cpanbridge.supervisor.reports import surroundings
 from cpanbridge.supervisor.system import process_tree as tree_module
 from cpanbridge.supervisor.system.process_tree import Usage
 
@@ -57,6 +61,12 @@ class Harness:
             monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(monitor_module, "Tree", lambda root: self)
         monkeypatch.setattr(monitor_module, "Backlog", lambda: self)
+        self.groups: list[Memory] = []
+        cgroups = types.SimpleNamespace(
+            memory=lambda: self.groups, processors=lambda: Processors(4, math.inf, "")
+        )
+        for module in (cgroup_memory, surroundings):
+            monkeypatch.setattr(module, "Cgroups", lambda: cgroups)
         monkeypatch.setattr(os, "cpu_count", lambda: 4)
         monkeypatch.setattr(tree_module, "inherit_orphans", lambda: None)
         self.limits = Limits(**({"max_memory_mb": 1000, "max_cpu_percent": 200.0} | limits))
@@ -231,6 +241,55 @@ def test_a_violation_of_a_limit_that_the_gate_keeps_does_not_close_it(
     assert not harness.closed
 
 
+def allow(harness: Harness, *groups: tuple[int, int]) -> None:
+    """From now on there are these cgroups: their limits, and what is used of these; megabytes."""
+    harness.groups = [
+        Memory(f"/cgroup{number}", limit * MEGABYTE, used * MEGABYTE)
+        for number, (limit, used) in enumerate(groups)
+    ]
+
+
+def test_the_gate_closes_at_nine_tenths_of_what_a_cgroup_allows(
+    new_harness: NewHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = new_harness(max_memory_mb=1000)  # the tree has 200 MB
+    allow(harness, (300, 200), (1200, 900))
+    harness.sample()
+    assert not harness.closed
+    # Read anew for each sample: a limit that is changed holds for the next one.
+    allow(harness, (300, 200), (220, 150))
+    harness.sample()
+    assert harness.closed
+    assert lines(caplog, "exceeds")[0].endswith("['Memory usage 200.0MB exceeds limit 198MB']")
+    assert lines(caplog, "memory limit") == [
+        "INFO The memory limit is 270 MB, nine tenths of the 300 MB of /cgroup0",
+        "INFO The memory limit is 198 MB, nine tenths of the 220 MB of /cgroup1",
+    ]
+    allow(harness)
+    harness.sample()
+    assert not harness.closed
+    assert lines(caplog, "memory limit")[2] == (
+        "INFO The memory limit is 1000 MB, limits.max_memory_mb (no cgroup limits it)"
+    )
+
+
+def test_what_else_is_in_a_cgroup_counts_when_that_is_nearer_to_its_limit(
+    new_harness: NewHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = new_harness(max_memory_mb=1000, memory_grace=1)
+    allow(harness, (4000, 3500), (5000, 4600))
+    harness.sample()
+    assert harness.closed
+    (line,) = lines(caplog, "CRITICAL")
+    assert line.endswith("['Memory of the cgroup 4600.0MB exceeds limit 4500MB']")
+    harness.sample_for(3)
+    assert len(harness.retired) == 1  # which is all that the daemon can give back
+    assert harness.alerts() == {"cgroup_memory": 1}
+    allow(harness, (4000, 3500), (5000, 3000))
+    harness.sample()
+    assert not harness.closed
+
+
 def test_it_samples_four_times_as_often_while_the_gate_is_closed(new_harness: NewHarness) -> None:
     harness = new_harness(sample_interval=2)
     harness.sample_for(10)
@@ -344,7 +403,8 @@ def test_memory_that_no_worker_can_give_back_is_logged_once_per_interval(
     harness.sample_for(10)
     advice = [
         "WARNING Memory stays over its limit, but no worker has run anything since it was "
-        "started: raise limits.max_memory_mb, or end what else holds memory"
+        "started: raise limits.max_memory_mb, or what the cgroup allows, or end what else "
+        "holds memory"
     ]
     assert lines(caplog, "raise limits") == advice
     harness.sample_for(54)

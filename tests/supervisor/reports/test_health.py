@@ -8,12 +8,12 @@ from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.memory import histogram, layout
 from cpanbridge.supervisor.memory.fields import GATE_CLOSED
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.memory.overload_state import SCALE, Kind
+from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
 from cpanbridge.supervisor.reports import health, reports
 from cpanbridge.workers.requests.stats import StatisticsWriter
 
 CHECKS = {
-    *("memory", "cpu", "request_rate", "concurrency", "connections"),
+    *("memory", "cgroup_memory", "cpu", "request_rate", "concurrency", "connections"),
     *("gate", "workers", "errors", "monitor"),
 }
 SETTINGS = Settings(workers=2, limits=Limits(max_memory_mb=1000))
@@ -51,6 +51,8 @@ def shared(clock: Clock) -> Shared:
     for number, slot in enumerate(shared.used_slots):
         slot.pid = 100 + number
     shared.header.sampled_at = clock.monotonic
+    shared.header.tightest_cgroup = 1500 * MEGABYTE
+    shared.header.fullest_cgroup = 2000 * MEGABYTE
     return shared
 
 
@@ -109,6 +111,7 @@ def test_a_daemon_with_nothing_wrong_is_healthy(shared: Shared) -> None:
     ("kind", "name", "limit", "over"),
     [
         (Kind.MEMORY, "memory", 1000, "fail"),
+        (Kind.CGROUP_MEMORY, "cgroup_memory", 2000, "fail"),
         (Kind.CPU, "cpu", 200, "fail"),
         # The gate keeps these limits: clients wait, and nothing else happens.
         (Kind.REQUESTS, "request_rate", 2000, "warn"),

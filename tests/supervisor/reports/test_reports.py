@@ -150,7 +150,10 @@ RESOURCE_STATUS = {
     "warnings": [str],
     "peak_memory": Number,
     "peak_cpu": Number,
-    "alerts": dict.fromkeys(("memory", "cpu", "requests", "concurrent", "connections"), int),
+    "memory_limit": {"mb": Number, "from": str},
+    "alerts": dict.fromkeys(
+        ("memory", "cpu", "requests", "concurrent", "connections", "cgroup_memory"), int
+    ),
 }
 PERFORMANCE_METRICS = {
     "total_requests": int,
@@ -244,6 +247,10 @@ INFO = {
     "loaded_modules": [str],
     "active_connections": int,
     "memory_measure": str,
+    "memory_limit": {"mb": Number, "from": str},
+    "cgroup_memory": (dict, type(None)),
+    "cgroup_cpu": (dict, type(None)),
+    "cpu_affinity": int,
     "configuration": dict,
 }
 CONNECTIONS = {
@@ -466,7 +473,22 @@ def test_limits_that_a_reload_has_changed_are_reported(works: Works) -> None:
         Kind.REQUESTS: 3,
         Kind.CONCURRENT: 5,
         Kind.CONNECTIONS: 7,
+        Kind.CGROUP_MEMORY: 0,
     }
+
+
+def test_the_lower_limit_of_memory_holds_and_is_named(works: Works) -> None:
+    def reported() -> dict[str, Any]:
+        metrics = reports.metrics(works.shared, works.settings, MODULES)
+        limit: dict[str, Any] = metrics["resource_status"]["memory_limit"]
+        assert limit["mb"] == totals.readings(works.shared)[Kind.MEMORY].limit
+        return limit
+
+    assert reported() == {"mb": 1000, "from": "configuration"}
+    works.shared.header.tightest_cgroup = 180 * MEGABYTE
+    assert reported() == {"mb": 180, "from": "cgroup"}
+    works.shared.header.tightest_cgroup = 1800 * MEGABYTE
+    assert reported() == {"mb": 1000, "from": "configuration"}
 
 
 # -- connections, errors, events --
