@@ -17,6 +17,7 @@ from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.context import UNASSIGNED, Mains, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
+from cpanbridge.supervisor.processes.oom_kills import OomKills
 from cpanbridge.supervisor.system import logs, sd_notify
 from cpanbridge.supervisor.system.event_loop import Loop, Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
@@ -58,6 +59,7 @@ class Spawner:
         self.retirement_request = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # The write ends of earlier masters' lifelines, while workers of theirs are there.
         self.inherited_life: list[int] = []
+        self.oom_kills = OomKills(self.loop)
 
     def fork(self, name: str, generation: Generation, main: Callable[[WorkerContext], None]) -> int:
         """Fork a process of a generation, which runs `main` and nothing else; its pid.
@@ -122,6 +124,7 @@ class Process:
         self._timer = Timer(lambda: None)
         self._overdue = False  # it was not ready after BOOT_SECONDS
         self.importing = ""  # the module that it imports, as errors name it, while it boots
+        self._killed = False  # by this master
         self.pid = 0  # 0: no process
 
     def signal(self, number: signal.Signals) -> None:
@@ -131,6 +134,7 @@ class Process:
 
     def kill(self) -> None:
         """End it at once, if there is a process. What it ran is lost."""
+        self._killed = True
         self.signal(signal.SIGKILL)
 
     def describe_end(self, status: int) -> str:
@@ -139,6 +143,9 @@ class Process:
             what = f"{self.importing}: not imported" if self.importing else "not ready"
             return f"{what} after {BOOT_SECONDS:g} s; the log shows what it was at"
         how = describe_exit(status)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not self._killed:
+            explanation = self._spawner.oom_kills.explain()
+            how = f"{how} {explanation}" if explanation is not None else how
         return f"{self.importing}: its import ended the process: {how}" if self.importing else how
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
@@ -148,7 +155,7 @@ class Process:
 
     def _started(self, pid: int) -> None:
         """From now on it boots."""
-        self.pid, self.importing = pid, ""
+        self.pid, self.importing, self._killed = pid, "", False
         self.after(BOOT_SECONDS, self._boot_hangs)
 
     def _boot_hangs(self) -> None:

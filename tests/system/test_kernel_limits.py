@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Daemon, NewDaemon
@@ -31,7 +33,7 @@ def set_limit() -> Iterator[SetLimit]:
             group.mkdir()
             groups.append(group)
             (group / name).write_text(str(value))
-            for pid in (daemon.pid, *daemon.workers()):
+            for pid in (daemon.pid, *daemon.templates(), *daemon.workers()):
                 (group / "cgroup.procs").write_text(str(pid))
         except OSError as error:
             pytest.skip(f"no control group to be had here: {error}")
@@ -67,6 +69,39 @@ def test_a_fork_bomb_takes_no_other_worker_with_it(
         assert one_shot(daemon.path, "test", "ping")["success"]
 
 
+def test_the_gate_closes_before_a_cgroup_is_full(
+    new_daemon: NewDaemon, set_limit: SetLimit
+) -> None:
+    """`max_memory_mb` is left at its default, which is more than the cgroup allows."""
+    limits = "limits = {sample_interval = 0.1, memory_grace = 600}"
+    daemon = new_daemon(f'workers = 2\noverload = "reject"\n{limits}').run()
+    set_limit(daemon, "memory.max", 200 * MEGABYTE)
+
+    def load() -> dict[str, Any]:
+        found: dict[str, Any] = daemon.status()["resource_status"]
+        return found
+
+    until(lambda: load()["memory_limit"] == {"mb": 180, "from": "cgroup"})
+    info = daemon.call("system", "info")
+    assert info["memory_limit"] == {"mb": 180, "from": "cgroup"}
+    assert info["cgroup_memory"]["limit_mb"] == 200
+
+    def is_closed() -> bool:
+        return bool(daemon.status()["gate"]["verdict"] == "closed")
+
+    more = 90
+    while not is_closed():
+        before = load()["memory_mb"]
+        one_shot(daemon.path, "probe", "hoard", [more])
+        enough = before + more - 1
+        until(lambda enough=enough: load()["memory_mb"] > enough or is_closed())
+        more = 8
+    assert load()["violations"]
+    assert "died" not in daemon.log()
+    status = daemon.command("status").stdout
+    assert re.search(r"\n +memory limit: 180 MB, nine tenths of the 200 MB of /\S+\n", status)
+
+
 def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(
     new_daemon: NewDaemon, set_limit: SetLimit
 ) -> None:
@@ -75,9 +110,17 @@ def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(
     before = set(daemon.workers())
     with pytest.raises(ValueError, match="Expecting value"):  # its connection ends without a reply
         one_shot(daemon.path, "probe", "hoard", [1000])
-    until(lambda: "died: killed by signal 9 (SIGKILL); replacing it" in daemon.log())
+    until(lambda: "died: killed by signal 9 (SIGKILL)" in daemon.log())
+    assert re.search(
+        r" died: killed by signal 9 \(SIGKILL\) by the kernel, for want of memory \(counted in "
+        r"/\S+\): give /\S+ more than 300 MB, .*; replacing it; it ran probe\.hoard ",
+        daemon.log(),
+    )
     until(lambda: len(daemon.workers()) == 2)
     assert len(before & set(daemon.workers())) == 1
     assert one_shot(daemon.path, "test", "ping")["success"]
     # A client sees its end before its connection is counted as closed.
     until(lambda: daemon.metrics()["gate"]["connections"] == 1)
+    # Anybody may send that signal.
+    os.kill(daemon.workers()[0], signal.SIGKILL)
+    until(lambda: "died: killed by signal 9 (SIGKILL); replacing it" in daemon.log())
