@@ -1,5 +1,6 @@
 """A process that has nothing left of what it needs: file descriptors, threads."""
 
+import gc
 import os
 import resource
 import threading
@@ -13,6 +14,7 @@ def no_descriptors(left: int = 0) -> Iterator[None]:
     """Meanwhile this process can open so many more file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fill: list[int] = []
+    gc.collect()  # what earlier tests have left is not closed meanwhile
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
         try:

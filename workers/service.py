@@ -53,7 +53,7 @@ class Service:
         self._sessions = Sessions(shared.slots[slot], limits.stale_timeout, ownership.forget)
         self.drainer = ConnectionDrainer(limits, self._has_session)
         self._outgoing = Outgoing(shared, slot, wakeups, lambda each: self._endings.let_go(each))
-        dispatcher = Dispatcher(shared, wakeups, self._outgoing, calls.connection_table)
+        dispatcher = Dispatcher(shared, self._outgoing, calls.connection_table)
         placement = Placement(
             Affinity(ownership, self._sessions, dispatcher, limits.stale_timeout),
             self._sessions,

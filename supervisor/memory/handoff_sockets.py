@@ -3,7 +3,7 @@
 A queue is a pair of sockets, made by the master for every slot before it forks, so that any worker
 reaches any other. One message is one client. The message, and who answers for a client on its way,
 are described in `workers/handoff/message.py`. Here is only what the master does with a queue: it
-makes it, and empties it when its worker has ended, without reading what it discards.
+makes it, and empties it while its slot has no worker, without reading what it discards.
 """
 
 import array
@@ -29,10 +29,10 @@ def end_of(descriptor: int) -> socket.socket:
 
 
 def discard_all(take: int) -> None:
-    """Empty the queue of a worker that has ended.
+    """Empty the queue of a slot that has no worker.
 
-    Whoever put a client in sees that it was not claimed, and goes on with it. May be called in any
-    process, at any time: a client that is discarded is put in again.
+    Each message in it is for a worker that has ended: whoever put a client in sees that, and goes
+    on with it. Called in the master, which alone could start the next worker there.
     """
     queue = end_of(take)
     try:

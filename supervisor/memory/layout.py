@@ -192,6 +192,15 @@ class Shared:
         """The worker that has the slot now, as an owner of state."""
         return Owner(slot, self.slots[slot].incarnation)
 
+    def workers(self) -> list[tuple[Owner, Slot]]:
+        """The workers in the used slots, as owners of state, and their slots.
+
+        A worker is named before its slot is read: what is found there, such as that it serves, is
+        never another's, that has come into the slot since. So nobody hands a client to a worker
+        that does not serve yet.
+        """
+        return [(self.owner(number), slot) for number, slot in enumerate(self.used_slots)]
+
     def is_there(self, owner: Owner) -> bool:
         """Whether the worker still lives, as far as the master has seen."""
         return bool(self.slots[owner.slot].incarnation == owner.incarnation)

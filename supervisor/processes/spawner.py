@@ -18,6 +18,7 @@ from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.context import UNASSIGNED, Mains, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.oom_kills import OomKills
+from cpanbridge.supervisor.processes.unattended_queues import UnattendedQueues
 from cpanbridge.supervisor.system import logs, sd_notify
 from cpanbridge.supervisor.system.event_loop import Loop, Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
@@ -60,6 +61,7 @@ class Spawner:
         # The write ends of earlier masters' lifelines, while workers of theirs are there.
         self.inherited_life: list[int] = []
         self.oom_kills = OomKills(self.loop)
+        self.unattended = UnattendedQueues(self.loop, self.shared, self.wakeups)
 
     def fork(self, name: str, generation: Generation, main: Callable[[WorkerContext], None]) -> int:
         """Fork a process of a generation, which runs `main` and nothing else; its pid.

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 
 from cpanbridge.supervisor.config import KILL_MARGIN
-from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.connection_table import RunningCall
 from cpanbridge.supervisor.memory.fields import COMMAND_NONE, COMMAND_RETIRE
 from cpanbridge.supervisor.processes.context import BEGIN, Report, WorkerContext, read_report
@@ -128,6 +127,7 @@ class WorkerProcess(Process):
         assert self.generation is not None
         self.slot.since = time.monotonic_ns()
         self.slot.admitted_before = self.slot.admitted
+        self._spawner.unattended.attend(self.number)
         self.slot.pid, self.slot.generation = pid, self.generation.number
         self._spawner.loop.watch(self._report, self._read_report)
         self._started(pid)
@@ -252,7 +252,7 @@ class WorkerProcess(Process):
     def clear(self) -> None:
         """The worker has ended: give back what it held."""
         self._spawner.shared.clear(self.slot)
-        handoff_sockets.discard_all(self._spawner.wakeups[self.number].take)
+        self._spawner.unattended.leave(self.number)
         self.pid, self.ready_at, self.exiting, self._overdue = 0, None, "", False
         self.importing = ""
         self._timer.cancel()

@@ -7,14 +7,18 @@ up a client that is still there.
 import errno
 
 _EXHAUSTED = frozenset(
-    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
+    (
+        *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
+        errno.EAGAIN,  # a queue's room, or what clone(2) says of threads
+        errno.ENOSPC,  # what epoll_ctl(2) says of /proc/sys/fs/epoll/max_user_watches
+        errno.ETOOMANYREFS,  # descriptors on their way between processes
+    )
 )
 
 
 def is_exhausted(error: OSError) -> bool:
     """Whether descriptors, memory or another of the kernel's limits is used up, for now.
 
-    ENOSPC is what epoll_ctl(2) says of /proc/sys/fs/epoll/max_user_watches, and EAGAIN what
-    clone(2) says of threads: so do not ask about files, or about calls that would have to wait.
+    Not to be asked about a file that is written, or a socket that would have to wait.
     """
     return error.errno in _EXHAUSTED

@@ -56,16 +56,16 @@ class Balancer:
             if now < self.next_check or self._outgoing.count:
                 return None
             others = [
-                (slot.connections, number)
-                for number, slot in enumerate(self._shared.used_slots)
-                if number != self._number and self._takes(slot)
+                (slot.connections, owner)
+                for owner, slot in self._shared.workers()
+                if owner.slot != self._number and self._takes(slot)
             ]
-            fewest, _ = min(others, default=(kept, 0))
+            fewest = min((has for has, _ in others), default=kept)
             surplus = max(1, kept - fewest - _MORE + 1)
             self.next_check = max(self.next_check, now + PAUSE_SECONDS / surplus)
         # Any of those with fewer: all workers would give theirs to the one with the fewest.
-        fewer = [number for has, number in others if has <= kept - _MORE]
-        return self._shared.owner(self._random.choice(fewer)) if fewer else None
+        fewer = [owner for has, owner in others if has <= kept - _MORE]
+        return self._random.choice(fewer) if fewer else None
 
     def _takes(self, slot: Slot) -> bool:
         """Whether a worker has the same modules, being of this generation, and a thread left."""

@@ -3,28 +3,22 @@
 import contextlib
 import errno
 import os
-import socket
 from collections import deque
 from collections.abc import Sequence
 
 from cpanbridge.supervisor.gate import Gate, Wakeups
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim
-from cpanbridge.supervisor.memory.handoff_sockets import MOST_DESCRIPTORS, descriptors_in
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client.transfer import MovingClient
 from cpanbridge.workers.handoff.message import (
-    HEADER,
     IN_MEMORY,
     INPUT_ENDED,
-    MOST_INLINE,
     HandoffMessage,
+    RawMessage,
     from_memory,
+    receive,
 )
-
-_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-_TRUNCATED = int(socket.MSG_CTRUNC)
-_SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
 
 
 class Incoming:
@@ -45,10 +39,15 @@ class Incoming:
         Raises OSError (EMFILE) when there was no descriptor left for it; it is its sender's still.
         """
         while (message := self._next_waiting() or self._take_out()) is not None:
-            number = self._accept(message)
+            number = None
+            try:
+                number = self._accept(message)
+            finally:
+                if number is None:
+                    os.close(message.moving.descriptor)
+                    self._refuse(message.sender, message.claim)
             if number is not None:
                 return message.moving, number
-            os.close(message.moving.descriptor)
         return None
 
     def _next_waiting(self) -> HandoffMessage | None:
@@ -95,41 +94,38 @@ class Incoming:
         return number
 
     def _refuse(self, sender: int, claim: Claim) -> None:
+        """Leave a client to its sender, if that offers it still."""
         with self._shared.lock:
             self._shared.claims[sender].refuse(claim)
         self._gate.wake_if_waiting(sender)
 
     def _take_out(self) -> HandoffMessage | None:
-        while True:
+        """The next message of the queue; None when there is none. Raises OSError.
+
+        Whatever becomes of one that has been taken out, its client is refused if this worker does
+        not get it: nobody else knows that the message is gone.
+        """
+        while (raw := receive(self._queue)) is not None:
+            message = None
             try:
-                message, ancillary, told, _ = self._queue.recvmsg(
-                    HEADER.size + MOST_INLINE, _SPACE, _FLAGS
-                )
-            except BlockingIOError:
-                return None
-            descriptors = descriptors_in(ancillary)
-            incarnation, sender, position, number, accepted_at, requests, arrived, flags = (
-                HEADER.unpack_from(message)
-            )
-            claim = Claim(position, number)
-            in_memory = bool(flags & IN_MEMORY)
-            complete = not told & _TRUNCATED and len(descriptors) == 1 + in_memory
-            if complete and incarnation == self._incarnation:
-                break
-            # Meant for the worker that had this slot before, or there was no descriptor left.
-            for each in descriptors:
-                os.close(each)
-            self._refuse(sender, claim)
-            if not complete:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        try:
-            data = from_memory(descriptors[1]) if in_memory else message[HEADER.size :]
-        except OSError:  # mmap needs a descriptor of its own
-            os.close(descriptors[0])
-            self._refuse(sender, claim)
-            raise
-        input_may_have_ended = bool(flags & INPUT_ENDED)
-        moving = MovingClient(
-            descriptors[0], data, accepted_at, requests, arrived, input_may_have_ended
-        )
-        return HandoffMessage(moving, sender, claim)
+                message = self._unpack(raw)
+            finally:
+                if message is None:
+                    raw.close()
+                    self._refuse(raw.sender, raw.claim)
+            if message is not None:
+                return message
+        return None
+
+    def _unpack(self, raw: RawMessage) -> HandoffMessage | None:
+        """None for one that was meant for the worker that had this slot before."""
+        if not raw.complete:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if raw.incarnation != self._incarnation:
+            return None
+        data = raw.data
+        if raw.flags & IN_MEMORY:
+            data = from_memory(raw.descriptors[1])
+            os.close(raw.descriptors.pop())
+        moving = MovingClient(raw.descriptors[0], data, *raw.history, bool(raw.flags & INPUT_ENDED))
+        return HandoffMessage(moving, raw.sender, raw.claim)

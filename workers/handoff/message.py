@@ -9,6 +9,9 @@ taken:
 - Withdrawn: the sender takes the claim back, because the client does not wait any longer, or
   because the receiver has ended. The first of them decides, so a call never runs twice.
 
+A worker takes messages out of its own queue alone, and each that it has taken out ends in a claim
+that is decided: taken, refused, or the sender's again because this worker has ended.
+
 A client is counted by the receiver before it is taken, and by the sender until it has seen that it
 is: see `Gate.take_handed_off`. Its socket is open in both for a moment, so the receiver shuts it
 down when it has replied, and the client sees its end at once.
@@ -18,13 +21,13 @@ message; `outgoing.py` is the sender's side, `incoming.py` the receiver's.
 """
 
 import array
-import mmap
 import os
 import socket
 import struct
 from typing import NamedTuple
 
 from cpanbridge.supervisor.memory.handoff_claims import Claim
+from cpanbridge.supervisor.memory.handoff_sockets import MOST_DESCRIPTORS, descriptors_in
 from cpanbridge.workers.client.transfer import MovingClient
 
 # A message must be smaller than the least buffer that a system gives a socket.
@@ -34,6 +37,26 @@ MOST_INLINE = 16384
 HEADER = struct.Struct("=qqqqqqdB")
 IN_MEMORY = 1  # what was read is in a memfd
 INPUT_ENDED = 2  # perhaps: see MovingClient
+_RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_SPACE = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
+
+
+class RawMessage(NamedTuple):
+    """A message as it was taken out of a queue."""
+
+    descriptors: list[int]
+    complete: bool  # False: there were not enough descriptors left for it
+    incarnation: int  # of the worker that it is meant for
+    sender: int  # its slot
+    claim: Claim
+    history: tuple[int, int, float]  # see HEADER
+    flags: int
+    data: bytes  # what was read of the client, if it is not in a memfd
+
+    def close(self) -> None:
+        """Close what came with it."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 class HandoffMessage(NamedTuple):
@@ -50,6 +73,29 @@ def post(queue: socket.socket, message: list[bytes], *descriptors: int) -> None:
     queue.sendmsg(message, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
 
 
+def receive(queue: socket.socket) -> RawMessage | None:
+    """Take a message out of a queue; None when there is none. Raises OSError, and none is gone."""
+    try:
+        data, ancillary, told, _ = queue.recvmsg(HEADER.size + MOST_INLINE, _SPACE, _RECEIVE_FLAGS)
+    except BlockingIOError:
+        return None
+    descriptors = descriptors_in(ancillary)
+    incarnation, sender, position, number, accepted_at, requests, arrived, flags = (
+        HEADER.unpack_from(data)
+    )
+    expected = 2 if flags & IN_MEMORY else 1
+    return RawMessage(
+        descriptors,
+        complete=len(descriptors) == expected and not told & socket.MSG_CTRUNC,
+        incarnation=incarnation,
+        sender=sender,
+        claim=Claim(position, number),
+        history=(accepted_at, requests, arrived),
+        flags=flags,
+        data=data[HEADER.size :],
+    )
+
+
 def in_memory(data: bytes) -> int:
     """A memfd that holds the data. Raises OSError."""
     descriptor = os.memfd_create("cpanbridged-request", os.MFD_CLOEXEC)
@@ -64,9 +110,9 @@ def in_memory(data: bytes) -> int:
 
 
 def from_memory(descriptor: int) -> bytes:
-    """What a memfd holds; it is closed."""
-    try:
-        with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as memory:
-            return memory[:]
-    finally:
-        os.close(descriptor)
+    """What a memfd holds. Raises OSError."""
+    size = os.fstat(descriptor).st_size
+    data = b""
+    while piece := os.pread(descriptor, size, len(data)):
+        data += piece
+    return data

@@ -1,7 +1,6 @@
 """The sender's side of a hand-off: a worker's clients on their way to others; see message.py."""
 
 import contextlib
-import errno
 import math
 import os
 import socket
@@ -15,6 +14,7 @@ from cpanbridge.supervisor.gate import Wakeups, wake
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim, ClaimIssuer
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.system.exhaustion import is_exhausted
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.transfer import ReturnReason, Transfer
 from cpanbridge.workers.handoff.message import (
@@ -28,12 +28,6 @@ from cpanbridge.workers.handoff.message import (
 
 LOOK_SECONDS = 0.02
 FEW = 8  # of the clients on their way, that the leading thread checks each time
-_BUSY = (
-    errno.EAGAIN,
-    errno.ENOBUFS,
-    errno.ENOMEM,
-    errno.ETOOMANYREFS,  # so many clients are on their way
-)
 
 
 class Outgoing:
@@ -84,8 +78,7 @@ class Outgoing:
 
         If that is full, the main thread puts it in later: a thread that waited here would not empty
         its own queue, and two workers might wait for each other for ever. From then on the socket
-        is not to be used. Called in the thread that serves the client. Raises OSError when this
-        worker has no descriptor left.
+        is not to be used. Called in the thread that serves the client. Raises OSError.
         """
         transfer = client.transfer
         assert transfer is not None
@@ -110,12 +103,12 @@ class Outgoing:
             self._away[claim] = client, transfer
         try:
             self._send(client, transfer, claim)
-        except OSError as error:
+        except Exception as error:
             if not self._forget(claim):
                 return True  # it was withdrawn meanwhile, and returned already
-            if error.errno not in _BUSY:
-                raise
-            return False
+            if isinstance(error, OSError) and is_exhausted(error):
+                return False
+            raise
         return True
 
     def _offer_waiting(self) -> None:

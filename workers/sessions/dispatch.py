@@ -4,10 +4,7 @@ import logging
 import math
 import select
 import time
-from collections.abc import Sequence
 
-from cpanbridge.supervisor.gate import Wakeups
-from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.connection_table import WAITING, ConnectionTableWriter
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.owners import Owner
@@ -35,12 +32,10 @@ class Dispatcher:
     def __init__(
         self,
         shared: Shared,
-        wakeups: Sequence[Wakeups],
         outgoing: Outgoing,
         connection_table: ConnectionTableWriter,
     ) -> None:
         self._shared = shared
-        self._wakeups = wakeups
         self._outgoing = outgoing
         self._connection_table = connection_table
         self._complained = -COMPLAIN_SECONDS
@@ -75,17 +70,10 @@ class Dispatcher:
         Raises Refusal if not; Draining when the descriptor `stop` is readable.
         """
         refusal = self.why_not(call, transfer)
-        if refusal is None and self._shared.is_there(transfer.receiver):
-            pause(stop)  # the owner had no descriptor left
-        else:
-            self.empty_queue_if_ended(transfer.receiver)
         if refusal is not None:
             raise refusal
-
-    def empty_queue_if_ended(self, owner: Owner) -> None:
-        """Close the copies of clients that were put into the queue of a worker that has ended."""
-        if not self._shared.slots[owner.slot].pid:
-            handoff_sockets.discard_all(self._wakeups[owner.slot].take)
+        if self._shared.is_there(transfer.receiver):
+            pause(stop)  # the owner had no descriptor left
 
     def why_not(self, call: Call, transfer: Transfer) -> Refusal | None:
         """What a client that was returned is to be told; None: its call may still run."""

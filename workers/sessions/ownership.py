@@ -135,9 +135,9 @@ class Ownership:
         return chosen
 
     def _least(self, burden: Callable[[Owner], int]) -> Owner | None:
-        slots = list(enumerate(self._shared.used_slots))
-        serving = [number for number, slot in slots if slot.serves]
+        workers = self._shared.workers()
+        serving = [owner for owner, slot in workers if slot.serves]
         # None is staying when a reload has just told the old ones to exit, and the new ones are
         # about to say that they serve.
-        staying = [number for number, slot in slots if slot.is_staying]
-        return min(map(self._shared.owner, staying or serving), key=burden, default=None)
+        staying = [owner for owner, slot in workers if slot.is_staying]
+        return min(staying or serving, key=burden, default=None)

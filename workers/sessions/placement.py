@@ -54,7 +54,6 @@ class Placement:
         """Hand a kept connection to a worker that has fewer. Raises HandedOver when it is."""
         balancer = self.balancer
         if client.transfer is not None:
-            self.dispatcher.empty_queue_if_ended(client.transfer.receiver)
             client.transfer = None
             client.duplicated = True  # it may be in the queue still
             balancer.was_not_taken(time.monotonic())

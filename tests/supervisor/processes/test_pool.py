@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from conftest import close_wakeups
 
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.gate import Wakeups
+from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.fields import COMMAND_RETIRE
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.context import (
@@ -239,3 +241,20 @@ def test_a_generation_that_found_too_few_free_slots_gets_those_that_become_free(
     assert setup.pool.remove(setup.generation)
     setup.until(lambda: coming.in_service)
     assert len(setup.pool.of(coming)) == 2
+
+
+def test_a_client_in_the_queue_of_a_slot_without_a_worker_is_discarded(new_setup: NewSetup) -> None:
+    """It was put in by a worker that had not seen the other one's end."""
+    setup = new_setup(slots=2, wanted=1).open()
+    ends = []
+    for wakeups in setup.pool.spawner.wakeups:
+        near, far = socket.socketpair()
+        with near, handoff_sockets.end_of(os.dup(wakeups.put)) as queue:
+            socket.send_fds(queue, [b"."], [near.fileno()])
+        ends.append(far)
+    with ends[0], ends[1]:
+        setup.until(lambda: select.select(ends, [], [], 0)[0])
+        assert select.select(ends, [], [], 0)[0] == [ends[1]]
+        assert ends[1].recv(1) == b""
+        os.kill(setup.pids()[0], signal.SIGKILL)
+        setup.until(lambda: select.select([ends[0]], [], [], 0)[0])

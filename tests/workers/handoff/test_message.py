@@ -1,6 +1,5 @@
 """A client on its way to another worker is always one side's, whichever process is killed when."""
 
-import errno
 import math
 import os
 import select
@@ -9,14 +8,17 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 from conftest import close_wakeups
 from killing import kill_at
+from running_out import no_descriptors
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate, Wakeups
 from cpanbridge.supervisor.memory import handoff_sockets
+from cpanbridge.supervisor.memory.connection_table import ConnectionTableWriter
 from cpanbridge.supervisor.memory.handoff_claims import CLAIMS
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.client.client_socket import ClientSocket
@@ -25,6 +27,8 @@ from cpanbridge.workers.handoff import incoming, outgoing
 from cpanbridge.workers.handoff.incoming import Incoming
 from cpanbridge.workers.handoff.message import MOST_INLINE
 from cpanbridge.workers.handoff.outgoing import Outgoing
+from cpanbridge.workers.requests.calls import Call
+from cpanbridge.workers.sessions.dispatch import Dispatcher
 
 SENDER, RECEIVER = 0, 1
 DATA = b'{"module": "m", "function": "f"}'
@@ -312,20 +316,69 @@ def test_the_main_thread_is_told_of_one_that_waits_though_it_has_just_looked(
     assert outgoing.look_after() < math.inf
 
 
-def test_a_large_client_that_cannot_be_read_for_want_of_descriptors_is_returned(
+@pytest.mark.parametrize("size", [len(DATA), MOST_INLINE + 1])
+@pytest.mark.parametrize("left", range(4))
+def test_a_client_that_is_not_received_for_want_of_descriptors_is_returned(
+    workers: TwoWorkers, remote: Connection, size: int, left: int
+) -> None:
+    client = remote.transfer(workers.shared, data=bytes(size))
+    workers.outgoing.put(client)
+    with no_descriptors(left):
+        if left >= (2 if size > MOST_INLINE else 1):
+            serve(workers.incoming.next())
+            assert remote.hears() == b"served"
+            return
+        with pytest.raises(OSError, match="Too many open files"):
+            workers.incoming.next()
+    workers.outgoing.settle()
+    assert workers.outgoing.next_returned() is client
+
+
+def test_a_client_whose_message_cannot_be_unpacked_is_returned(
     workers: TwoWorkers, remote: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(descriptor: int) -> bytes:
-        os.close(descriptor)
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def no_memory(descriptor: int) -> bytes:
+        raise MemoryError(descriptor)
 
     client = remote.transfer(workers.shared, data=bytes(MOST_INLINE + 1))
     workers.outgoing.put(client)
-    monkeypatch.setattr(incoming, "from_memory", exhausted)
-    with pytest.raises(OSError, match="Too many open files"):
+    monkeypatch.setattr(incoming, "from_memory", no_memory)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(MemoryError):
         workers.incoming.next()
+    assert os.listdir("/proc/self/fd") == before
     workers.outgoing.settle()
     assert workers.outgoing.next_returned() is client
+
+
+def test_a_client_that_cannot_be_sent_is_not_on_its_way(
+    workers: TwoWorkers, remote: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(data: bytes) -> int:
+        raise MemoryError(data)
+
+    monkeypatch.setattr(outgoing, "in_memory", no_memory)
+    with pytest.raises(MemoryError):
+        workers.outgoing.put(remote.transfer(workers.shared, data=bytes(MOST_INLINE + 1)))
+    assert workers.outgoing.count == 0
+
+
+def test_a_sender_whose_client_is_returned_takes_nothing_out_of_a_queue(
+    workers: TwoWorkers, remote: Connection, crowd: list[Connection]
+) -> None:
+    """The slot of the worker that has ended may have the next one, with a client in its queue."""
+    table = ConnectionTableWriter(workers.shared.statistics[SENDER].connection_table)
+    dispatcher = Dispatcher(workers.shared, workers.outgoing, table)
+    transfer = remote.transfer(workers.shared).transfer
+    assert transfer is not None
+    transfer.may_stay = True
+    workers.dies(RECEIVER)
+    workers.outgoing.put(crowd[0].transfer(workers.shared))
+    dispatcher.accept_returned(Mock(spec=Call), transfer, stop=-1)
+    next_worker = Incoming(workers.shared, RECEIVER, workers.wakeups, workers.gates[RECEIVER])
+    serve(next_worker.next())
+    next_worker._queue.detach()
+    assert crowd[0].hears() == b"served"
 
 
 def test_two_clients_that_are_returned_while_the_descriptor_is_read_are_both_found(
