@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--interval", type=_interval, default=1.0, help="seconds between updates (1)")
     top.add_argument("--once", action="store_true", help="print one screen; needs no terminal")
-    add(show.check, "Check the configuration and the imports, without starting.")
+    add(show.check, "Check the configuration, its paths and the imports, without starting.")
     call = add(show.call, "Make one call and print its result as JSON.")
     call.add_argument("module", metavar="MODULE")
     call.add_argument("function", metavar="FUNCTION")

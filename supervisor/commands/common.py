@@ -1,6 +1,7 @@
 """What the subcommands share: exit statuses, an error, the settings that options select."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpanbridge.supervisor import config_sources
@@ -13,16 +14,16 @@ FAILED, WRONG_USAGE, NOT_RUNNING = 1, 2, 3  # exit statuses
 
 
 class CommandError(OperatorError):
-    """The command failed."""
+    """The command failed: one line for each problem."""
 
-    def __init__(self, message: str, exit_status: int = FAILED) -> None:
-        super().__init__(message)
+    def __init__(self, *problems: str, exit_status: int = FAILED) -> None:
+        super().__init__(*problems)
         self.exit_status = exit_status
 
 
 def not_running(settings: Settings) -> CommandError:
     """The error that no daemon runs."""
-    return CommandError(f"not running at {settings.sockets[0]}", NOT_RUNNING)
+    return CommandError(f"not running at {settings.sockets[0]}", exit_status=NOT_RUNNING)
 
 
 def load(options: argparse.Namespace) -> Loaded:
@@ -44,12 +45,17 @@ def locate(options: argparse.Namespace) -> Settings:
         return Settings(listen=options.socket.split(","))
 
 
-def load_modules(settings: Settings) -> "Registry":
-    """Import all that is exposed, as a worker would. Raises ModuleLoadError."""
+def load_modules(settings: Settings, on_import: Callable[[str], None]) -> "Registry":
+    """Import all that is exposed, as a worker would. Raises ModuleLoadError.
+
+    `on_import` is called before each import, with the module as errors name it.
+    """
     # Not at the top: few commands need it, and all would start later.
     from cpanbridge.supervisor.memory.layout import Shared
     from cpanbridge.workers.modules import builtin
     from cpanbridge.workers.modules.loader import Loader
 
     built_in = builtin.built_in(Shared.create(1, settings.limits), settings, list)
-    return Loader(settings, builtin.NAMES).load(built_in)
+    loader = Loader(settings, builtin.NAMES)
+    loader.on_import = on_import
+    return loader.load(built_in)

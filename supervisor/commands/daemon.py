@@ -12,7 +12,6 @@ from cpanbridge.supervisor.commands import common
 from cpanbridge.supervisor.commands.common import FAILED, CommandError, not_running
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError, Settings
 from cpanbridge.supervisor.control import client
-from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.system import daemonize
 from cpanbridge.supervisor.system.privileges import PrivilegeError
 from cpanbridge.supervisor.wording import count_of, explain_start
@@ -89,13 +88,15 @@ def _stop(settings: Settings) -> bool:
 
 
 def restart(options: argparse.Namespace) -> None:
-    settings = common.load(options).settings
-    # All that can be known to fail is tried before anything is stopped.
-    listener.group_id(settings.socket_group)
-    error = daemonize.try_in_child(lambda: common.load_modules(settings))
-    if error is not None:
-        raise CommandError(f"nothing stopped, because it would not start again: {error}")
-    _stop(settings)
+    from cpanbridge.supervisor.commands import check  # as in `_serve`
+
+    loaded = _load_for_background(options)
+    try:
+        check.examine(loaded)  # all that can be known to fail is tried before anything is stopped
+    except CommandError as error:
+        problem = f"nothing stopped, because it would not start again: {error}"
+        raise CommandError(problem) from None
+    _stop(loaded.settings)
     start(options)
 
 

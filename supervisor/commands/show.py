@@ -5,7 +5,6 @@ in the process of `run` and `start`, and would pay for prometheus-client and ric
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -22,9 +21,7 @@ from cpanbridge.supervisor.commands.common import (
     not_running,
 )
 from cpanbridge.supervisor.control import client, one_call
-from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.reports import surroundings
-from cpanbridge.supervisor.system import privileges
 from cpanbridge.supervisor.system.log_text import TIME, format_duration
 from cpanbridge.supervisor.wording import count_of
 
@@ -101,7 +98,9 @@ def metrics(options: argparse.Namespace) -> None:
 
 def top(options: argparse.Namespace) -> None:
     if not options.once and not sys.stdout.isatty():
-        raise CommandError("top needs a terminal; --once prints one screen", WRONG_USAGE)
+        raise CommandError(
+            "top needs a terminal; --once prints one screen", exit_status=WRONG_USAGE
+        )
     settings = common.locate(options)
     if client.master_pid(settings) is None:
         raise not_running(settings)
@@ -114,44 +113,15 @@ def top(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
+    from cpanbridge.supervisor.commands.check import examine
+
     loaded = common.load(options)
-    settings = loaded.settings
-    user = privileges.identity(settings)
-    for path in settings.listen or ():
-        owner = user.uid if user is not None else None
-        listener.prepare_folder(path, create=False, owner=owner)
-    listener.group_id(settings.socket_group)
-    with _output_to_standard_error():
-        registry = common.load_modules(settings)
-    print(f"configuration: {loaded.source}: fine")
-    for warning in loaded.warnings:
-        print(f"note: {warning}")
-    print(f"sockets: {', '.join(settings.sockets)}")
-    print(f"workers: {settings.worker_count}")
+    lines = examine(loaded)
     found = surroundings.found()
     share_mb = (found["cgroup_memory"] or {}).get("share_mb", 0)
-    limit = surroundings.memory_limit(settings.limits.max_memory_mb, share_mb)
-    print("\n".join(_surroundings_lines(limit, found)))
-    for name, module in sorted(registry.exposed.items()):
-        functions = ", ".join(sorted(module.functions)) or "no functions"
-        results = ", lenient results" if module.lenient else ""
-        print(f"module {name} (affinity {module.affinity}{results}): {functions}")
-    for name, reason in registry.left_out.items():
-        print(f"module {name}: left out: {reason}")
-
-
-@contextlib.contextmanager
-def _output_to_standard_error() -> Iterator[None]:
-    """What modules print while they are imported is not the command's answer."""
-    kept = os.dup(1)
-    sys.stdout.flush()
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+    limit = surroundings.memory_limit(loaded.settings.limits.max_memory_mb, share_mb)
+    print(f"configuration: {loaded.source}: fine")
+    print("\n".join([*lines, *_surroundings_lines(limit, found)]))
 
 
 def call(options: argparse.Namespace) -> None:
@@ -160,7 +130,7 @@ def call(options: argparse.Namespace) -> None:
     try:
         params = _strict_json(options.params)
     except ValueError as error:
-        raise CommandError(f"JSON: {error}", WRONG_USAGE) from None
+        raise CommandError(f"JSON: {error}", exit_status=WRONG_USAGE) from None
     result = one_call.call(path, options.module, options.function, params, options.timeout)
     text = json.dumps(result, indent=2, ensure_ascii=False)
     try:

@@ -13,11 +13,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from cpanbridge.supervisor.system.log_text import describe_exit, printable
+from cpanbridge.supervisor.system.log_text import printable
 
 LOGGER = logging.getLogger("cpanbridge.master")
-
-_MOST_BYTES = 4000  # of an error: a pipe takes them without a reader
 
 
 class StartOutcome(msgspec.Struct):
@@ -54,33 +52,6 @@ def start(
     if not line:
         return StartOutcome(error="the master died while starting; its log may say why")
     return msgspec.json.decode(line, type=StartOutcome)
-
-
-def try_in_child(work: Callable[[], object]) -> str | None:
-    """Run `work` in a child process; None, or what it raised, or how the process ended.
-
-    For what would change this process, such as importing modules.
-    """
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        error = ""
-        try:
-            os.close(read_end)
-            os.dup2(2, 1)
-            work()
-        except BaseException as raised:
-            error = printable(str(raised)) or type(raised).__name__
-        finally:
-            os.write(write_end, b"\0" + error.encode()[:_MOST_BYTES])
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        message = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if not message:
-        return f"a module ended the process: {describe_exit(status)}"
-    return message[1:].decode("utf-8", "replace") or None
 
 
 def _run_daemon(write_end: int, serve: Callable[[Callable[[str | None], None]], int]) -> None:

@@ -2,7 +2,7 @@
 
 What needs root is done first: the socket's default folder and the log files become that user's.
 From then on no process of the daemon is root's, the master included, so a reload and an upgrade can
-do no more than the user may. `drop` is called in the master, `identity` in the command too.
+do no more than the user may. `drop` is called in the master, the others in the command too.
 """
 
 import grp
@@ -54,6 +54,11 @@ def drop(settings: Settings, user: Identity) -> None:
         os.chown(os.path.dirname(settings.sockets[0]), user.uid, user.gid)
     for descriptor in logs.descriptors():
         os.fchown(descriptor, user.uid, user.gid)
+    become(user)
+
+
+def become(user: Identity) -> None:
+    """Be that user from now on. Called as root."""
     os.initgroups(user.name, user.gid)
     os.setgid(user.gid)
     os.setuid(user.uid)

@@ -560,6 +560,69 @@ def test_check_says_what_start_would_say_of_a_broken_module(new_daemon: NewDaemo
     assert told.removeprefix("cpanbridged: ") in failed(daemon.command("start"))
 
 
+def test_check_tells_all_that_is_wrong(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("")
+    folder, none = daemon.folder, f"{daemon.folder}/none"
+    daemon.replace_config(
+        f'listen = ["{daemon.path}", "{none}/d.sock", "{daemon.config}"]\n'
+        f'log_file = "{none}/d.log"\nsecurity_log = "{folder}"\nsocket_group = "no such group"\n'
+        '[modules.a]\nimport = "no_such_module_at_all"\nfunctions = "*"\n'
+        '[modules.b]\nimport = "statistics"\nfunctions = ["meen", "mean", "stdef"]\n'
+    )
+    done = daemon.command("check")
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = [line.removeprefix("cpanbridged: ") for line in done.stderr.splitlines()]
+    for line, beginning in zip(
+        lines,
+        [
+            "socket_group = 'no such group': there is no such group",
+            f"log_file = '{none}/d.log': the folder {none} does not exist",
+            f"security_log = '{folder}': is a folder",
+            f"{none}: No such file",
+            f"{daemon.config}: exists and is not a socket",
+            "modules.a: import of 'no_such_module_at_all' failed",
+            "modules.b: function 'meen' does not exist",
+            "modules.b: function 'stdef' does not exist",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(beginning)
+    assert sorted(os.listdir(folder)) == ["c.toml"]
+
+
+@pytest.mark.parametrize("command", ["check", "restart", "start"])
+def test_a_module_that_hangs_is_named_and_nothing_is_left(
+    new_daemon: NewDaemon, command: str
+) -> None:
+    daemon = new_daemon("")
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    (helpers / "hangs.py").write_text("import time\ntime.sleep(600)\n")
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    daemon.will_run("import cpanbridge.supervisor.processes.spawner as s\ns.BOOT_SECONDS = 0.5\n")
+    line = failed(daemon.command(command))
+    assert f"{helpers}/hangs.py: not imported after 0.5 s; " in line
+    if command != "start":
+        assert f"it is at {helpers}/hangs.py:2" in line
+    until(lambda: nothing_is_left(daemon))
+
+
+def test_check_leaves_nothing_that_a_module_has_started_and_notes_too_little_memory(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon("workers = 2")
+    helpers = daemon.folder / "helpers"
+    helpers.mkdir()
+    (helpers / "starts.py").write_text(
+        "import os, time\nif os.fork() == 0:\n    time.sleep(600)\n    os._exit(0)\n"
+    )
+    daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    done = daemon.command("check", "--set", "limits.max_memory_mb=2", timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "note: limits.max_memory_mb = 2 is less than a single process " in done.stdout
+    until(lambda: not users_of(daemon.folder))
+
+
 def test_call_prints_the_result_as_json(shared_daemon: Daemon) -> None:
     daemon = shared_daemon
     done = daemon.command("call", "probe", "echo", '{"a": [1, null, "\\u2603"]}')

@@ -1,0 +1,129 @@
+"""Trying what may change, hang or end a process: becoming the daemon's user, importing modules.
+
+It runs in a child process, which has as long as a process of the daemon has to boot. The child
+writes messages, each a line: what it imports now, and at the end its result or what was wrong.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import select
+import signal
+import socket
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from typing import IO, NoReturn
+
+import msgspec
+import psutil
+
+from cpanbridge.supervisor.commands.common import CommandError
+from cpanbridge.supervisor.config import OperatorError
+from cpanbridge.supervisor.processes import spawner
+from cpanbridge.supervisor.system.log_text import describe_exit, printable
+from cpanbridge.supervisor.wording import explain_start
+
+_FRAME = re.compile(r'File "([^<].*)", line (\d+)')
+_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+
+# Called in the child before each import, with the module as errors name it.
+Tell = Callable[[str], None]
+
+
+class _Message(msgspec.Struct):
+    importing: str = ""
+    result: list[str] | None = None
+    problems: list[str] | None = None
+
+
+def try_in_child(work: Callable[[Tell], list[str]]) -> list[str]:
+    """What `work` returns in a child process. Raises CommandError with all that is wrong.
+
+    What modules print goes to standard error. No process is left, nor what modules have started.
+    """
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryFile("w+") as stacks, ours:
+        child = os.fork()
+        if child == 0:
+            ours.close()
+            _be_child(work, theirs, stacks)
+        theirs.close()
+        try:
+            message, in_time = _last_message(ours, child)
+            place = "" if in_time else _place(child, stacks)
+        finally:
+            status = _end(child)
+    if message.result is not None:
+        return message.result
+    if message.problems is not None:
+        raise CommandError(*message.problems)
+    what = message.importing or "a module"
+    if in_time:
+        raise CommandError(f"{what}: its import ended the process: {describe_exit(status)}")
+    raise CommandError(f"{what}: not imported after {spawner.BOOT_SECONDS:g} s{place}")
+
+
+def _be_child(work: Callable[[Tell], list[str]], end: socket.socket, stacks: IO[str]) -> NoReturn:
+    def send(message: _Message) -> None:
+        end.sendall(msgspec.json.encode(message) + b"\n")
+
+    try:
+        os.dup2(2, 1)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=False, chain=False)
+        try:
+            message = _Message(result=work(lambda label: send(_Message(printable(label)))))
+        except OperatorError as error:
+            message = _Message(problems=[printable(each) for each in error.problems])
+        except OSError as error:
+            message = _Message(problems=[printable(explain_start(error))])
+        send(message)
+        end.recv(1)  # until the command ends it, with what modules have started
+    finally:
+        os._exit(1)
+
+
+def _last_message(end: socket.socket, child: int) -> tuple[_Message, bool]:
+    """The child's last message, and whether it came to its end in time."""
+    until = time.monotonic() + spawner.BOOT_SECONDS
+    data, message = b"", _Message()
+    with open(os.pidfd_open(child), "rb") as process:
+        ended = process.fileno()
+        while (left := until - time.monotonic()) > 0:
+            # Something that the child has left may hold its end open.
+            ready, _, _ = select.select([end.fileno(), ended], [], [], left)
+            chunk = end.recv(65536) if end.fileno() in ready else b""
+            *lines, data = (data + chunk).split(b"\n")
+            if lines:
+                message = msgspec.json.decode(lines[-1], type=_Message)
+            if message.result is not None or message.problems is not None:
+                return message, True
+            if ready and not chunk:
+                return message, True
+    return message, False
+
+
+def _place(child: int, stacks: IO[str]) -> str:
+    """Where the child's main thread is now, as far as it can still be asked."""
+    os.kill(child, signal.SIGUSR2)
+    until = time.monotonic() + spawner.DUMP_SECONDS
+    frames: list[tuple[str, str]] = []
+    while not frames and time.monotonic() < until:
+        time.sleep(0.01)
+        stacks.seek(0)
+        frames = _FRAME.findall(stacks.read())
+    # The line in the operator's own code says more than the one in a library that it called.
+    own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)] or frames
+    return f"; it is at {own[0][0]}:{own[0][1]}" if own else ""
+
+
+def _end(child: int) -> int:
+    """End the child and what it has started; its wait status."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(child).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    os.kill(child, signal.SIGKILL)  # it stays this process's child until it was waited for
+    return os.waitpid(child, 0)[1]
