@@ -102,11 +102,11 @@ def test_start_status_and_stop_say_what_they_did(new_daemon: NewDaemon) -> None:
 
     status = daemon.command("status")
     assert status.returncode == 0
-    first, gate, load, limit, *workers = status.stdout.splitlines()
+    first, gate, load, limit, cores, *workers = status.stdout.splitlines()
     assert re.fullmatch(rf"running: pid {pid}, up 0h 0m \d+s, listening on {daemon.path}", first)
     assert gate.startswith("  gate open for ")
     assert re.fullmatch(r"  memory \d+\.\dMB, CPU \d+\.\d% \(peaks .*\)", load)
-    assert limit.startswith("  memory limit: ")
+    assert (limit[:16], cores[:9]) == ("  memory limit: ", "  cores: ")
     assert [re.sub(r"\d+:", "N:", line, count=1) for line in workers] == [
         "  pid N: template gen 1 forks",
         "  pid N: worker 0 gen 1 busy 0/100",
