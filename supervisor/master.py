@@ -67,7 +67,7 @@ class Master:
         self._loop = loop = Loop()
         self._pool = pool = WorkerPool(self, loop, shared, wakeups, mains)
         self._reloader = Reloader(load, loaded, sockets, pool, number, self._follow_generation)
-        retirement = Retirement(pool)
+        retirement = Retirement(pool, self.handle_term)
         listeners = [each.socket for each in sockets.listeners]
         # There is no memory for two: the replacement starts when the worker has ended.
         retire = partial(retirement.retire_soon, replace_first=False)

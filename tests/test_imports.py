@@ -27,7 +27,7 @@ FLOORS = {
 FOR_WORKERS = (
     *("config", "gate", "memory", "wording", "processes.context"),
     *("reports.health", "reports.reports"),
-    *("system.exhaustion", "system.log_text", "system.logs", "version"),
+    *("system.exhaustion", "system.log_text", "system.logs", "system.start_time", "version"),
 )
 MOST_LINES = 350
 MOST_COLLABORATORS = 6

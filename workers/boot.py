@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,8 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
 _prctl = ctypes.CDLL(None).prctl
+
+_reopen_requested = False  # written by the handler of USR1, in the main thread
 
 
 def run_and_exit(name: str, main: Callable[[], int]) -> NoReturn:
@@ -41,7 +44,7 @@ def run_and_exit(name: str, main: Callable[[], int]) -> NoReturn:
 
 def set_up(context: WorkerContext, title: str) -> None:
     """Undo what the master has set up for itself, and prepare to import modules."""
-    _reset_signals(context)
+    _reset_signals()
     _end_with_living_master(context)
     show_title(title)
     faulthandler.enable()
@@ -67,6 +70,7 @@ def set_up_forked(context: WorkerContext, title: str, parent: int) -> None:
     `parent` is a pidfd of the process between the two. When it is readable, that process has ended,
     and the kernel has made the master this one's parent. Called with all signals blocked.
     """
+    signal.set_wakeup_fd(-1)  # the template's
     show_title(title)
     select.select([parent], [], [])
     os.close(parent)
@@ -92,8 +96,16 @@ def flush_output() -> None:
             stream.flush()
 
 
+def reopen_logs_if_requested(context: WorkerContext) -> None:
+    """After a USR1. The handler does nothing itself: whatever it interrupts may hold a lock."""
+    if _reopen_requested:
+        reopen_logs(context)
+
+
 def reopen_logs(context: WorkerContext) -> None:
     """Go on in new log files of the same names, or in the old ones when that fails."""
+    global _reopen_requested
+    _reopen_requested = False
     try:
         context.reopen_logs()
     except LogError as error:
@@ -115,10 +127,24 @@ def _end_with_living_master(context: WorkerContext) -> None:
         os._exit(1)  # it had ended before the kernel was told
 
 
-def _reset_signals(context: WorkerContext) -> None:
+def signal_wakeup() -> socket.socket:
+    """From now on this socket is readable after each signal, and has the numbers of all."""
+    signals, wakeup = socket.socketpair()
+    for end in (signals, wakeup):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wakeup.detach(), warn_on_full_buffer=False)
+    return signals
+
+
+def _request_reopening(*_: object) -> None:
+    global _reopen_requested
+    _reopen_requested = True
+
+
+def _reset_signals() -> None:
     """Undo the master's handlers. None is ignored: what modules start would inherit that."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGUSR1, lambda *_: reopen_logs(context))
+    signal.signal(signal.SIGUSR1, _request_reopening)
     # These reach the whole process group of a terminal, and are for the master alone.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)

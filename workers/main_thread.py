@@ -58,11 +58,10 @@ class MainThread:
 
     def watch(self) -> None:
         """Serve until told to exit, or the master is gone; return when what ran has finished."""
-        signals, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signals = boot.signal_wakeup()
         signal.signal(signal.SIGTERM, lambda *_: None)  # heard through the wake-up descriptor
         context, service = self._context, self._service
+        boot.reopen_logs_if_requested(context)  # while it imported modules
         events = (*service.attention, self._wakeup)  # eventfds that only wake this thread
         selector = selectors.DefaultSelector()
         selector.register(signals, selectors.EVENT_READ)
@@ -87,7 +86,10 @@ class MainThread:
                 self._close_queues()
                 self._stop(self._graceful_end())
                 break
-            if signals in ready and signal.SIGTERM in signals.recv(4096):
+            received = signals.recv(4096) if signals in ready else b""
+            if signal.SIGUSR1 in received:
+                boot.reopen_logs(context)
+            if signal.SIGTERM in received:
                 exit_by = self._slot.exit_by / 1e9 or math.inf
                 if self._slot.command == fields.COMMAND_STOP:
                     self._stop(exit_by)
@@ -131,7 +133,7 @@ class MainThread:
             fields.RETIREMENT_WORN,
         ):
             slot.retirement_request = request
-            os.eventfd_write(self._context.retirement_request, 1)
+            os.eventfd_write(self._context.wake_master, 1)
 
     # -- exiting --
 

@@ -7,7 +7,9 @@ waits for commands to fork a worker. It ends when the master closes the command 
 import gc
 import logging
 import os
+import select
 import signal
+import socket
 from contextlib import suppress
 from typing import NoReturn
 
@@ -51,12 +53,24 @@ def _serve(context: TemplateContext) -> int:
     gc.collect()
     gc.freeze()
     boot.show_title(name)
+    signals = boot.signal_wakeup()
     tell_imports(context.commands, imports)
-    while (command := receive_command(context.commands)) is not None:
+    while (command := _next_command(context, signals)) is not None:
         slot, report = command
         _fork(context, loader, context.worker._replace(slot=slot, report=report))
         os.close(report)
     return 0
+
+
+def _next_command(context: TemplateContext, signals: socket.socket) -> tuple[int, int] | None:
+    """Wait for a command, see `receive_command`; reopen the logs when that is asked for."""
+    while True:
+        boot.reopen_logs_if_requested(context.worker)
+        ready, _, _ = select.select([context.commands, signals], [], [])
+        if signals in ready:
+            signals.recv(4096)
+        if context.commands in ready:
+            return receive_command(context.commands)
 
 
 def _fork(context: TemplateContext, loader: Loader, worker_context: WorkerContext) -> None:

@@ -68,7 +68,9 @@ def _work(context: WorkerContext, loader: Loader) -> int:
 
 def _boot(context: WorkerContext, loader: Loader) -> Registry:
     names: list[str] = []
-    built_in = builtin.built_in(context.shared, context.settings, lambda: names, context.wakeups)
+    built_in = builtin.built_in(
+        context.shared, context.settings, lambda: names, context.wakeups, context.wake_master
+    )
     loader.on_import = partial(report_import, context.report)
     registry = loader.load(built_in)
     names.extend(sorted(registry.exposed))

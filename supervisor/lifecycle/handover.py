@@ -146,7 +146,7 @@ class Handover:
         self._service_manager.handed_over(pid)
         self._sockets.give_away()
         for number in self._deferred:
-            os.kill(pid, number)
+            os.kill(self.successor, number)  # not waited for yet, so the pid is still its own
         self.complete = True
         self._line.close()  # last: by that the new master knows that the old one is done
 

@@ -108,6 +108,8 @@ class Header(ctypes.Structure):
         # 1: a worker has died, and the counters above may still count what it held. Set by the
         # master, cleared by who counts anew under the gate's lock.
         ("recount", ctypes.c_int64),
+        # Set by any worker, without a lock, and never cleared: `system.shutdown` was called.
+        ("stop_requested", ctypes.c_int64),
         # Written by leading threads, without a lock: the last store counts.
         (
             "awake_acceptor",
@@ -127,6 +129,7 @@ class Slot(ctypes.Structure):
     _fields_ = (
         # Written by the master.
         ("pid", ctypes.c_int64),  # 0: no process has the slot
+        ("started", ctypes.c_int64),  # that process: see start_time.py; 0: not known
         ("generation", ctypes.c_int64),
         ("command", ctypes.c_int64),  # COMMAND_..., before the worker is sent a TERM
         ("exit_by", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: when all has finished

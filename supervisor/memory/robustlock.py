@@ -19,6 +19,7 @@ processes/watchdog.py.)
 import ctypes
 import errno
 import os
+import threading
 import time
 from types import TracebackType
 
@@ -34,6 +35,8 @@ LONGEST_SLEEP = 0.005
 _PROCESS_SHARED = _ROBUST = 1  # PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST
 _RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE
 
+_FUTEX_TID_MASK = 0x3FFFFFFF  # see get_robust_list(2)
+
 _libc = ctypes.PyDLL(None)  # not CDLL: that one gives up the interpreter lock around each call
 _trylock = _libc.pthread_mutex_trylock
 _unlock = _libc.pthread_mutex_unlock
@@ -44,6 +47,7 @@ class SharedLock:
 
     def __init__(self, address: int) -> None:
         """`address` is where the lock stands in this process: `SIZE` bytes, made by `create`."""
+        self._futex = ctypes.c_uint32.from_address(address + _FUTEX_AT)
         self._mutex = ctypes.byref((ctypes.c_char * SIZE).from_address(address))
 
     @staticmethod
@@ -112,7 +116,31 @@ class SharedLock:
         if _unlock(self._mutex) != 0:
             self.release()  # raises what is wrong
 
+    def holder(self) -> int:
+        """The thread that has the lock, as gettid(2) tells it; 0: none. A glance, without it."""
+        return self._futex.value & _FUTEX_TID_MASK
+
 
 def _check(error: int) -> None:
     if error != 0:
         raise OSError(error, os.strerror(error))
+
+
+def _find_futex() -> int:
+    """Where in a robust mutex its holder's thread id stands, in bytes.
+
+    The kernel must find it to free the mutex, so it is there; C libraries differ in where.
+    """
+    memory = (ctypes.c_uint32 * (SIZE // 4))()
+    address = ctypes.addressof(memory)
+    SharedLock.create(address)
+    mutex = ctypes.byref(memory)
+    _check(_trylock(mutex))
+    try:
+        thread = threading.get_native_id()
+        return 4 * [word & _FUTEX_TID_MASK for word in memory].index(thread)
+    finally:
+        _check(_unlock(mutex))
+
+
+_FUTEX_AT = _find_futex()

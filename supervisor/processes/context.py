@@ -39,7 +39,9 @@ class WorkerContext(NamedTuple):
     lifeline: int  # reads end of file when the master is gone
     report: int  # where the worker writes its Reports
     opening: int  # an eventfd, readable from when the worker may accept; it is never read
-    retirement_request: int  # an eventfd: written when the worker's slot asks for its retirement
+    # An eventfd: written when the worker asks the master for something, in the shared memory. After
+    # an upgrade it is an earlier master's; the present one looks there by itself, twice a second.
+    wake_master: int
     reopen_logs: Callable[[], None]  # raises LogError
 
 

@@ -1,4 +1,4 @@
-"""Retiring workers that the daemon is better off without.
+"""Retiring workers that the daemon is better off without, and what else workers ask for.
 
 A retired worker accepts no client any more, finishes what it runs, and exits: no request is lost.
 Its replacement boots meanwhile in another slot where there is room for both. Called in the master.
@@ -7,6 +7,7 @@ Its replacement boots meanwhile in another slot where there is room for both. Ca
 import logging
 import os
 import time
+from collections.abc import Callable
 
 from cpanbridge.supervisor.memory.fields import RETIREMENT_HANGS, RETIREMENT_WORN
 from cpanbridge.supervisor.processes.pool import WorkerPool
@@ -15,11 +16,15 @@ LOGGER = logging.getLogger("cpanbridge.master")
 
 
 class Retirement:
-    """Retires the workers of one master, when it sees fit or when they ask for it."""
+    """Retires the workers of one master, when it sees fit or when they ask for it.
 
-    def __init__(self, pool: WorkerPool) -> None:
+    `stop` is called when a client has had a worker ask for the daemon's end.
+    """
+
+    def __init__(self, pool: WorkerPool, stop: Callable[[], None]) -> None:
         self._pool = pool
-        pool.spawner.loop.watch(pool.spawner.retirement_request, self._requested)
+        self._stop = stop
+        pool.spawner.loop.watch(pool.spawner.wakeup, self._requested)
 
     def retire(self, slot: int, reason: str, *, replace_first: bool, hurry: bool = True) -> bool:
         """Have the worker in a slot exit: it finishes what it runs, within `graceful_timeout`.
@@ -66,7 +71,12 @@ class Retirement:
         return True
 
     def handle_requests(self) -> None:
-        """Retire the workers that ask for it, but for those that exit already."""
+        """Retire the workers that ask for it, but for those that exit already; or stop.
+
+        A master that stands still does not stop: the next one finds the same request.
+        """
+        if self._pool.spawner.shared.header.stop_requested and self._pool.starts:
+            self._stop()
         for number, slot in enumerate(self._pool.spawner.shared.used_slots):
             if slot.retirement_request == RETIREMENT_HANGS:
                 self.retire_soon(number, "a call hangs", replace_first=True)
@@ -75,5 +85,5 @@ class Retirement:
                 self.retire(number, reason, replace_first=True, hurry=False)
 
     def _requested(self) -> None:
-        os.eventfd_read(self._pool.spawner.retirement_request)
+        os.eventfd_read(self._pool.spawner.wakeup)
         self.handle_requests()

@@ -56,8 +56,8 @@ class Spawner:
         # Workers have the read end only, so it reads end of file when the master is gone, however
         # the master ended.
         self.lifeline, self.life = os.pipe()
-        # A worker that asks to be retired writes to it.
-        self.retirement_request = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # A worker that asks for something writes to it.
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # The write ends of earlier masters' lifelines, while workers of theirs are there.
         self.inherited_life: list[int] = []
         self.oom_kills = OomKills(self.loop)
@@ -89,7 +89,7 @@ class Spawner:
     ) -> NoReturn:
         """Called in the child: close what is the master's alone, and never return."""
         try:
-            retirement_request = os.dup(self.retirement_request)
+            wake_master = os.dup(self.wakeup)
             self.loop.let_go()
             for life in (self.life, *self.inherited_life):
                 os.close(life)
@@ -108,7 +108,7 @@ class Spawner:
                     lifeline=self.lifeline,
                     report=UNASSIGNED,
                     opening=generation.opening,
-                    retirement_request=retirement_request,
+                    wake_master=wake_master,
                     reopen_logs=logs.reopen,
                 )
             )

@@ -15,8 +15,9 @@ handles what is still there a while after that time:
 The client gets no answer from the master: its socket is the worker's, and only the worker knows
 what was sent on it. Its connection ends with the worker.
 
-A worker that hangs while it holds the gate's lock keeps all others from admitting. So a hanging
-worker is killed at once when that lock does not become free.
+A worker that hangs while it holds the gate's lock keeps all others from admitting, whether or not
+it runs a call whose time is over. So the worker that holds the lock is killed when the lock does
+not come free. Which one that is stands in the lock.
 
 The master checks when the time of some call is over, and twice a second, for there may be an
 earlier one by then. Only what it has found overdue itself, a while ago, counts: after a suspension,
@@ -38,6 +39,10 @@ CHECK_NS = 500_000_000
 LEAST_NS = 50_000_000  # between two checks; workers check as often
 OVERDUE_NS = 200_000_000
 TRIES = 100
+# The gate's lock is held for microseconds. So many checks in a row, and for so long, it was found
+# with one thread, which may have had to wait for a processor.
+LOCK_CHECKS = 4
+LOCK_NS = 1_000_000_000
 
 
 @dataclass
@@ -47,7 +52,6 @@ class Overdue:
     deadline: int
     found_at: int  # CLOCK_MONOTONIC nanoseconds, as all times here
     handled: bool = False
-    gate_was_free: bool = True  # at the last check
 
 
 class Watchdog:
@@ -58,11 +62,13 @@ class Watchdog:
         self._retirement = retirement
         self._shared = pool.spawner.shared
         self._overdue: dict[int, Overdue] = {}  # by slot
+        self._lock_watch = LockWatch(pool)
 
     def check(self) -> None:
         """Check, now and from now on."""
         self._retirement.handle_requests()  # some may have been made to another master
         now = time.monotonic_ns()
+        self._lock_watch.check(now)
         next_check = now + CHECK_NS
         known, self._overdue = self._overdue, {}
         for number, slot in enumerate(self._shared.used_slots):
@@ -84,7 +90,6 @@ class Watchdog:
 
     def _handle(self, number: int, overdue: Overdue) -> None:
         worker = self._pool.workers[number]
-        was_free, overdue.gate_was_free = overdue.gate_was_free, self._gate_is_free()
         handled, overdue.handled = overdue.handled, True
         if not handled:
             LOGGER.error(
@@ -95,26 +100,50 @@ class Watchdog:
                 worker.pid,
                 self._shared.names.all()[worker.slot.call_function],
             )
-        elif not (was_free or overdue.gate_was_free):
-            LOGGER.error(
-                "Worker %d (pid %d) is killed: it hangs, and the gate's lock does not come free, "
-                "which all others wait for",
-                number,
-                worker.pid,
-            )
-            worker.kill()
         worker.slot.serves = 0  # if it runs again after all, it exits, and does not set this again
         # It would drain for as long as it hangs.
         self._retirement.retire_soon(number, "a call hangs", replace_first=True)
         if not handled:  # last, because the worker writes these lines in pieces
             worker.signal(signal.SIGUSR2)  # see workers/boot.py
 
-    def _gate_is_free(self) -> bool:
-        """Whether the gate's lock can be had. It is held for microseconds."""
-        lock = self._shared.lock
+
+class LockWatch:
+    """Finds who hangs with the gate's lock, and ends that worker. One daemon's."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._lock = pool.spawner.shared.lock
+        self._holder = 0  # a thread; 0: the lock was free at the last check
+        self._since = 0  # CLOCK_MONOTONIC nanoseconds
+        self._checks = 0  # that found it with that thread
+
+    def check(self, now: int) -> None:
+        """Check once; `now` is CLOCK_MONOTONIC nanoseconds."""
+        holder = self._find_holder()
+        if holder != self._holder:
+            self._holder, self._since, self._checks = holder, now, 0
+        self._checks += 1
+        if holder and self._checks >= LOCK_CHECKS and now >= self._since + LOCK_NS:
+            self._end(holder)
+            self._holder = 0
+
+    def _find_holder(self) -> int:
         for _ in range(TRIES):
-            if lock.acquire(block=False):
-                lock.release()
-                return True
+            if self._lock.acquire(block=False):
+                self._lock.release()
+                return 0
             os.sched_yield()
-        return False
+        return self._lock.holder()
+
+    def _end(self, holder: int) -> None:
+        for worker in self._pool.workers:
+            if worker.pid and os.path.exists(f"/proc/{worker.pid}/task/{holder}"):
+                LOGGER.error(
+                    "Worker %d (pid %d) is killed: it hangs, and the gate's lock does not come "
+                    "free, which all others wait for",
+                    worker.number,
+                    worker.pid,
+                )
+                worker.kill()
+                return
+        LOGGER.error("Thread %d has the gate's lock and is no worker's of this master", holder)

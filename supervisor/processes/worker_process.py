@@ -24,6 +24,7 @@ from cpanbridge.supervisor.processes.context import BEGIN, Report, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.spawner import Process, Spawner
 from cpanbridge.supervisor.processes.templates import Template
+from cpanbridge.supervisor.system.start_time import start_time
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -128,6 +129,9 @@ class WorkerProcess(Process):
         self.slot.since = time.monotonic_ns()
         self.slot.admitted_before = self.slot.admitted
         self._spawner.unattended.attend(self.number)
+        with contextlib.suppress(OSError):
+            self.slot.started = 0
+            self.slot.started = start_time(pid) or 0
         self.slot.pid, self.slot.generation = pid, self.generation.number
         self._spawner.loop.watch(self._report, self._read_report)
         self._started(pid)
@@ -136,14 +140,15 @@ class WorkerProcess(Process):
         """Take over the worker that another master has started here; False if there is none.
 
         It is not a child of this process: a pidfd tells when it has ended. As with waitpid(2), all
-        its descriptors are closed by then.
+        its descriptors are closed by then. If it has ended before, its pid may be a stranger's.
         """
+        if not self.slot.pid:
+            return False
         self.pid = self.slot.pid
-        try:
-            self._handle = os.pidfd_open(self.pid) if self.pid else -1
-        except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            self._handle = os.pidfd_open(self.pid)
+        if self._handle < 0 or not self._is_still(self.pid):
             self.clear()
-        if self._handle < 0:
             return False
         self.ready_at = time.monotonic()
         self._spawner.loop.watch(self._handle, lambda: self._on_left(self))
@@ -153,6 +158,13 @@ class WorkerProcess(Process):
                 left = (self.slot.exit_by - time.monotonic_ns()) / 1e9
                 self.after(left + KILL_MARGIN, self._does_not_end)
         return True
+
+    def _is_still(self, pid: int) -> bool:
+        """Whether a process is the one that was started here, as far as can be told."""
+        try:
+            return self.slot.started in (0, start_time(pid))
+        except OSError:
+            return True  # it cannot be told for now
 
     def _read_report(self) -> None:
         report = self.take_report(ended=False)

@@ -3,6 +3,9 @@
 Any number of descriptors and timers can be registered. Between two events the process sleeps in one
 system call: nothing is polled. A handler must return quickly, because nothing else runs meanwhile.
 
+A timer's action that fails runs again after a pause, until it does not: what was to happen happens
+late, and what repeats itself goes on. So an action that sets the next timer does that last.
+
 Times are CLOCK_MONOTONIC seconds: setting the machine's clock changes nothing.
 """
 
@@ -20,20 +23,21 @@ from cpanbridge.supervisor.wording import explain_start
 LOGGER = logging.getLogger("cpanbridge.master")
 
 MOST_FAULTS = 10  # in a second; after more, going on would be a busy loop
+FAULT_SECONDS = 1.0  # before a timer's action that has failed runs again
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
 
 class Timer:
-    """An action that is to run once, unless it is cancelled before."""
+    """An action that is to run once without failing, unless it is cancelled before."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action: Callable[[], None] | None = action
 
     @property
     def pending(self) -> bool:
-        """Whether it has neither run nor been cancelled."""
+        """Whether it has neither run to its end nor been cancelled."""
         return self._action is not None
 
     def cancel(self) -> None:
@@ -42,9 +46,9 @@ class Timer:
 
     def run(self) -> None:
         """Called by the loop when the timer expires."""
-        action, self._action = self._action, None
-        if action is not None:
-            action()
+        if self._action is not None:
+            self._action()
+            self._action = None
 
 
 class Loop:
@@ -72,8 +76,11 @@ class Loop:
     def after(self, seconds: float, action: Callable[[], None]) -> Timer:
         """Call `action` once, in so many seconds."""
         timer = Timer(action)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), timer))
+        self._set(timer, seconds)
         return timer
+
+    def _set(self, timer: Timer, seconds: float) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), timer))
 
     def turn(self) -> None:
         """Sleep until a descriptor is ready or a timer expires, and call the handlers."""
@@ -84,7 +91,10 @@ class Loop:
                 self._do(key.data)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            self._do(heapq.heappop(self._timers)[2].run)
+            timer = heapq.heappop(self._timers)[2]
+            self._do(timer.run)
+            if timer.pending:
+                self._set(timer, FAULT_SECONDS)
 
     def _do(self, step: Callable[[], None]) -> None:
         """One step. A fault in one of them does not end the daemon; many in a row do."""

@@ -397,14 +397,24 @@ def deadlock(event: str | None = None) -> None:
         library.pthread_mutex_lock(mutex)
 
 
-def hold_gate(event: str) -> None:
-    """Takes the gate's lock and hangs, as a call may do that gets to run in the wrong moment."""
+def _gate_lock() -> Any:
     frame = sys._getframe()
     while not hasattr(frame.f_locals.get("self"), "gate"):  # of the worker's code that calls this
         assert frame.f_back is not None
         frame = frame.f_back
-    with frame.f_locals["self"].gate._lock:
+    return frame.f_locals["self"].gate._lock
+
+
+def hold_gate(event: str) -> None:
+    """Takes the gate's lock and hangs, as a call may do that gets to run in the wrong moment."""
+    with _gate_lock():
         deadlock(event)
+
+
+def stop_with_gate() -> None:
+    """Takes the gate's lock, and the whole process is stopped."""
+    with _gate_lock():
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def fork_bomb() -> list[int]:

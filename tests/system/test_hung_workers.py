@@ -200,6 +200,22 @@ def test_a_worker_that_hangs_inside_the_gate_is_killed_before_others_have_waited
     until(lambda: len(daemon.workers()) == 2 and pid not in daemon.workers())
 
 
+def test_a_lock_that_does_not_come_free_ends_who_holds_it_and_not_who_hangs(
+    new_daemon: NewDaemon, pool: ThreadPoolExecutor
+) -> None:
+    daemon = new_daemon("workers = 2").run()
+    (*both,) = daemon.workers()
+    hanging, _ = Caller(pool, daemon, "one-shot", timeout=0.5).call("deadlock")
+    (other,) = set(both) - {hanging}
+    with Framed(daemon.path) as client:  # it has no time limit: nobody finds this call overdue
+        client.send("probe", "stop_with_gate")
+        until(lambda: f"(pid {other}) is killed: it hangs, and the gate's lock" in daemon.log())
+    assert hanging in daemon.workers()
+    assert f"(pid {hanging}) is killed" not in daemon.log()
+    assert daemon.call("probe", "worker_pid") not in (hanging, other)
+    assert daemon.stop(signal.SIGQUIT) == 0
+
+
 def test_new_state_does_not_go_to_a_worker_that_hangs(
     new_daemon: NewDaemon, pool: ThreadPoolExecutor
 ) -> None:

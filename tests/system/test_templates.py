@@ -306,3 +306,27 @@ def test_a_later_worker_writes_to_the_log_that_is_open_now(new_daemon: NewDaemon
     with psutil.Process(new).oneshot():
         assert os.readlink(f"/proc/{new}/fd/2") == str(daemon.log_file)
     assert f"pid {new}" not in old.read_text()
+    (template,) = daemon.templates()
+    assert os.readlink(f"/proc/{template}/fd/2") == str(daemon.log_file)
+
+
+INTERRUPTED = """
+import logging, os, signal
+with logging.getLogger("cpanbridge").handlers[0].lock:
+    os.rename({log!r}, {log!r} + ".1")
+    os.link({log!r} + ".1", {log!r})  # the others, which are not told, go on in the same file
+    os.kill(os.getpid(), signal.SIGUSR1)
+    FOUND = [os.readlink("/proc/self/fd/2")]
+def logs():
+    return [*FOUND, os.readlink("/proc/self/fd/2")]
+"""
+
+
+def test_the_log_is_reopened_when_nothing_is_interrupted_that_may_hold_a_lock(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon()
+    log = str(daemon.log_file)
+    top = "workers = 1\npreload = false"
+    expose(daemon, top, interrupted=INTERRUPTED.format(log=log)).run()
+    assert daemon.call("interrupted", "logs") == [f"{log}.1", log]

@@ -5,13 +5,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Daemon, NewDaemon, daemons
+from conftest import COMMAND, Daemon, NewDaemon, daemons
 from plain_client import Framed, connect, one_shot, until
 
 CONFIG = "workers = 2\nlimits.max_requests_per_minute = 0"
@@ -443,3 +445,43 @@ def test_workers_of_the_old_master_are_watched_by_the_new_one(daemon: Daemon) ->
         until(lambda: daemon.metrics()["system_stats"]["processes"] == 5)
         os.kill(pid, signal.SIGKILL)
         assert isinstance(call.exception(20), ConnectionError | ValueError)
+
+
+# As process 1 of a container, it is the parent of what others leave behind.
+OUTER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+subprocess.Popen(sys.argv[1:])
+try:
+    while True:
+        os.wait()
+except ChildProcessError:  # all have ended
+    pass
+"""
+
+
+def test_shutdown_in_a_worker_of_the_old_master_stops_the_daemon_and_signals_no_stranger(
+    new_daemon: NewDaemon,
+) -> None:
+    helpers = Path(__file__).parents[1] / "helpers"
+    daemon = new_daemon(f'workers = 1\npython_path = ["{helpers}"]')
+    table = '[modules.c]\nimport = "keeper"\nfunctions = "*"\naffinity = "client"'
+    daemon.config.write_text(f"{daemon.config.read_text()}{table}\n")
+    run = [COMMAND, "run", "--config", str(daemon.config)]
+    outer = subprocess.Popen([sys.executable, "-c", OUTER, *run], stdin=subprocess.DEVNULL)
+    try:
+        until(lambda: " ready: pid " in daemon.log(), 60)
+        with Framed(daemon.path) as client:
+            kept = client.call("c", "keep", [str(daemon.folder / "note"), "x"])
+            assert kept is not None
+            assert kept["success"], kept
+            new = upgrade(daemon)
+            answer = client.call("system", "shutdown")
+            assert answer is not None
+            assert answer["success"], answer
+        assert outer.wait(60) == 0
+        assert not psutil.pid_exists(new)
+        assert "Stopping: running requests" in daemon.log()
+    finally:
+        outer.kill()
+        outer.wait()

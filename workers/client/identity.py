@@ -15,26 +15,12 @@ import time
 
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
 from cpanbridge.supervisor.system.exhaustion import is_exhausted
+from cpanbridge.supervisor.system.start_time import start_time
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
 
 SO_PEERPIDFD = 77  # see unix(7); Python has no name for it
 _TICKS = 100  # of a start time in a second: USER_HZ
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in hundredths of a second since boot; None when there is none.
-
-    Field 22 of proc_pid_stat(5). Pid and start time together identify a process until the next
-    boot. Also None when this process may not see that one (hidepid, see proc(5)). Raises OSError
-    when that cannot be told for now.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as stream:
-            stat = stream.read(4096)
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    return int(stat[stat.rindex(b")") + 2 :].split(None, 20)[19])
 
 
 def has_connected(client: ClientSocket, start: int) -> bool:

@@ -6,7 +6,6 @@ socket, for the client's credentials.
 
 import os
 import platform
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,10 +30,12 @@ def built_in(
     settings: Settings,
     modules: Callable[[], list[str]],
     wakeups: Sequence[Wakeups] = (),
+    wake_master: int = -1,
 ) -> dict[str, Exposed]:
     """Both modules, for this daemon. `modules` returns the names of all modules exposed.
 
-    `wakeups` are those of all slots; without them the functions may be listed, but not called.
+    `wakeups` are those of all slots, `wake_master` is an eventfd; without them the functions may be
+    listed, but not called.
     """
 
     def ping(request: Request, _: ClientSocket) -> dict[str, Any]:
@@ -52,7 +53,9 @@ def built_in(
         return request.params
 
     def shutdown() -> dict[str, Any]:
-        os.kill(os.getppid(), signal.SIGTERM)
+        # Not by a signal: this process's parent need not be the master, after an upgrade.
+        shared.header.stop_requested = 1
+        os.eventfd_write(wake_master, 1)
         return {"message": "The daemon is shutting down"}
 
     health_report = _plain(lambda: health.health(shared, settings))

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
+from cpanbridge.supervisor.system.start_time import start_time
 from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.identity import has_connected, start_time
+from cpanbridge.workers.client.identity import has_connected
 from cpanbridge.workers.client.transfer import Transfer
 from cpanbridge.workers.modules.registry import FOR_CLIENT
 from cpanbridge.workers.protocol.refusal import Refusal

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
+from cpanbridge.supervisor.system.start_time import start_time
 from cpanbridge.workers.accept.own_threads import OwnThread
-from cpanbridge.workers.client.identity import start_time
 from cpanbridge.workers.sessions.session import Session, close_aside
 
 LOGGER = logging.getLogger("cpanbridge.worker")

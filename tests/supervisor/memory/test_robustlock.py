@@ -156,3 +156,12 @@ def test_who_does_not_have_it_cannot_give_it_back() -> None:
     memory = Memory()
     with pytest.raises(OSError, match="not permitted"):
         memory.lock.release()
+
+
+def test_the_lock_tells_which_thread_has_it() -> None:
+    memory = Memory()
+    assert memory.lock.holder() == 0
+    with memory.lock, memory.lock:
+        assert memory.lock.holder() == threading.get_native_id()
+        assert in_child(lambda: memory.lock.holder() == os.getppid()) == 1
+    assert memory.lock.holder() == 0

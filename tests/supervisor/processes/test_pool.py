@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class Setup:
         self.pool = WorkerPool(
             self, self.loop, self.shared, wakeups, Mains(worker_main, no_template)
         )
-        self.retirement = Retirement(self.pool)
+        self.retirement = Retirement(self.pool, lambda: None)
         settings = Settings(workers=wanted, limits=Limits(**limits))  # type: ignore[arg-type]
         self.generation = Generation(1, settings, [], LogSettings("stderr", "-", "text", False))
         self.failed: list[str] = []
@@ -258,3 +259,14 @@ def test_a_client_in_the_queue_of_a_slot_without_a_worker_is_discarded(new_setup
         assert ends[1].recv(1) == b""
         os.kill(setup.pids()[0], signal.SIGKILL)
         setup.until(lambda: select.select([ends[0]], [], [], 0)[0])
+
+
+def test_a_process_that_has_the_pid_of_a_dead_worker_is_left_alone(new_setup: NewSetup) -> None:
+    setup = new_setup(2, 1)
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        setup.shared.slots[1].pid = stranger.pid
+        setup.shared.slots[1].started = 1
+        assert not setup.pool.workers[1].inherit()
+        assert setup.shared.slots[1].pid == 0
+        assert stranger.poll() is None
+        stranger.kill()

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from cpanbridge.supervisor.system import event_loop
 from cpanbridge.supervisor.system.event_loop import MOST_FAULTS, WRITE, Loop
 
 
@@ -103,3 +104,37 @@ def test_a_step_that_keeps_failing_ends_the_loop() -> None:
         loop.turn()
     os.close(read_end)
     os.close(write_end)
+
+
+def test_what_repeats_itself_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_loop, "FAULT_SECONDS", 0.01)
+    loop = Loop()
+    runs: list[int] = []
+
+    def repeat() -> None:
+        runs.append(len(runs))
+        if len(runs) == 2:
+            raise ValueError("once")
+        loop.after(0.0, repeat)
+
+    loop.after(0.0, repeat)
+    while len(runs) < 4:
+        loop.turn()
+
+
+def test_a_failed_timer_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_loop, "FAULT_SECONDS", 0.0)
+    loop = Loop()
+    ran: list[str] = []
+
+    def fail() -> None:
+        ran.append("failed")
+        raise ValueError
+
+    timer = loop.after(0.0, fail)
+    loop.turn()
+    timer.cancel()
+    loop.after(0.0, lambda: ran.append("end"))
+    while ran[-1] != "end":
+        loop.turn()
+    assert ran == ["failed", "end"]

@@ -11,9 +11,10 @@ import pytest
 from running_out import no_descriptors
 
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
+from cpanbridge.supervisor.system.start_time import start_time
 from cpanbridge.workers.client import identity
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.identity import has_connected, has_ended, start_time
+from cpanbridge.workers.client.identity import has_connected, has_ended
 
 CONNECT = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); input()"
 
