@@ -60,7 +60,7 @@ def load(
     tables: dict[str, Any] = {}
     source = "defaults"
     if file is not None or Path(config.DEFAULT_FILE).exists():
-        source = _absolute(file or config.DEFAULT_FILE, folder)
+        source = absolute(file or config.DEFAULT_FILE, folder)
         with _collected(problems):
             tables = _read(source)
             _convert(tables, source)
@@ -141,25 +141,26 @@ def _convert(tables: dict[str, Any], source: str) -> Settings:
 def _with_absolute_paths(settings: Settings, folder: str | None) -> Settings:
     """The settings with all their paths absolute, for whoever reads them elsewhere."""
 
-    def absolute(path: str) -> str:
-        return _absolute(path, folder)
+    def seen(path: str) -> str:
+        return absolute(path, folder)
 
     def log(path: str, none: str) -> str:
-        return path if path == none else absolute(path)
+        return path if path == none else seen(path)
 
     return msgspec.structs.replace(
         settings,
-        listen=list(map(absolute, settings.listen)) if settings.listen is not None else None,
+        listen=list(map(seen, settings.listen)) if settings.listen is not None else None,
         log_file=log(settings.log_file, "stderr"),
         security_log=log(settings.security_log, "-"),
-        python_path=list(map(absolute, settings.python_path)),
+        python_path=list(map(seen, settings.python_path)),
         module_dirs=[
-            msgspec.structs.replace(each, path=absolute(each.path)) for each in settings.module_dirs
+            msgspec.structs.replace(each, path=seen(each.path)) for each in settings.module_dirs
         ],
     )
 
 
-def _absolute(path: str, folder: str | None) -> str:
+def absolute(path: str, folder: str | None) -> str:
+    """A path as seen from `folder`; None: the working folder. Raises ConfigError without one."""
     if os.path.isabs(path):
         return path  # as it was written: its links may lead elsewhere after a `..`
     try:

@@ -174,6 +174,10 @@ class Master:
         else:
             LOGGER.warning("No worker fewer: the last worker stays")
 
+    def stop(self) -> None:
+        """Stop gracefully, as TERM does; while another master takes over, that one stops."""
+        self._handle(signal.SIGTERM)
+
     # -- called by the worker pool --
 
     def generation_ready(self, generation: Generation) -> None:
@@ -327,7 +331,10 @@ class Master:
             return "starting"
         if self.successor or self._predecessor is not None:
             return "upgrading"
-        return "reloading" if self._reloader.coming is not None else "running"
+        if self._reloader.coming is not None:
+            return "reloading"
+        serves = any(each.serves for each in self._pool.workers)
+        return "running" if serves else "not serving"
 
     @property
     def successor(self) -> int:

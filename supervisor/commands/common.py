@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpanbridge.supervisor import config_sources
-from cpanbridge.supervisor.config import ConfigError, Loaded, OperatorError, Settings
+from cpanbridge.supervisor.config import Loaded, OperatorError, Settings
 
 if TYPE_CHECKING:
     from cpanbridge.workers.modules.registry import Registry
@@ -21,28 +21,10 @@ class CommandError(OperatorError):
         self.exit_status = exit_status
 
 
-def not_running(settings: Settings) -> CommandError:
-    """The error that no daemon runs."""
-    return CommandError(f"not running at {settings.sockets[0]}", exit_status=NOT_RUNNING)
-
-
 def load(options: argparse.Namespace) -> Loaded:
     """The configuration with the flags of the command line. Raises ConfigError."""
     listen = [f"listen={options.socket}"] if options.socket else []
     return config_sources.load(options.config, [*options.set, *listen], folder=options.folder)
-
-
-def locate(options: argparse.Namespace) -> Settings:
-    """The settings that a running daemon is found by. Raises ConfigError.
-
-    With --socket also when the file has a mistake by now: the daemon runs all the same.
-    """
-    try:
-        return load(options).settings
-    except ConfigError:
-        if not options.socket:
-            raise
-        return Settings(listen=options.socket.split(","))
 
 
 def load_modules(settings: Settings, on_import: Callable[[str], None]) -> "Registry":

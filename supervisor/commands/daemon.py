@@ -1,19 +1,20 @@
 """The subcommands that start, stop or replace the daemon or its generation of workers."""
 
 import argparse
+import contextlib
 import os
+import select
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from cpanbridge.supervisor.commands import common
-from cpanbridge.supervisor.commands.common import FAILED, CommandError, not_running
-from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError, Settings
+from cpanbridge.supervisor.commands import common, locating
+from cpanbridge.supervisor.commands.common import FAILED, CommandError
+from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.system import daemonize
-from cpanbridge.supervisor.system.privileges import PrivilegeError
 from cpanbridge.supervisor.wording import count_of, explain_start
 
 
@@ -37,10 +38,11 @@ def run(options: argparse.Namespace) -> int:
 def start(options: argparse.Namespace) -> None:
     settings = _load_for_background(options).settings
     load_again = partial(_load_for_background, options)
+    target = client.Target(settings.sockets[0])
     with client.shown_progress() as show:
         outcome = daemonize.start(
             lambda report: _serve_in_background(load_again, report),
-            lambda pipe: client.watch_until(pipe, settings, show),
+            lambda pipe: client.watch(target, show, partial(_is_readable, pipe)),
         )
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
@@ -48,6 +50,11 @@ def start(options: argparse.Namespace) -> None:
         f"Started: pid {outcome.pid}, {count_of(settings.worker_count, 'worker')}, "
         f"listening on {', '.join(settings.sockets)}, log {settings.log_file}"
     )
+
+
+def _is_readable(descriptor: int, seconds: float) -> bool:
+    """Whether a descriptor is readable within so many seconds."""
+    return bool(select.select([descriptor], [], [], seconds)[0])
 
 
 def take_over(options: argparse.Namespace) -> int:
@@ -73,30 +80,24 @@ def _serve(load: Load, on_ready: Callable[[str | None], None]) -> int:
 
 
 def stop(options: argparse.Namespace) -> None:
-    settings = common.locate(options)
-    if not _stop(settings):
-        raise not_running(settings)
-
-
-def _stop(settings: Settings) -> bool:
-    """Stop the daemon; False: none runs."""
+    target = locating.locate(options)
     with client.shown_progress() as show:
-        pid = client.stop(settings, show)
-    if pid is not None:
-        print(f"Stopped: pid {pid}")
-    return pid is not None
+        stopped = client.stop(target, show)
+    print(f"Stopped: {stopped}")
 
 
 def restart(options: argparse.Namespace) -> None:
     from cpanbridge.supervisor.commands import check  # as in `_serve`
 
-    loaded = _load_for_background(options)
     try:
-        check.examine(loaded)  # all that can be known to fail is tried before anything is stopped
+        check.examine(
+            _load_for_background(options)
+        )  # all that can be known to fail is tried before anything is stopped
     except CommandError as error:
         problem = f"nothing stopped, because it would not start again: {error}"
         raise CommandError(problem) from None
-    _stop(loaded.settings)
+    with contextlib.suppress(client.NotRunningError):
+        stop(options)
     start(options)
 
 
@@ -109,7 +110,7 @@ def reload(options: argparse.Namespace) -> None:
 def upgrade(options: argparse.Namespace) -> None:
     result = _request(options, "upgrade", "not upgraded")
     with client.shown_progress() as show:
-        client.wait_until_running(common.locate(options), show)
+        client.wait_until_running(locating.locate(options), show)
     print(f"Upgraded: pid {result['pid']}")
 
 
@@ -139,12 +140,12 @@ def _serve_in_background(load_again: Load, report: Callable[[str | None], None])
 def _request(options: argparse.Namespace, command: str, failure: str) -> Any:
     """The result of a command that the running daemon executes."""
     try:
-        settings = common.locate(options)
-        if client.master_pid(settings) is None:
-            raise not_running(settings)
+        target = locating.locate(options)
         with client.shown_progress() as show:
-            return client.ask(settings, command, None, show)
+            return client.ask(target, command, None, show)
+    except client.NotRunningError:
+        raise
     except client.EndedError as error:
         raise CommandError(f"{failure}, as far as is known: {error}") from None
-    except (ConfigError, client.ControlError, PrivilegeError) as error:
+    except (ConfigError, client.ControlError) as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None

@@ -13,36 +13,34 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cpanbridge.supervisor.commands import common
-from cpanbridge.supervisor.commands.common import (
-    NOT_RUNNING,
-    WRONG_USAGE,
-    CommandError,
-    not_running,
-)
+from cpanbridge.supervisor.commands import common, locating
+from cpanbridge.supervisor.commands.common import FAILED, NOT_RUNNING, WRONG_USAGE, CommandError
 from cpanbridge.supervisor.control import client, one_call
+from cpanbridge.supervisor.control.client import NotRunningError
 from cpanbridge.supervisor.reports import surroundings
 from cpanbridge.supervisor.system.log_text import TIME, format_duration
 from cpanbridge.supervisor.wording import count_of
 
+# The states in which `status` fails: what is there does not serve, as far as is known.
+_NOT_SERVING = ("not serving", "unresponsive")
+
 
 def status(options: argparse.Namespace) -> int:
-    settings = common.locate(options)
-    pid = client.master_pid(settings)
-    state = client.describe(pid, settings) if pid is not None else None
-    if options.json:
-        print(json.dumps(state or {"running": False, "sockets": settings.sockets}))
-    elif state is None:
-        print(f"not running at {settings.sockets[0]}")
-    else:
-        print("\n  ".join(_status_lines(state)))
-    return 0 if state else NOT_RUNNING
+    target = locating.locate(options)
+    try:
+        state = client.describe(target)
+    except NotRunningError as error:
+        not_running = {"running": False, "sockets": [target.path]}
+        print(json.dumps(not_running) if options.json else str(error))
+        return NOT_RUNNING
+    print(json.dumps(state) if options.json else "\n  ".join(_status_lines(state)))
+    return FAILED if state["state"] in _NOT_SERVING else 0
 
 
 def _status_lines(state: dict[str, Any]) -> Iterator[str]:
-    up = format_duration(state["uptime_seconds"])
-    sockets = ", ".join(state["sockets"])
-    yield f"{state['state']}: pid {state['pid']}, up {up}, listening on {sockets}"
+    yield ", ".join(_first_line(state))
+    if "problem" in state:
+        yield state["problem"]
     if "gate" in state:
         yield from _load_lines(state["gate"], state["resource_status"])
     if "cgroup_memory" in state:  # it is not told by a daemon of an earlier version
@@ -51,14 +49,27 @@ def _status_lines(state: dict[str, Any]) -> Iterator[str]:
     for each in state.get("templates", ()):
         yield f"pid {each['pid']}: template gen {each['generation']} {each['state']}"
     for each in state["workers"]:
-        yield f"pid {each['pid']}: {each['title']}"
-    if "problem" in state:
-        yield f"the master does not answer: {state['problem']}"
+        yield f"pid {each['pid']}: {each['title']}" if each["pid"] else each["title"]
     last = state.get("last_reload")
     if last is not None:
         when = time.strftime(TIME, time.localtime(last["at"]))
         how = f"failed: {last['error']}" if last["error"] else f"generation {last['generation']}"
         yield f"last reload, {when}: {how}"
+
+
+def _first_line(state: dict[str, Any]) -> Iterator[str]:
+    pid, own = state["pid"], state.get("own_pid")
+    if pid is None and own is None:
+        yield state["state"]
+    elif pid is None:
+        yield f"{state['state']}: pid {own} of another PID namespace"
+    else:
+        yield f"{state['state']}: pid {pid}" + (
+            f" ({own} in its own)" if own not in (None, pid) else ""
+        )
+    if "uptime_seconds" in state:
+        yield f"up {format_duration(state['uptime_seconds'])}"
+    yield f"listening on {', '.join(state['sockets'])}"
 
 
 def _surroundings_lines(memory_limit: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
@@ -84,10 +95,7 @@ def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
 
 
 def metrics(options: argparse.Namespace) -> None:
-    settings = common.locate(options)
-    numbers = client.numbers(settings)
-    if numbers is None:
-        raise not_running(settings)
+    numbers = client.numbers(locating.locate(options))
     if options.json:
         print(json.dumps(numbers["metrics"]))
     else:
@@ -101,15 +109,15 @@ def top(options: argparse.Namespace) -> None:
         raise CommandError(
             "top needs a terminal; --once prints one screen", exit_status=WRONG_USAGE
         )
-    settings = common.locate(options)
-    if client.master_pid(settings) is None:
-        raise not_running(settings)
+    target = locating.locate(options)
+    if not client.is_running(target):
+        raise NotRunningError(f"not running at {target.path}")
     from cpanbridge.supervisor.control import top as live
 
-    if not options.once:
-        live.run(settings, options.interval)
-    elif not live.print_once(settings, options.interval):
-        raise not_running(settings)
+    if options.once:
+        live.print_once(target, options.interval)
+    else:
+        live.run(target, options.interval)
 
 
 def check(options: argparse.Namespace) -> None:

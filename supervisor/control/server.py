@@ -37,6 +37,7 @@ LOGGER = logging.getLogger("cpanbridge.master")
 MOST_IDLE = 16  # connections that wait for no outcome
 MOST_WAITING = 64  # connections that wait for the outcome of a command
 WATCH = "watch"  # a request for the progress, until the master ends
+STOP = "stop"  # answered at once; the daemon has ended when its lock is free
 _LONGEST_REQUEST = 4096  # bytes
 _MOST_UNREAD = 1 << 20  # bytes of replies that a client has not read
 _REQUEST_SECONDS = 2.0  # for a client to send its request

@@ -20,9 +20,8 @@ from typing import NoReturn
 from rich.console import Console
 from rich.live import Live
 
-from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.control import client
-from cpanbridge.supervisor.control.client import ControlError
+from cpanbridge.supervisor.control.client import ControlError, Target
 from cpanbridge.supervisor.control.screen import BY_CALLS, BY_TIME, Sample, absent, screen
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,22 +29,19 @@ _QUIT = "q"
 _ORDERS = {"t": BY_TIME, "c": BY_CALLS}
 
 
-def print_once(settings: Settings, interval: float) -> bool:
+def print_once(target: Target, interval: float) -> None:
     """Print one screen, of any length; its rates are of the next `interval` seconds.
 
-    False when the daemon has ended meanwhile. Raises ControlError.
+    Raises ControlError, NotRunningError when the daemon has ended meanwhile.
     """
-    before = client.numbers(settings)
+    before = client.numbers(target)
     time.sleep(interval)
-    now = client.numbers(settings)
-    if now is None:
-        return False
+    now = client.numbers(target)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     Console().print(screen(Sample.of(now, before), None, BY_TIME))
-    return True
 
 
-def run(settings: Settings, interval: float) -> None:
+def run(target: Target, interval: float) -> None:
     """Show the screen until `q`, ^C or the terminal's end; a sample every `interval` seconds."""
     # An error's text may have characters that this terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -63,7 +59,7 @@ def run(settings: Settings, interval: float) -> None:
         sample: Sample | None = None  # None: no daemon answers, for the reason
         while True:
             if time.monotonic() >= next_sample:
-                sample, reason = _take(settings, sample)
+                sample, reason = _take(target, sample)
                 next_sample = time.monotonic() + interval
             height = console.height
             shown = screen(sample, height, order) if sample is not None else absent(reason)
@@ -74,14 +70,12 @@ def run(settings: Settings, interval: float) -> None:
             order = _ORDERS.get(key, order)
 
 
-def _take(settings: Settings, last: Sample | None) -> tuple[Sample | None, str]:
+def _take(target: Target, last: Sample | None) -> tuple[Sample | None, str]:
     """The next sample, or why there is none."""
     try:
-        numbers = client.numbers(settings)
+        numbers = client.numbers(target)
     except ControlError as error:
         return None, str(error)
-    if numbers is None:
-        return None, f"not running at {settings.sockets[0]}"
     return Sample.of(numbers, last.now if last is not None else None), ""
 
 

@@ -2,8 +2,8 @@
 
 Beside each socket stand two files: `PATH.lock`, locked by the running master, and `PATH.pid` with
 its process id. Only the lock tells whether a daemon runs: the kernel frees it when the master dies,
-however it dies. The pid file is believed only while the lock is held. When a master dies during an
-upgrade, the new master holds the lock already, and writes its pid a moment later.
+however it dies. The pid file is for people and service managers: no process is signalled because it
+stands there.
 
 The lock is filelock's: a program with `filelock.FileLock("PATH.lock")` excludes the daemon, and the
 daemon excludes it. The descriptor is opened here and only locked by filelock, because in an upgrade
@@ -16,12 +16,10 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
-import psutil
-
 from cpanbridge.supervisor.config import OperatorError
 from cpanbridge.supervisor.wording import explain
 
-# `running_pid` of any process holds a shared lock for microseconds.
+# `is_locked` of any process holds a shared lock for microseconds.
 PASSING_HOLDER_SECONDS = 0.5
 _PAUSE = 0.005
 
@@ -120,42 +118,19 @@ def _try_to_lock(path: str, descriptor: int) -> bool:
 
 
 def _in_use(path: str) -> str:
-    pid = _read_pid(f"{path}.pid")
-    if pid is not None and not psutil.pid_exists(pid):
-        return f"{path}: in use: {_another(pid)}"
+    pid = named_pid(path)
     return f"{path}: in use by a running cpanbridged" + (f" (pid {pid})" if pid else "")
 
 
-def _another(dead: int) -> str:
-    return f"the master (pid {dead}) has died, and another one takes over; try again in a moment"
-
-
-def running_pid(socket_path: str, owner: int | None = None) -> int | None:
-    """The master that serves a socket path, or None.
+def is_locked(socket_path: str, owner: int | None = None) -> bool:
+    """Whether a master holds a path's lock.
 
     `owner` is the user that the daemon is to run as, where that is not this process's user. Raises
-    InstanceError when it cannot be found out, or another user owns the files.
+    InstanceError for a file of yet another user. Tried with a shared lock, which does not exclude
+    others that try the same. That is flock(2) directly, because filelock has no shared lock; the
+    two exclude each other.
     """
-    until = time.monotonic() + PASSING_HOLDER_SECONDS
-    while True:
-        if not _is_locked(f"{socket_path}.lock", owner):
-            return None
-        pid = _read_pid(f"{socket_path}.pid", owner)
-        if pid is not None and psutil.pid_exists(pid):
-            return pid
-        if time.monotonic() > until:
-            why = f"{socket_path}.pid tells no pid" if pid is None else _another(pid)
-            raise InstanceError(f"{socket_path}.lock is held, but {why}")
-        time.sleep(0.01)  # its holder may have locked it a moment ago, and write its pid next
-
-
-def _is_locked(path: str, owner: int | None) -> bool:
-    """Whether a master holds the lock.
-
-    Tried with a shared lock, which does not exclude others that try the same. That is flock(2)
-    directly, because filelock has no shared lock; the two exclude each other.
-    """
-    descriptor = _open_trusted(path, owner)
+    descriptor = _open_trusted(f"{socket_path}.lock", owner)
     if descriptor is None:
         return False
     try:
@@ -167,21 +142,23 @@ def _is_locked(path: str, owner: int | None) -> bool:
     return False
 
 
-def _read_pid(path: str, owner: int | None = None) -> int | None:
-    descriptor = _open_trusted(path, owner)
+def named_pid(socket_path: str, owner: int | None = None) -> int | None:
+    """The process id in a path's pid file, to be shown to an operator and for nothing else.
+
+    It may be another process's by now, or one of another PID namespace. Raises InstanceError.
+    """
+    descriptor = _open_trusted(f"{socket_path}.pid", owner)
     if descriptor is None:
         return None
-    with open(descriptor, encoding="ascii") as stream:
-        try:
-            return int(stream.read())
-        except ValueError:
-            return None
+    with open(descriptor, encoding="ascii", errors="replace") as stream:
+        text = stream.read(32).strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def _open_trusted(path: str, trusted: int | None = None) -> int | None:
     """Open one of our files to read; None if it is not there.
 
-    Raises InstanceError for a file of another user, who would choose which process gets signals.
+    Raises InstanceError for a file of another user, who would choose what is believed.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

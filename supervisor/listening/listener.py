@@ -56,6 +56,13 @@ class Listener(msgspec.Struct, frozen=True, rename={"socket": "descriptor"}):
             ) from None
         return stat.S_IMODE(before.st_mode), before.st_gid
 
+    def name_this_process(self) -> None:
+        """Have the kernel name this process to clients that connect from now on (SO_PEERCRED).
+
+        It names the process that has called listen(2) last. The queue stays as it is.
+        """
+        self.socket.listen(_BACKLOG)
+
     def unlink(self) -> None:
         """Remove the file, so that no client connects any more; unless it is another's by now."""
         with contextlib.suppress(FileNotFoundError):

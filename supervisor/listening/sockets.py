@@ -77,6 +77,8 @@ class Sockets:
         """Become responsible for them, and write this process's pid files. Raises InstanceError."""
         self._borrowed.clear()
         self._instance.take_over()
+        for each in self.controls:
+            each.name_this_process()
 
     def give_away(self) -> None:
         """Another master is responsible for them."""

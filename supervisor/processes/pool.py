@@ -202,13 +202,12 @@ class WorkerPool:
         try:
             worker.fork(generation)
         except OSError as error:
-            LOGGER.error("Worker %d: cannot fork: %s", worker.number, explain_start(error))
-            worker.generation = generation
+            worker.generation, worker.failure = generation, f"cannot fork: {explain_start(error)}"
+            LOGGER.error("Worker %d: %s", worker.number, worker.failure)
             if generation.in_service:
                 self._restart(worker, generation, None)
             else:
-                reason = f"cannot fork a worker: {explain_start(error)}"
-                self._owner.generation_failed(generation, reason)
+                self._owner.generation_failed(generation, worker.failure)
 
     def _forked(self, worker: WorkerProcess, pid: int) -> None:
         """A template has forked a worker, or 0: it has not, and is of no use any more."""
@@ -295,6 +294,7 @@ class WorkerPool:
                 self.spawner.shared.record_death()
                 text = "Worker %d (pid %d) died: %s; replacing it%s"
                 LOGGER.error(text, worker.number, pid, how, ran)
+                worker.failure = f"died: {how}"
                 self._restart(worker, worker.generation, ready_at)
             elif worker.generation is not None:
                 LOGGER.error("Worker %d (pid %d) died at boot: %s", worker.number, pid, how)

@@ -59,6 +59,7 @@ class WorkerProcess(Process):
         self.generation: Generation | None = None  # None: the slot is free
         self.ready_at: float | None = None  # CLOCK_MONOTONIC seconds; None: it boots
         self.failures = 0  # starts in a row that did not get it ready
+        self.failure = ""  # why the last one here died, or could not be forked
         self.exiting = ""  # why it was told to exit, or will be
         self.hurry = True  # it has graceful_timeout to exit, not drain_timeout
         # The slot of its replacement, which is ready before this one is told to exit. Its own: the
@@ -74,6 +75,11 @@ class WorkerProcess(Process):
     def told(self) -> bool:
         """Whether it was told to exit."""
         return bool(self.slot.command != COMMAND_NONE)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it accepts clients, or is about to."""
+        return self.ready and not self.told
 
     @property
     def fork_requested(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.control.server import Command, ControlConnection, ControlServer
+from cpanbridge.supervisor.control.server import STOP, Command, ControlConnection, ControlServer
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.generation import Generation
@@ -41,6 +41,9 @@ class Daemon(Protocol):
     def upgrade(self, on_done: OnDone) -> None:
         """Upgrade; `on_done` is called once with the outcome."""
 
+    def stop(self) -> None:
+        """Stop gracefully, whatever it is at."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -53,7 +56,8 @@ class Answers:
 
     def server(self, loop: Loop) -> ControlServer:
         """A control server that gives these answers; it does not listen yet."""
-        inquiries = {"status": self._status, "metrics": self._metrics}
+        # Not one of the commands: a stop is never refused because too many wait for an outcome.
+        inquiries = {"status": self._status, "metrics": self._metrics, STOP: self._stop}
         commands = {
             "reload": _outcome(self.daemon.reload, self._reloaded),
             "upgrade": _outcome(self.daemon.upgrade, lambda: {"pid": self.daemon.successor}),
@@ -71,6 +75,7 @@ class Answers:
             "uptime_seconds": shared.uptime,
             "configuration": loaded.source,
             "log_file": loaded.settings.log_file,
+            "graceful_timeout": loaded.settings.limits.graceful_timeout,
             "sockets": [each.path for each in generation.listeners],
             "generation": generation.number,
             "workers_wanted": generation.wanted,
@@ -88,6 +93,10 @@ class Answers:
 
     def _metrics(self) -> dict[str, Any]:
         return numbers(self._status(), self.reloader.loaded.settings, self.shared)
+
+    def _stop(self) -> dict[str, Any]:
+        self.daemon.stop()
+        return {"state": self.daemon.state}
 
     def _reloaded(self) -> dict[str, Any]:
         generation = self.reloader.generation
@@ -178,6 +187,7 @@ def _worker(worker: WorkerProcess, shared: Shared) -> dict[str, Any]:
         "pid": worker.pid,
         "generation": worker.generation.number,
         "state": _state(worker),
+        "title": _title(worker, slot.running),
         "why": worker.exiting or None,
         "connections": slot.connections,
         "running": slot.running,
@@ -191,3 +201,14 @@ def _state(worker: WorkerProcess) -> str:
     if worker.told:
         return "leaves"
     return "serves" if worker.ready else "boots"
+
+
+def _title(worker: WorkerProcess, running: int) -> str:
+    """What the worker is at, in a line; as its process title, which is renewed once a second."""
+    assert worker.generation is not None
+    name = f"worker {worker.number} gen {worker.generation.number}"
+    if not worker.pid:
+        return f"{name} {_state(worker)}: {worker.failure}"
+    if not worker.ready:
+        return f"{name} boots"
+    return f"{name} busy {running}/{worker.generation.settings.thread_count}"

@@ -299,7 +299,6 @@ def test_a_mistake_in_the_file_is_reported_with_and_without_socket(
         assert done.stderr.startswith("cpanbridged: not reloaded, nothing has changed: ")
         assert "colour: unknown key" in done.stderr
     assert "colour: unknown key" in daemon.command("status", "--socket", daemon.path).stdout
-    assert daemon.command("stop", "--socket", daemon.path).returncode == 0
 
 
 def test_reload_without_a_daemon_is_exit_status_3(new_daemon: NewDaemon) -> None:
@@ -322,19 +321,3 @@ def test_a_waiting_reload_gets_an_error_when_the_daemon_stops(daemon: Daemon) ->
         while piece := connection.recv(65536):
             received += piece
     assert json.loads(received.splitlines()[-1]) == {"error": "the daemon is stopping"}
-
-
-def test_status_and_stop_work_when_the_master_does_not_answer(daemon: Daemon) -> None:
-    os.kill(daemon.pid, signal.SIGSTOP)
-    try:
-        status = daemon.command("status")
-        assert status.returncode == 0
-        assert status.stdout.startswith(f"unresponsive: pid {daemon.pid}, up ")
-        assert "worker 0 gen 1" in status.stdout
-    finally:
-        os.kill(daemon.pid, signal.SIGCONT)
-    os.unlink(f"{daemon.path}.ctl")
-    assert daemon.command("status").returncode == 0
-    assert daemon.command("stop").returncode == 0
-    with pytest.raises(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
-        probe.connect(daemon.path)

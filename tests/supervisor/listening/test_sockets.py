@@ -12,7 +12,7 @@ from plain_client import connect
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.listening import listener
-from cpanbridge.supervisor.listening.instance import InstanceError, running_pid
+from cpanbridge.supervisor.listening.instance import InstanceError, is_locked
 from cpanbridge.supervisor.listening.listener import Listener, ListenError
 from cpanbridge.supervisor.listening.sockets import HeldSockets, Sockets
 
@@ -33,7 +33,7 @@ def sockets(tmp_path: Path) -> Iterator[Sockets]:
 def state(folder: Path, sockets: Sockets) -> tuple[object, ...]:
     """What a change must leave as it was when it fails or is undone."""
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.glob("?")}
-    locked = [name for name in "abc" if running_pid(str(folder / name))]
+    locked = [name for name in "abc" if is_locked(str(folder / name))]
     control = sorted(path.name for path in folder.glob("*.ctl"))
     descriptors = sorted(os.listdir("/proc/self/fd"))
     return [each.path for each in sockets.listeners], modes, locked, control, descriptors
@@ -117,4 +117,4 @@ def test_inherited_sockets_are_left_alone_until_they_are_taken_over(
     other._instance._close_copies()  # as the kernel does when a process ends
     for name in "ab":
         connect(str(tmp_path / name)).close()
-        assert running_pid(str(tmp_path / name)) == os.getpid()
+        assert is_locked(str(tmp_path / name))
