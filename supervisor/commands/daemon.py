@@ -141,6 +141,7 @@ def _request(options: argparse.Namespace, command: str, failure: str) -> Any:
     """The result of a command that the running daemon executes."""
     try:
         target = locating.locate(options)
+        _refuse_what_has_no_effect(options, target, command)
         with client.shown_progress() as show:
             return client.ask(target, command, None, show)
     except client.NotRunningError:
@@ -149,3 +150,20 @@ def _request(options: argparse.Namespace, command: str, failure: str) -> Any:
         raise CommandError(f"{failure}, as far as is known: {error}") from None
     except (ConfigError, client.ControlError) as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None
+
+
+def _refuse_what_has_no_effect(
+    options: argparse.Namespace, target: client.Target, command: str
+) -> None:
+    """The daemon reads its own file again, with the flags of its start. Raises ConfigError."""
+    reads = client.describe(target).get("configuration")
+    if reads is None:
+        return  # it does not answer, as the command will find
+    told = f"the daemon at {target.path} reads {reads}"
+    if options.config and os.path.realpath(locating.file_of(options)) != os.path.realpath(reads):
+        raise ConfigError(f"{told}, not {options.config}; restart -c {options.config} changes that")
+    if options.set:
+        raise ConfigError(
+            f"{told}, and {command} takes no --set; put {options.set[0]} into the file, "
+            f"or restart with it"
+        )

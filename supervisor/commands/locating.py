@@ -98,5 +98,6 @@ def _ask_daemons(options: argparse.Namespace, error: ConfigError) -> Target:
         return ours[0]
     advice = "--socket PATH names the daemon"
     if found:
-        advice += "; that read this file: " + ", ".join(f"{path} (user {u})" for path, u in found)
+        named = ", ".join(f"{path} (user {uid})" for path, uid in found)
+        advice += f"; of those that run, these say that they read this file: {named}"
     raise ConfigError(*error.problems, advice)

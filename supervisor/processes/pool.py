@@ -248,6 +248,7 @@ class WorkerPool:
         boots = generation is not None and generation.stage is Stage.BOOTS
         if report.error is not None:
             LOGGER.error("Worker %d cannot start: %s", worker.number, report.error)
+            worker.failure = report.error
             if generation is not None and boots:
                 self._owner.generation_failed(generation, report.error)
             return
@@ -294,7 +295,7 @@ class WorkerPool:
                 self.spawner.shared.record_death()
                 text = "Worker %d (pid %d) died: %s; replacing it%s"
                 LOGGER.error(text, worker.number, pid, how, ran)
-                worker.failure = f"died: {how}"
+                worker.failure = worker.failure or f"died: {how}"
                 self._restart(worker, worker.generation, ready_at)
             elif worker.generation is not None:
                 LOGGER.error("Worker %d (pid %d) died at boot: %s", worker.number, pid, how)

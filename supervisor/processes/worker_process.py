@@ -59,7 +59,7 @@ class WorkerProcess(Process):
         self.generation: Generation | None = None  # None: the slot is free
         self.ready_at: float | None = None  # CLOCK_MONOTONIC seconds; None: it boots
         self.failures = 0  # starts in a row that did not get it ready
-        self.failure = ""  # why the last one here died, or could not be forked
+        self.failure = ""  # why the last one here could not start, or died
         self.exiting = ""  # why it was told to exit, or will be
         self.hurry = True  # it has graceful_timeout to exit, not drain_timeout
         # The slot of its replacement, which is ready before this one is told to exit. Its own: the
@@ -132,6 +132,7 @@ class WorkerProcess(Process):
 
     def _boots(self, pid: int) -> None:
         assert self.generation is not None
+        self.failure = ""
         self.slot.since = time.monotonic_ns()
         self.slot.admitted_before = self.slot.admitted
         self._spawner.unattended.attend(self.number)

@@ -81,6 +81,14 @@ def test_it_answers_while_workers_die_at_their_start(new_daemon: NewDaemon) -> N
 
     until(waiting)
     until(lambda: ask(daemon, "status")["result"]["worker_deaths"] >= 4)
+
+    def told() -> bool:
+        status = daemon.command("status")
+        assert (status.returncode, status.stderr) == (1, "")
+        assert status.stdout.startswith(f"not serving: pid {daemon.pid}, up ")
+        return "worker 0 gen 1 waits for its next start: died: exit status 7" in status.stdout
+
+    until(told)  # it may just boot
     flag.unlink()
     until(lambda: len(daemon.workers()) == 2)
 

@@ -188,7 +188,7 @@ def test_two_daemons_of_a_file_that_is_gone_are_named_and_not_guessed(
         daemon.config.unlink()
         stopped = daemon.command("stop")
         assert stopped.returncode == 1
-        assert "--socket PATH names the daemon: " in stopped.stderr
+        assert "--socket PATH names the daemon; of those that run, these say" in stopped.stderr
         assert daemon.path in stopped.stderr
         assert second in stopped.stderr
         assert daemon.command("stop", "--socket", second).returncode == 0
@@ -197,3 +197,23 @@ def test_two_daemons_of_a_file_that_is_gone_are_named_and_not_guessed(
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_reload_that_would_have_no_effect_says_which_file_the_daemon_reads(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(CONFIG).run()
+    other = daemon.folder / "other.toml"
+    shutil.copy(daemon.config, other)
+    reads = f"nothing has changed: the daemon at {daemon.path} reads {daemon.config}"
+    for command in ("reload", "upgrade"):
+        refused = daemon.command(command, "--config", str(other))
+        assert refused.returncode == 1
+        assert f"{reads}, not {other}; restart -c {other} changes that\n" in refused.stderr
+        refused = daemon.command(command, "--set", "workers=2")
+        assert refused.returncode == 1
+        assert f"{reads}, and {command} takes no --set; put workers=2 into" in refused.stderr
+    link = daemon.folder / "link.toml"
+    link.symlink_to(daemon.config)
+    assert daemon.command("reload", "--config", str(link)).returncode == 0
+    assert daemon.status()["generation"] == 2
