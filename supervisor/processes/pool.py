@@ -295,7 +295,7 @@ class WorkerPool:
                 self.spawner.shared.record_death()
                 text = "Worker %d (pid %d) died: %s; replacing it%s"
                 LOGGER.error(text, worker.number, pid, how, ran)
-                worker.failure = worker.failure or f"died: {how}"
+                worker.failure = worker.failure or how
                 self._restart(worker, worker.generation, ready_at)
             elif worker.generation is not None:
                 LOGGER.error("Worker %d (pid %d) died at boot: %s", worker.number, pid, how)
