@@ -26,7 +26,7 @@ FLOORS = {
 # What workers may know of the supervisor: rooms and single files.
 FOR_WORKERS = (
     *("config", "gate", "memory", "wording", "processes.context"),
-    *("reports.health", "reports.reports"),
+    *("reports.connections", "reports.health", "reports.reports"),
     *("system.exhaustion", "system.log_text", "system.logs", "system.start_time", "version"),
 )
 MOST_LINES = 350

@@ -13,6 +13,7 @@ from cpanbridge.supervisor.memory.fields import GATE_OPEN
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import CLOSING, Kind, Level, Reading
 from cpanbridge.supervisor.reports import reports, totals
+from cpanbridge.supervisor.reports.times import iso_time
 from cpanbridge.supervisor.wording import count_of
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
@@ -56,8 +57,10 @@ class Check(NamedTuple):
 def health(shared: Shared, settings: Settings) -> dict[str, Any]:
     """`system.health`."""
     checks = _checks(shared, settings)
+    now = time.time()
     return {
-        "timestamp": time.time(),
+        "timestamp": now,
+        "timestamp_iso": iso_time(now),
         "overall_status": _overall(checks),
         "checks": {name: check._asdict() for name, check in checks.items()},
         "warnings": [check.message for check in checks.values() if check.status == WARN],
@@ -70,9 +73,8 @@ def performance(shared: Shared, settings: Settings) -> dict[str, Any]:
     checks = _checks(shared, settings)
     concerns = {name: check for name, check in checks.items() if check.status != PASS}
     functions = sorted(totals.functions(shared), key=lambda each: each.calls, reverse=True)
-    metrics = reports.performance_metrics(shared, totals.count(shared))
     return {
-        "performance_metrics": {**metrics, "uptime_seconds": shared.uptime},
+        "performance_metrics": reports.performance_metrics(shared, totals.count(shared)),
         "module_performance": {
             "top_modules": [
                 {
@@ -80,6 +82,7 @@ def performance(shared: Shared, settings: Settings) -> dict[str, Any]:
                     "requests": function.calls,
                     "avg_time_ms": function.busy_ns / function.calls / 1e6,
                     "error_rate": function.failed / function.calls,
+                    "error_percent": 100 * function.failed / function.calls,
                 }
                 for function in functions[:MOST_FUNCTIONS]
             ],
@@ -147,7 +150,7 @@ def _of_workers(shared: Shared, settings: Settings) -> Check:
 
 def _of_errors(shared: Shared) -> Check:
     latencies = totals.latencies(shared)
-    rate = latencies.failed / latencies.requests if latencies.requests else 0.0
+    rate = latencies.error_rate
     details = {"requests": latencies.requests, "failed": latencies.failed, "error_rate": rate}
     if rate > ERROR_RATE_WARNING and latencies.requests >= FEWEST_FOR_A_RATE:
         return Check(WARN, f"{rate:.0%} of the last five minutes' requests failed", details)

@@ -1,9 +1,10 @@
 """The reports of `system.*`, from the shared memory: the same in whichever worker a call runs.
 
 Each report is a plain dictionary with the field names that clients rely on. Times are Unix seconds
-and durations seconds, unless a field's name says otherwise. Durations and ages are measured with
-CLOCK_MONOTONIC, so setting the machine's clock changes none of them. Health and performance are in
-`health.py`. Called in a worker's client thread, some also in the master.
+and durations seconds, unless a field's name says otherwise. Where a field means something else than
+in the first daemon (docs/migration.md), another one stands beside it. Health and performance are in
+`health.py`, connections in `connections.py`. Called in a worker's client thread, some also in the
+master.
 """
 
 import os
@@ -17,13 +18,14 @@ import msgspec
 import psutil
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.memory.connection_table import STATUS_NAMES
 from cpanbridge.supervisor.memory.event_ring import Event, EventRing
 from cpanbridge.supervisor.memory.fields import GATE_OPEN, OVERLOAD, WAITS_FOR_NOTHING
 from cpanbridge.supervisor.memory.layout import Shared, Statistics
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Level, at_level
 from cpanbridge.supervisor.reports import surroundings, totals
-from cpanbridge.supervisor.reports.totals import Listed, Totals
+from cpanbridge.supervisor.reports.connections import stale_connections
+from cpanbridge.supervisor.reports.times import age, iso_time, wall_time
+from cpanbridge.supervisor.reports.totals import Totals
 from cpanbridge.supervisor.system.log_text import format_duration
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.wording import count_of
@@ -33,7 +35,11 @@ RECENT = 20  # errors or events, of all workers together
 
 def metrics(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str, Any]:
     """`system.metrics`: all numbers of the whole daemon."""
-    status = {"loaded_modules": list(modules), "available_modules": list(modules)}
+    status = {
+        "loaded_modules": list(modules),
+        "loaded_modules_count": len(modules),
+        "available_modules": list(modules),
+    }
     return {**numbers(shared, settings), "module_status": status}
 
 
@@ -41,8 +47,10 @@ def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
     """The part from the shared memory: all but the modules, which only a worker knows."""
     counts = totals.count(shared)
     uptime = shared.uptime
+    now = time.time()
     return {
-        "timestamp": time.time(),
+        "timestamp": now,
+        "timestamp_iso": iso_time(now),
         "daemon_info": {
             "version": __version__,
             "uptime_seconds": uptime,
@@ -57,11 +65,12 @@ def numbers(shared: Shared, settings: Settings) -> dict[str, Any]:
         },
         "connection_summary": {
             "total_connections": counts.accepted,
+            "current_connections": counts.connections,
             "active_connections": counts.connections,
             "stale_connections": len(stale_connections(shared, settings)),
             "peak_connections": shared.header.peak_connections,
         },
-        "system_stats": _system_stats(shared),
+        "system_stats": {**_system_stats(shared), **_counted(shared, counts)},
         "workers": workers(shared),
         "gate": gate(shared, settings, counts),
     }
@@ -86,7 +95,7 @@ def resource_status(shared: Shared, counts: Totals) -> dict[str, Any]:
 
 
 def performance_metrics(shared: Shared, counts: Totals) -> dict[str, Any]:
-    """Totals since the start; percentiles over the last five minutes."""
+    """Totals, averages and rates since the start; percentiles over the last five minutes."""
     uptime = shared.uptime
     latencies = totals.latencies(shared)
     return {
@@ -100,13 +109,11 @@ def performance_metrics(shared: Shared, counts: Totals) -> dict[str, Any]:
         "requests_per_second": counts.finished / uptime if uptime else 0.0,
         "error_rate": counts.error_rate,
         "requests_last_5_minutes": latencies.requests,
+        "requests_per_second_last_minute": counts.admitted_last_minute / 60,
+        "avg_response_time_last_5_minutes": latencies.average_seconds,
+        "error_rate_last_5_minutes": latencies.error_rate,
+        "uptime_seconds": uptime,
     }
-
-
-def stale_connections(shared: Shared, settings: Settings) -> list[Listed]:
-    """The connections whose clients have been silent for `stale_timeout`."""
-    now, limit = time.monotonic_ns(), settings.limits.stale_timeout
-    return [each for each in totals.connections(shared) if each.connection.is_stale(now, limit)]
 
 
 def _system_stats(shared: Shared) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def workers(shared: Shared) -> list[dict[str, Any]]:
             "worker": number,
             "pid": slot.pid,
             "generation": slot.generation,
-            "uptime_seconds": _age(slot.since) if slot.pid else 0.0,
+            "uptime_seconds": age(slot.since) if slot.pid else 0.0,
             "memory_mb": slot.memory / MEGABYTE,
             "connections": slot.connections,
             "taken_over": slot.taken_over,
@@ -149,7 +156,7 @@ def gate(shared: Shared, settings: Settings, counts: Totals) -> dict[str, Any]:
     header = shared.header
     return {
         "verdict": "open" if header.overload_state == GATE_OPEN else "closed",
-        "verdict_seconds": _age(header.changed_at or header.started_monotonic),
+        "verdict_seconds": age(header.changed_at or header.started_monotonic),
         "verdict_closings": header.closings,
         "overload": settings.overload,
         "connections": counts.connections,
@@ -199,51 +206,14 @@ def info(shared: Shared, settings: Settings, modules: Sequence[str]) -> dict[str
     }
 
 
-def connections(shared: Shared, settings: Settings) -> dict[str, Any]:
-    """`system.connections`: the open connections, and what each is doing."""
-    counts = totals.count(shared)
-    return {
-        "total_connections": counts.accepted,
-        "active_connections": counts.connections,
-        "stale_connections": len(stale_connections(shared, settings)),
-        "connections": [describe_connection(each, settings) for each in totals.connections(shared)],
-        "connection_limits": {
-            "max_concurrent": shared.header.max_connections,
-            "stale_timeout": settings.limits.stale_timeout,
-        },
-    }
-
-
-def describe_connection(each: Listed, settings: Settings) -> dict[str, Any]:
-    """One connection in the reports."""
-    connection = each.connection
-    stale = connection.is_stale(time.monotonic_ns(), settings.limits.stale_timeout)
-    return {
-        "connection_id": each.id,
-        "worker": each.slot,
-        "start_time": _wall_time(connection.opened_at),
-        "duration_seconds": _age(connection.opened_at),
-        "requests_count": connection.requests,
-        "last_activity": _wall_time(connection.last_activity),
-        "idle_time": _age(connection.last_activity),
-        "status": "stale" if stale else STATUS_NAMES[connection.status],
-    }
-
-
 def stats(shared: Shared, settings: Settings) -> dict[str, Any]:
     """`system.stats`: what was counted since the start."""
     counts = totals.count(shared)
-    header, limits = shared.header, settings.limits
-    security_events = sum(counts.security_events.values())
+    limits = settings.limits
     return {
         **_counted(shared, counts),
-        "validation_failures": counts.security_events["invalid_request"],
-        "security_events": security_events,
-        "last_cleanup": _wall_time(header.cleanup_at) if header.cleanup_at else None,
-        "last_resource_check": _wall_time(header.checked_at) if header.checked_at else None,
-        "connections_rejected": counts.rejected,
         "security_metrics": {
-            "total_events": security_events,
+            "total_events": sum(counts.security_events.values()),
             "events_by_type": counts.security_events,
             "recent_events": recent_events(shared),
         },
@@ -265,13 +235,20 @@ def counted(shared: Shared) -> dict[str, Any]:
 
 
 def _counted(shared: Shared, counts: Totals) -> dict[str, Any]:
+    header = shared.header
     return {
         "requests_processed": counts.finished,
+        "requests_succeeded": counts.succeeded,
         "requests_failed": counts.failed,
         "requests_rejected": counts.refused,
+        "validation_failures": counts.security_events["invalid_request"],
+        "security_events": sum(counts.security_events.values()),
         "connections_total": counts.accepted,
-        "peak_connections": shared.header.peak_connections,
-        "start_time": shared.header.started_at / 1e9,
+        "connections_rejected": counts.rejected,
+        "peak_connections": header.peak_connections,
+        "start_time": header.started_at / 1e9,
+        "last_cleanup": wall_time(header.cleanup_at) if header.cleanup_at else None,
+        "last_resource_check": wall_time(header.checked_at) if header.checked_at else None,
     }
 
 
@@ -280,8 +257,19 @@ def recent_events(shared: Shared) -> list[dict[str, Any]]:
     found = []
     for event in _newest(shared, lambda each: each.events):
         kind, _, message = event.text.partition("\n")
-        about = {"event": kind, "message": message, "pid": event.first, "uid": event.second}
-        found.append({"timestamp": event.at / 1e9, **about})
+        pid, uid, at = event.first, event.second, event.at / 1e9
+        found.append(
+            {
+                "timestamp": at,
+                "timestamp_iso": iso_time(at),
+                "event": kind,
+                "event_type": kind,
+                "message": message,
+                "pid": pid,
+                "uid": uid,
+                "client_info": f"pid {pid}, uid {uid}",
+            }
+        )
     return found
 
 
@@ -303,13 +291,3 @@ def recent_errors(shared: Shared) -> list[dict[str, Any]]:
 def _newest(shared: Shared, ring_of: Callable[[Statistics], EventRing]) -> list[Event]:
     events = [event for each in totals.statistics(shared) for event in ring_of(each).read()]
     return sorted(events, reverse=True)[:RECENT]
-
-
-def _age(since: int) -> float:
-    """Seconds since a CLOCK_MONOTONIC time in nanoseconds."""
-    return max(0.0, (time.monotonic_ns() - since) / 1e9)
-
-
-def _wall_time(at: int) -> float:
-    """A CLOCK_MONOTONIC time in nanoseconds as Unix seconds, by the wall clock as it is now."""
-    return time.time() - _age(at)

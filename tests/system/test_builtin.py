@@ -86,7 +86,9 @@ def test_metrics_has_its_fields(daemon: Daemon) -> None:
         *("security_summary", "connection_summary", "module_status", "workers", "gate"),
     } <= set(metrics)
     assert abs(metrics["timestamp"] - time.time()) < 60
-    assert set(metrics["module_status"]) == {"loaded_modules", "available_modules"}
+    assert set(metrics["module_status"]) == {
+        *("loaded_modules", "loaded_modules_count", "available_modules"),
+    }
     assert sorted(worker["pid"] for worker in metrics["workers"]) == sorted(daemon.workers())
     assert metrics["gate"]["verdict"] == "open"
 

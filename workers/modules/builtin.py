@@ -13,7 +13,7 @@ from typing import Any
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.reports import health, reports
+from cpanbridge.supervisor.reports import connections, health, reports
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.modules.registry import Exposed
@@ -65,7 +65,7 @@ def built_in(
         "info": _plain(lambda: reports.info(shared, settings, modules())),
         "health": health_report,
         "performance": _plain(lambda: health.performance(shared, settings)),
-        "connections": _plain(lambda: reports.connections(shared, settings)),
+        "connections": _plain(lambda: connections.connections(shared, settings)),
         "metrics": _plain(lambda: reports.metrics(shared, settings, modules())),
         "stats": stats_report,
         "cleanup": _plain(lambda: _clean_up(shared, settings, wakeups), for_owner=True),
@@ -98,8 +98,8 @@ def _plain(
 
 def _clean_up(shared: Shared, settings: Settings, wakeups: Sequence[Wakeups]) -> dict[str, Any]:
     """Have all workers close their stale connections; wait until they have, but not for long."""
-    stale = reports.stale_connections(shared, settings)
-    details = [reports.describe_connection(each, settings) for each in stale]
+    stale = connections.stale_connections(shared, settings)
+    details = [connections.describe_connection(each, settings) for each in stale]
     with shared.lock:
         shared.header.cleanups += 1
         shared.header.cleanup_at = time.monotonic_ns()
@@ -108,7 +108,7 @@ def _clean_up(shared: Shared, settings: Settings, wakeups: Sequence[Wakeups]) ->
     left = {each.id for each in stale}
     while left and time.monotonic() < until:
         time.sleep(0.005)
-        left &= {each.id for each in reports.stale_connections(shared, settings)}
+        left &= {each.id for each in connections.stale_connections(shared, settings)}
     return {
         "cleaned_connections": len(stale) - len(left),
         "connections_details": [each for each in details if each["connection_id"] not in left],

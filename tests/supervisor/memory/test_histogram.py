@@ -53,6 +53,16 @@ def bimodal(random: random.Random) -> Iterator[int]:
         yield int(middle * random.uniform(0.8, 1.2))
 
 
+def test_the_average_and_the_error_rate_are_of_the_same_requests(clock: Clock) -> None:
+    histogram = new_histogram()
+    for number in range(1, 101):
+        histogram.add(number * 1000 * MICROSECOND, number % 4 > 0, clock.now)
+    latencies = merged([histogram])
+    assert latencies.average_seconds == pytest.approx(0.0505, rel=NEAR)
+    assert latencies.error_rate == 0.25
+    assert (merged([]).average_seconds, merged([]).error_rate) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("distribution", [uniform, exponential, bimodal])
 def test_percentiles_are_near_the_exact_ones(clock: Clock, distribution: object) -> None:
     assert callable(distribution)

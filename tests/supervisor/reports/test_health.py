@@ -78,7 +78,9 @@ def ran(shared: Shared, name: str, ms: int, times: int, failures: int = 0) -> No
 def report_of(shared: Shared) -> dict[str, Any]:
     """The health report, checked for what holds for all of them."""
     report = health.health(shared, SETTINGS)
-    assert set(report) == {"timestamp", "overall_status", "checks", "warnings", "errors"}
+    assert set(report) == {
+        *("timestamp", "timestamp_iso", "overall_status", "checks", "warnings", "errors"),
+    }
     assert isinstance(report["timestamp"], float)
     assert set(report["checks"]) == CHECKS
     for check in report["checks"].values():
@@ -212,6 +214,7 @@ def test_performance_has_all_its_fields(shared: Shared) -> None:
         "requests": 24,
         "avg_time_ms": 10,
         "error_rate": pytest.approx(4 / 24),
+        "error_percent": pytest.approx(400 / 24),
     }
     assert top[9]["avg_time_ms"] == 100
     assert [each["error"] for each in report["recent_errors"]] == [

@@ -4,6 +4,7 @@ import os
 import time
 import types
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cpanbridge.supervisor.memory.function_stats import OTHERS
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
 from cpanbridge.supervisor.reports import reports, totals
+from cpanbridge.supervisor.reports.connections import connections as system_connections
 from cpanbridge.supervisor.reports.reports import RECENT
 from cpanbridge.supervisor.system.log_text import format_duration
 from cpanbridge.workers.requests.stats import StatisticsWriter
@@ -166,22 +168,62 @@ PERFORMANCE_METRICS = {
     "requests_last_5_minutes": int,
     "requests_per_second": Number,
     "error_rate": Number,
+    "requests_per_second_last_minute": Number,
+    "avg_response_time_last_5_minutes": Number,
+    "error_rate_last_5_minutes": Number,
+    "uptime_seconds": Number,
 }
 CONNECTION = {
     "connection_id": str,
     "worker": int,
     "start_time": float,
+    "start_time_iso": str,
     "duration_seconds": Number,
     "requests_count": int,
     "last_activity": float,
+    "last_activity_iso": str,
     "idle_time": Number,
     "status": str,
 }
 ERROR = {"timestamp": float, "module_function": str, "error": str, "duration_ms": Number}
-EVENT = {"timestamp": float, "event": str, "message": str, "pid": int, "uid": int}
+EVENT = {
+    "timestamp": float,
+    "timestamp_iso": str,
+    "event": str,
+    "event_type": str,
+    "message": str,
+    "pid": int,
+    "uid": int,
+    "client_info": str,
+}
 EVENTS = ("invalid_request", "module_not_allowed", "function_not_allowed", "permission_denied")
+COUNTED = {
+    "requests_processed": int,
+    "requests_succeeded": int,
+    "requests_failed": int,
+    "requests_rejected": int,
+    "validation_failures": int,
+    "security_events": int,
+    "connections_total": int,
+    "connections_rejected": int,
+    "peak_connections": int,
+    "start_time": float,
+    "last_cleanup": float,
+    "last_resource_check": float,
+}
+NEVER = dict.fromkeys(("last_cleanup", "last_resource_check"), type(None))
+SYSTEM_STATS = {
+    **COUNTED,
+    "processes": int,
+    "processes_measured_by_rss": int,
+    "cpu_count": int,
+    "load_average": [float],
+    "memory_total_mb": Number,
+    "memory_available_mb": Number,
+}
 METRICS = {
     "timestamp": float,
+    "timestamp_iso": str,
     "daemon_info": {"version": str, "uptime_seconds": Number, "uptime_formatted": str},
     "resource_status": RESOURCE_STATUS,
     "performance_metrics": PERFORMANCE_METRICS,
@@ -189,17 +231,18 @@ METRICS = {
         ("total_security_events", "validation_failures", "requests_rejected"), int
     ),
     "connection_summary": dict.fromkeys(
-        ("total_connections", "active_connections", "stale_connections", "peak_connections"), int
+        (
+            *("total_connections", "current_connections", "active_connections"),
+            *("stale_connections", "peak_connections"),
+        ),
+        int,
     ),
-    "module_status": {"loaded_modules": [str], "available_modules": [str]},
-    "system_stats": {
-        "processes": int,
-        "processes_measured_by_rss": int,
-        "cpu_count": int,
-        "load_average": [float],
-        "memory_total_mb": Number,
-        "memory_available_mb": Number,
+    "module_status": {
+        "loaded_modules": [str],
+        "loaded_modules_count": int,
+        "available_modules": [str],
     },
+    "system_stats": SYSTEM_STATS,
     "workers": [
         {
             "worker": int,
@@ -255,26 +298,18 @@ INFO = {
 }
 CONNECTIONS = {
     "total_connections": int,
+    "current_connections": int,
     "active_connections": int,
     "stale_connections": int,
     "connections": [CONNECTION],
-    "connection_limits": {"max_concurrent": int, "stale_timeout": Number},
-}
-COUNTED = {
-    "requests_processed": int,
-    "requests_failed": int,
-    "requests_rejected": int,
-    "connections_total": int,
-    "peak_connections": int,
-    "start_time": float,
+    "connection_limits": {
+        "max_concurrent": int,
+        "max_concurrent_requests": int,
+        "stale_timeout": Number,
+    },
 }
 STATS = {
     **COUNTED,
-    "validation_failures": int,
-    "security_events": int,
-    "last_cleanup": float,
-    "last_resource_check": float,
-    "connections_rejected": int,
     "security_metrics": {
         "total_events": int,
         "events_by_type": dict.fromkeys(EVENTS, int),
@@ -299,7 +334,7 @@ def test_all_fields_are_there_each_of_its_type(works: Works) -> None:
     shared, settings = works.worked().shared, works.settings
     assert_shape(reports.metrics(shared, settings, MODULES), METRICS)
     assert_shape(reports.info(shared, settings, MODULES), INFO)
-    assert_shape(reports.connections(shared, settings), CONNECTIONS)
+    assert_shape(system_connections(shared, settings), CONNECTIONS)
     assert_shape(reports.stats(shared, settings), STATS)
     assert_shape(reports.counted(shared), COUNTED)
     assert_shape(reports.recent_errors(shared), [ERROR])
@@ -307,14 +342,13 @@ def test_all_fields_are_there_each_of_its_type(works: Works) -> None:
 
 def test_a_daemon_that_has_done_nothing_has_the_same_fields(works: Works) -> None:
     shared, settings = works.shared, works.settings
-    assert_shape(reports.metrics(shared, settings, MODULES), METRICS)
-    assert_shape(reports.connections(shared, settings), CONNECTIONS)
-    never = type(None)
-    assert_shape(
-        reports.stats(shared, settings),
-        {**STATS, "last_cleanup": never, "last_resource_check": never},
-    )
-    performance = reports.metrics(shared, settings, MODULES)["performance_metrics"]
+    system_stats = {**SYSTEM_STATS, **NEVER}
+    metrics = reports.metrics(shared, settings, MODULES)
+    assert_shape(metrics, {**METRICS, "system_stats": system_stats})
+    assert_shape(system_connections(shared, settings), CONNECTIONS)
+    assert_shape(reports.stats(shared, settings), {**STATS, **NEVER})
+    performance = metrics["performance_metrics"]
+    assert performance.pop("uptime_seconds") > 0
     assert set(performance.values()) == {0}
 
 
@@ -364,17 +398,44 @@ def test_the_numbers_are_those_of_the_whole_daemon(works: Works) -> None:
     }
     assert metrics["connection_summary"] == {
         "total_connections": 101,
+        "current_connections": 2,
         "active_connections": 2,
         "stale_connections": 0,
         "peak_connections": works.shared.header.peak_connections,
     }
 
 
+def test_what_the_first_daemon_meant_stands_beside_what_a_field_means_now(works: Works) -> None:
+    shared, settings = works.worked().shared, works.settings
+    metrics = reports.metrics(shared, settings, MODULES)
+    assert metrics["module_status"]["loaded_modules_count"] == len(MODULES)
+    moment = datetime.fromisoformat(metrics["timestamp_iso"])
+    assert abs(moment.timestamp() - metrics["timestamp"]) < 1e-3
+    performance = metrics["performance_metrics"]
+    last_minute = metrics["resource_status"]["requests_per_minute"]
+    assert performance["requests_per_second_last_minute"] == last_minute / 60
+    assert performance["error_rate_last_5_minutes"] == performance["error_rate"] > 0
+    average = performance["avg_response_time"]
+    assert performance["avg_response_time_last_5_minutes"] == pytest.approx(average, rel=0.05)
+    listed = system_connections(shared, settings)
+    assert listed["current_connections"] == len(listed["connections"])
+    for each in listed["connections"]:
+        opened = datetime.fromisoformat(each["start_time_iso"]).timestamp()
+        assert abs(opened - each["start_time"]) < 1e-3
+    counted = reports.counted(shared)  # test.ping
+    assert counted["requests_succeeded"] == performance["successful_requests"]
+    for name in set(counted) - set(NEVER):  # those are computed from the time of the call
+        assert counted[name] == metrics["system_stats"][name]
+    for event in reports.recent_events(shared):
+        assert event["event_type"] == event["event"]
+        assert event["client_info"] == f"pid {event['pid']}, uid {event['uid']}"
+
+
 def test_numbers_that_several_reports_have_agree(works: Works) -> None:
     shared, settings = works.worked().shared, works.settings
     metrics = reports.metrics(shared, settings, MODULES)
     stats = reports.stats(shared, settings)
-    connections = reports.connections(shared, settings)
+    connections = system_connections(shared, settings)
     performance, gate = metrics["performance_metrics"], metrics["gate"]
     assert performance["total_requests"] == (
         performance["successful_requests"] + performance["failed_requests"]
@@ -427,7 +488,7 @@ def test_a_dead_workers_counts_are_not_lost_and_what_it_ran_has_failed(works: Wo
     assert (dead["connections"], dead["running"]) == (0, 0)
     assert alive["pid"] == 101
     assert len(reports.recent_errors(shared)) == 3
-    listed = reports.connections(shared, works.settings)["connections"]
+    listed = system_connections(shared, works.settings)["connections"]
     assert [each["worker"] for each in listed] == [1]
 
 
@@ -464,7 +525,7 @@ def test_limits_that_a_reload_has_changed_are_reported(works: Works) -> None:
     assert gate["max_connections"] == 7
     assert gate["max_concurrent_requests"] == 5
     assert gate["max_requests_per_minute"] == 3
-    report = reports.connections(works.shared, works.settings)["connection_limits"]
+    report = system_connections(works.shared, works.settings)["connection_limits"]
     assert report["max_concurrent"] == 7
     limit = {reading.kind: reading.limit for reading in totals.readings(works.shared)}
     assert limit == {
@@ -500,8 +561,9 @@ def test_each_connection_is_reported_with_what_it_does(
     works = works.worked()
     now = time.monotonic_ns() + 1000 * SECOND
     clock = types.SimpleNamespace(monotonic_ns=lambda: now, time=lambda: 1_700_000_000.0)
-    monkeypatch.setattr(reports, "time", clock)
-    report = reports.connections(works.shared, works.settings)
+    for module in ("reports", "connections", "times"):
+        monkeypatch.setattr(f"cpanbridge.supervisor.reports.{module}.time", clock)
+    report = system_connections(works.shared, works.settings)
     (running, resting) = report["connections"]
     assert report["stale_connections"] == 1  # not the one whose request runs
     assert (running["status"], resting["status"]) == ("running", "stale")
@@ -516,7 +578,7 @@ def test_no_two_connections_ever_have_the_same_id(works: Works) -> None:
     seen = []
     for _ in range(5):
         entries = [(worker, works.connect(worker)) for worker in (0, 1, 0)]
-        listed = reports.connections(works.shared, works.settings)["connections"]
+        listed = system_connections(works.shared, works.settings)["connections"]
         seen += [each["connection_id"] for each in listed]
         for worker, entry in entries:
             works.leave(worker, entry)
@@ -596,7 +658,7 @@ def test_a_wall_clock_that_was_set_back_an_hour_makes_no_age_negative(
     def all_reports() -> list[dict[str, Any]]:
         return [
             reports.metrics(shared, settings, MODULES),
-            reports.connections(shared, settings),
+            system_connections(shared, settings),
             reports.stats(shared, settings),
             reports.info(shared, settings, MODULES),
         ]
@@ -604,7 +666,8 @@ def test_a_wall_clock_that_was_set_back_an_hour_makes_no_age_negative(
     before = [number for report in all_reports() for number in every_number(report)]
     back = time.time() - 3600
     clock = types.SimpleNamespace(monotonic_ns=time.monotonic_ns, time=lambda: back)
-    monkeypatch.setattr(reports, "time", clock)
+    for module in ("reports", "connections", "times"):
+        monkeypatch.setattr(f"cpanbridge.supervisor.reports.{module}.time", clock)
     after = [number for report in all_reports() for number in every_number(report)]
     for (name, old), (_, new) in zip(before, after, strict=True):
         assert new >= 0 or name == "pid", name
