@@ -219,7 +219,7 @@ sub disconnect {
 sub _safe_json_encode {
     my ($self, $data) = @_;
     my $previous_error = $@;
-    my $json = eval { CPANBridge::JSON::encode($data, '$data') };
+    my $json = eval { local $SIG{__DIE__}; CPANBridge::JSON::encode($data, '$data') };
     croak "JSON encoding failed: $@" if !defined $json;
     $@ = $previous_error;
     return $json;
@@ -352,7 +352,7 @@ How many bytes a request, and a reply, may have. 10485760 (10 MiB) by default.
 =item socket
 
 The path of the daemon's socket. See L<CPANBridge::SocketPath> for the default paths.
-Scripts that run with taint checks (C<perl -T>) have to set it: a path from the environment is tainted.
+Scripts that run with taint checks (C<perl -T>) should set it: a path from the environment is tainted.
 
 =item debug
 

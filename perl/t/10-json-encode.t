@@ -26,6 +26,15 @@ sub refusal {
     our $calls = 0;
     sub TO_JSON { my ($self) = @_; $calls++; return $self->{to} if exists $self->{to}; die "call $calls\n" }
 
+    package Counting;
+    our $fetched = 0;
+    sub TIEHASH   { my ($class, $hash) = @_; return bless [ $hash, keys %{$hash} ], $class }
+    sub TIEARRAY  { my ($class, $array) = @_; return bless [$array], $class }
+    sub FETCH     { my ($self, $key) = @_; $fetched++; return ref $self->[0] eq 'HASH' ? $self->[0]{$key} : $self->[0][$key] }
+    sub FETCHSIZE { return scalar @{ $_[0][0] } }
+    sub FIRSTKEY  { return $_[0][1] }
+    sub NEXTKEY   { my ($self, $key) = @_; my ($i) = grep { $self->[$_] eq $key } 1 .. $#{$self}; return $self->[ $i + 1 ] }
+
     package Circular;
     sub TO_JSON { return [ $_[0] ] }
 }
@@ -110,6 +119,10 @@ subtest 'containers and objects' => sub {
     is(sent({}), '{}', 'an empty hash');
     is(sent([]), '[]', 'an empty array');
     is(sent([ [ { a => [ 1, { b => undef } ] } ] ]), '[[{"a":[1,{"b":null}]}]]', 'nested ones');
+    tie my %tied,  'Counting', { a => 1, b => 'x y', c => [1] };
+    tie my @tied, 'Counting', [ 1, '2', 'x y', 3.5 ];
+    is(length sent([ \%tied, \@tied ]), length '[{"a":1,"b":"x y","c":[1]},[1,"2","x y",3.5]]', 'tied ones');
+    is($Counting::fetched, 7, '... of which each value is fetched once');
     my $shared = [1];
     is(sent([ $shared, $shared ]), '[[1],[1]]', 'the same array twice is no cycle');
     is(sent([ Point->new(x => 5) ]), '[{"x":5}]', 'TO_JSON');

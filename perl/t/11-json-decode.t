@@ -66,6 +66,9 @@ for my $decoder (@decoders) {
             is("$big->[0]", $digits, "$digits is exact");
             isa_ok($big->[0], 'Math::BigInt');
             is(CPANBridge::JSON::encode($big), "[$digits,1]", '... and goes back as a number');
+            no warnings 'once';
+            local $Math::BigInt::accuracy = 3;
+            is(CPANBridge::JSON::encode($decode->("[$digits]")), "[$digits]", "... whatever accuracy the script has set for its own");
         }
         srand 1;
         my $wrong = 0;

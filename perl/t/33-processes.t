@@ -58,6 +58,18 @@ subtest 'a child that makes no call' => sub {
 
 sub exit_quietly { POSIX::_exit(0) }
 
+subtest 'a child that ends as scripts do' => sub {
+    defined(my $pid = fork) or die $!;
+    if (!$pid) {
+        $daemon->{tester} = 0;    # its copy is not to stop the daemon
+        Test::More->builder->no_ending(1);
+        $bridge->call_python('m', 'f', 'child');
+        exit 0;
+    }
+    waitpid $pid, 0;
+    is_deeply($bridge->call_python('m', 'f', 'd'), [ 1, 'd' ], "leaves the parent's connection alone");
+};
+
 subtest 'a script with many open files' => sub {
     my @files;
     while (@files < 1100) { open my $file, '<', '/dev/null' or last; push @files, $file }
@@ -78,8 +90,12 @@ subtest 'disconnect' => sub {
 subtest 'a thread has a connection of its own' => sub {
     plan skip_all => 'this Perl has no threads' if !$Config{useithreads} || !eval { require threads; 1 };
     my $before = $bridge->call_python('m', 'f', 'g')->[0];
-    my $inside = threads->create(sub { $bridge->call_python('m', 'f', 'thread')->[0] })->join;
-    isnt($inside, $before, 'another than its parent');
+    my @threads = map {
+        my $name = $_;
+        threads->create(sub { scalar grep { my $result = $bridge->call_python('m', 'f', "$name-$_");
+                    $result->[0] != $before && $result->[1] eq "$name-$_" } 1 .. 50 });
+    } 1 .. 3;
+    is($_->join, 50, 'another than its parent, and its own replies') for @threads;
     is_deeply($bridge->call_python('m', 'f', 'h')->[1], 'h', "... whose own goes on");
 };
 

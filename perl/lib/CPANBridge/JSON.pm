@@ -73,6 +73,7 @@ sub _find_xs {
         require Cpanel::JSON::XS;
         Cpanel::JSON::XS->new->utf8->allow_nonref->max_depth(2000);
     };
+    die $@ if !$decoder && (ref $@ || $@ !~ /Cpanel|require/);    # a signal handler's
     $@ = $previous_error;
     return 0 if !$decoder;
     for my $json (PROBES) {

@@ -66,8 +66,8 @@ folder in F</tmp>.
 
 =back
 
-In a script that runs with taint checks (C<perl -T>), a path from the environment is tainted, and
-Perl refuses to connect to it: give the option C<socket> of L<CPANBridge> explicitly.
+In a script that runs with taint checks (C<perl -T>), a path from the environment is tainted, and some
+Perls refuse to connect to it: give the option C<socket> of L<CPANBridge> explicitly.
 
 =head1 FUNCTIONS
 

@@ -42,6 +42,7 @@ sub _serve {
     my ($self, $listening, $serve) = @_;
     my $number = 0;
     while (my $socket = $listening->accept) {
+        binmode $socket;    # overrides -C and PERL_UNICODE
         my $connection = bless { socket => $socket, log => $self->{log} }, 'FakeDaemon::Connection';
         eval { $serve->($connection, ++$number); 1 } or $@ eq "gone\n" or die $@;
         close $socket;
@@ -77,6 +78,9 @@ sub stop {
     unlink $self->{path};
     return;
 }
+
+# A thread's copy would stop the daemon when the thread ends.
+sub CLONE_SKIP { return 1 }
 
 sub DESTROY {
     my ($self) = @_;

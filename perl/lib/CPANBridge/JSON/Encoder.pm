@@ -101,13 +101,13 @@ sub _object {
     _watch($hash) if ++$Depth > WATCHED_DEPTH;
     my $json = '';
     for my $key (keys %{$hash}) {
-        # A copy: matching turns the number in a variable into a string, on Perls before 5.36.
-        my $copy = $hash->{$key};
+        # Taken once: it may be tied. The copy is for matching, which before 5.36 turns a number into a string.
+        my $copy = my $value = $hash->{$key};
         $json .= ',' if $json ne '';
         $json .= $key =~ /\A[ !#-\[\]-~]*\z/ ? qq("$key":) : _string($key) . ':';
         $json .= defined $copy && !ref $copy && $copy =~ /\A[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ][ !#-\[\]-~]*\z/
             ? qq("$copy")
-            : _value($hash->{$key});
+            : _value($value);
     }
     delete $Inside->{ refaddr $hash} if $Depth-- > WATCHED_DEPTH;
     return "{$json}";
@@ -118,11 +118,11 @@ sub _array {
     _watch($array) if ++$Depth > WATCHED_DEPTH;
     my $json = '';
     for my $index (0 .. $#{$array}) {
-        my $copy = $array->[$index];
+        my $copy = my $value = $array->[$index];
         $json .= ',' if $index;
         $json .= defined $copy && !ref $copy && $copy =~ /\A[!#\$%&'(),.\/:-HJ-MO-\[\]-hj-mo-~ ][ !#-\[\]-~]*\z/
             ? qq("$copy")
-            : _value($array->[$index]);
+            : _value($value);
     }
     delete $Inside->{ refaddr $array} if $Depth-- > WATCHED_DEPTH;
     return "[$json]";
