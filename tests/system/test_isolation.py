@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,19 +16,19 @@ def test_a_module_that_keeps_the_interpreter_lock_holds_up_no_other_worker(
     daemon: Daemon,
 ) -> None:
     begun = daemon.folder / "begun"
-    holder = threading.Thread(
-        target=one_shot, args=(daemon.path, "probe", "hold_interpreter", [6, str(begun)])
-    )
+
+    def hold() -> None:
+        with contextlib.suppress(OSError, ValueError):  # it ends when the daemon is killed
+            one_shot(daemon.path, "probe", "hold_interpreter", [60, str(begun)])
+
+    holder = threading.Thread(target=hold)
     holder.start()
     busy = int(until(lambda: begun.exists() and begun.read_text(), what="the call's begin"))
-    waits = []
     for _ in range(20):
-        asked = time.monotonic()
         assert daemon.call("probe", "worker_pid") != busy
-        waits.append(time.monotonic() - asked)
-    assert holder.is_alive(), "it did not hold the lock for long enough to show anything"
+    assert holder.is_alive(), "a call has waited for it"
+    os.kill(busy, signal.SIGKILL)
     holder.join()
-    assert max(waits) < 1.0
 
 
 def test_a_default_timeout_set_by_a_module_changes_no_client(new_daemon: NewDaemon) -> None:

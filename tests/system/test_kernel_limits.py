@@ -89,14 +89,13 @@ def test_the_gate_closes_before_a_cgroup_is_full(
     def is_closed() -> bool:
         return bool(daemon.status()["gate"]["verdict"] == "closed")
 
-    more = 90
-    while not is_closed():
-        before = load()["memory_mb"]
-        one_shot(daemon.path, "probe", "hoard", [more])
+    before, more = load()["memory_mb"], 90
+    while (reply := one_shot(daemon.path, "probe", "hoard", [more]))["success"]:
         enough = before + more - 1
         until(lambda enough=enough: load()["memory_mb"] > enough or is_closed())
-        more = 8
-    assert load()["violations"]
+        before, more = load()["memory_mb"], 8
+    assert reply["error_type"] == "Overloaded"
+    assert "exceeds limit 180MB" in daemon.log()
     assert "died" not in daemon.log()
     status = daemon.command("status").stdout
     assert re.search(r"\n +memory limit: 180 MB, nine tenths of the 200 MB of /\S+\n", status)
