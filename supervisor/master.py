@@ -16,6 +16,7 @@ import setproctitle
 from cpanbridge.supervisor.config import KILL_MARGIN, Load, Loaded
 from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.lifecycle.handover import Handover
+from cpanbridge.supervisor.lifecycle.path_watch import PathWatch
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.lifecycle.upgrade import Inherited, Predecessor
 from cpanbridge.supervisor.listening.sockets import Sockets
@@ -68,13 +69,13 @@ class Master:
         self._pool = pool = WorkerPool(self, loop, shared, wakeups, mains)
         self._reloader = Reloader(load, loaded, sockets, pool, number, self._follow_generation)
         retirement = Retirement(pool, self.handle_term)
-        listeners = [each.socket for each in sockets.listeners]
         # There is no memory for two: the replacement starts when the worker has ended.
         retire = partial(retirement.retire_soon, replace_first=False)
-        self._monitor = Monitor(loop, shared, wakeups, settings.limits, listeners, retire)
+        self._monitor = Monitor(loop, shared, wakeups, settings.limits, sockets.accepting, retire)
         self._watchdog = Watchdog(pool, retirement)
         self._service_manager = ServiceManager(loop, silent=inherited is not None)
-        self._control = Answers(self, self._reloader, pool, shared).server(loop)
+        self._paths = PathWatch(sockets, pool.spawner, self._may_repair, self._follow_sockets)
+        self._control = Answers(self, self._reloader, pool, shared, self._paths.repair).server(loop)
         self._handover = Handover(
             pool, self._reloader, sockets, self._control, self._service_manager
         )
@@ -93,6 +94,7 @@ class Master:
         self._follow_generation()
         self._signals.catch()
         self._service_manager.watch_dog()
+        self._paths.check()
         gc.freeze()  # workers share what exists now, as long as the collector does not write to it
         if self._predecessor is not None:
             self._reloader.begin(self._replaced_old_workers)
@@ -246,8 +248,15 @@ class Master:
         """Another generation serves: its configuration holds."""
         loaded = self._reloader.loaded
         self._monitor.limits = loaded.settings.limits
-        self._monitor.listeners = [each.socket for each in self._sockets.listeners]
+        self._paths.generation_serves()
+        self._follow_sockets()
         setproctitle.setproctitle(f"cpanbridged: master [{loaded.source}]")
+
+    def _follow_sockets(self) -> None:
+        self._monitor.listeners = self._sockets.accepting
+
+    def _may_repair(self) -> bool:
+        return self.state not in ("stopping", "upgrading")
 
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:

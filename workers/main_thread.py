@@ -149,7 +149,7 @@ class MainThread:
         if context.lent:
             return  # the service manager's: its next daemon serves the clients that wait there
         if context.generation <= context.shared.header.generation:
-            for listener in context.listeners:
+            for listener in self._service.listeners.sockets:
                 with contextlib.suppress(OSError):
                     listener.shutdown(socket.SHUT_RDWR)
 

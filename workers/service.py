@@ -11,6 +11,7 @@ from cpanbridge.workers.accept.acceptor import Acceptor
 from cpanbridge.workers.accept.balancing import Balancer
 from cpanbridge.workers.accept.leader_followers import ThreadPool
 from cpanbridge.workers.accept.listen_queue import ListenQueue
+from cpanbridge.workers.accept.listeners import Listeners
 from cpanbridge.workers.accept.own_threads import there_are_others
 from cpanbridge.workers.accept.ready_clients import Arrival, ReadyClients
 from cpanbridge.workers.accept.rejecter import Rejecter
@@ -69,11 +70,12 @@ class Service:
         self._read_timeout = limits.read_timeout
 
         # Accepting, and the threads.
+        self.listeners = Listeners(context.listeners, context.listener_box, shared)
         self._incoming = Incoming(shared, slot, wakeups, gate)
         ready = ReadyClients(self._incoming, self._outgoing, keep_alive, calls.prepare)
         self._rejecter = Rejecter(calls.reject) if settings.overload == "reject" else None
         self._acceptor: Acceptor[Call] = Acceptor(
-            ListenQueue(context.listeners, ready.epoll, shared, slot, gate),
+            ListenQueue(self.listeners, ready.epoll, shared, slot, gate),
             ready,
             gate,
             calls.prepare,
@@ -139,7 +141,9 @@ class Service:
         return seconds
 
     def check_listen_queue(self) -> None:
-        """See that no client waits for whom only another worker was woken."""
+        """See that no client waits for whom only another worker was woken, or at another socket."""
+        if self.listeners.follow():
+            self._acceptor.wake()
         self._acceptor.check_listen_queue()
 
     # -- the end --

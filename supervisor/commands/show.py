@@ -50,6 +50,8 @@ def _status_lines(state: dict[str, Any]) -> Iterator[str]:
         yield f"pid {each['pid']}: template gen {each['generation']} {each['state']}"
     for each in state["workers"]:
         yield f"pid {each['pid']}: {each['title']}" if each["pid"] else each["title"]
+    for each in state.get("lost", ()):
+        yield _loss_line(each)
     last = state.get("last_reload")
     if last is not None:
         when = time.strftime(TIME, time.localtime(last["at"]))
@@ -69,7 +71,17 @@ def _first_line(state: dict[str, Any]) -> Iterator[str]:
         )
     if "uptime_seconds" in state:
         yield f"up {format_duration(state['uptime_seconds'])}"
-    yield f"listening on {', '.join(state['sockets'])}"
+    lost = state.get("unreachable", ())
+    sockets = ", ".join(path for path in state["sockets"] if path not in lost) or "no path"
+    yield f"listening on {sockets}"
+
+
+def _loss_line(loss: dict[str, Any]) -> str:
+    when = time.strftime(TIME, time.localtime(loss["at"]))
+    if loss["problem"] is not None:
+        return f"{loss['path']} was {loss['found']}, and cannot be made anew: {loss['problem']}"
+    again = f" ({loss['times']} times so far)" if loss["times"] > 1 else ""
+    return f"{loss['path']} was {loss['found']}, and made anew, {when}{again}"
 
 
 def _surroundings_lines(memory_limit: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:

@@ -28,7 +28,6 @@ from typing import Any
 
 import msgspec
 
-from cpanbridge.supervisor.listening.listener import Listener
 from cpanbridge.supervisor.system.event_loop import WRITE, Loop
 from cpanbridge.supervisor.wording import explain
 
@@ -82,10 +81,10 @@ class ControlServer:
     connections: "list[ControlConnection]" = field(default_factory=list, init=False)
     _listening: list[socket.socket] = field(default_factory=list, init=False)
 
-    def listen(self, listeners: Sequence[Listener]) -> None:
-        """Accept clients on these listeners from now on, and on no others."""
+    def listen(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept clients on these sockets from now on, and on no others."""
         self.stop_listening()
-        self._listening = [each.socket for each in listeners]
+        self._listening = list(sockets)
         for each in self._listening:
             self._watch(each)
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Mapping
 
 from cpanbridge.supervisor.config import OperatorError
+from cpanbridge.supervisor.listening import living
 from cpanbridge.supervisor.wording import explain
 
 # `is_locked` of any process holds a shared lock for microseconds.
@@ -52,7 +53,10 @@ class Instance:
         with contextlib.ExitStack() as undo:
             for path in sorted(set(paths)):
                 self.descriptors[path] = _lock(path, patience)
-                undo.callback(self.release, [path])
+                undo.callback(self._free, path)
+                if living.has_master(path):  # which makes its lock file anew in a moment
+                    raise InstanceError(f"{_in_use(path)}, whose lock file was removed")
+                undo.callback(_remove_pid_file, path)
                 left_over = _open_trusted(f"{path}.pid")
                 if left_over is not None:
                     os.close(left_over)
@@ -74,15 +78,47 @@ class Instance:
     def release(self, paths: Collection[str] | None = None) -> None:
         """Remove the pid files and free the locks of these paths, or of all."""
         for path in list(self.descriptors if paths is None else paths):
-            with contextlib.suppress(OSError):
-                os.unlink(f"{path}.pid")
-            self.unclean.discard(path)
-            os.close(self.descriptors.pop(path))
+            _remove_pid_file(path)
+            self._free(path)
+
+    def _free(self, path: str) -> None:
+        self.unclean.discard(path)
+        os.close(self.descriptors.pop(path))
+
+    def has_lock_file(self, path: str) -> bool:
+        """Whether `PATH.lock` is still the file that is locked."""
+        try:
+            status = os.lstat(f"{path}.lock")
+        except OSError:
+            return False
+        return os.path.samestat(status, os.fstat(self.descriptors[path]))
+
+    def lock_anew(self, path: str) -> None:
+        """Lock what is at `PATH.lock` by now, or make it. Raises InstanceError."""
+        descriptor = _lock(path, patience=0.0)
+        os.close(self.descriptors[path])
+        self.descriptors[path] = descriptor
+
+    def has_pid_file(self, path: str) -> bool:
+        """Whether `PATH.pid` names this process."""
+        try:
+            return _read_pid(f"{path}.pid") == os.getpid()
+        except InstanceError:
+            return False
+
+    def write_pid_file(self, path: str) -> None:
+        """Name this process in `PATH.pid`. Raises InstanceError."""
+        _write_pid(path)
 
     def _close_copies(self) -> None:
         """Called in a forked child. The lock stays the parent's, whose descriptor is open."""
         while self.descriptors:
             os.close(self.descriptors.popitem()[1])
+
+
+def _remove_pid_file(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(f"{path}.pid")
 
 
 def _lock(path: str, patience: float) -> int:

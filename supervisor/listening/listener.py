@@ -30,21 +30,69 @@ class ListenError(OperatorError):
     """A socket cannot be opened; one line that names the path, says why, and what to do."""
 
 
-class Listener(msgspec.Struct, frozen=True, rename={"socket": "descriptor"}):
+class Listener(msgspec.Struct, eq=False, rename={"socket": "descriptor"}):
     """A bound and listening socket, and its file."""
 
     path: str
     socket: socket.socket  # as a descriptor in what a new master receives
     inode: tuple[int, int]  # of the file: device and number
+    mode: int  # of the file
+    folder: tuple[int, int]  # mode and group of the folder that it is in
     # Whether the service manager has it as well. Then it is not the daemon's to remove, to shut, or
     # to change the rights of, and clients that wait there at the end are served by the next daemon.
     lent: bool = False
+    gid: int | None = None  # of the file's group, where one is set
 
-    def set_access(self, mode: int, gid: int | None) -> tuple[int, int]:
+    def is_in_place(self) -> bool:
+        """Whether clients that connect to the path find this socket."""
+        try:
+            return _inode(self.path) == self.inode
+        except OSError:
+            return False
+
+    def bind_anew(self) -> None:
+        """Bind another socket at the path, whatever socket stands there by now.
+
+        The one before stays open: there may be clients in its queue. The caller holds the path's
+        lock. Raises ListenError.
+        """
+        if self.lent:
+            raise ListenError(
+                f"{self.path}: is the service manager's; restart the daemon's .socket unit"
+            )
+        prepare_folder(self.path, create=False)
+        try:
+            _remove_socket(self.path)
+        except OSError as error:
+            raise ListenError(f"{self.path}: cannot be removed: {explain(error)}") from None
+        new = _bind(self.path, self.mode, self.gid)
+        self.socket, self.inode = new.socket, new.inode
+
+    def make_folder_anew(self) -> None:
+        """If the folder is gone, make one of the same mode and group. Raises ListenError."""
+        folder = os.path.dirname(self.path)
+        mode, gid = self.folder
+        try:
+            os.mkdir(folder, 0o700)
+            os.chown(folder, -1, gid)
+            os.chmod(folder, mode)
+        except FileExistsError:
+            return
+        except OSError as error:
+            raise ListenError(
+                f"{folder}: is gone, and cannot be made anew: {explain(error)}"
+            ) from None
+
+    def set_access(self, mode: int, gid: int | None) -> tuple[int, int | None]:
         """Set who may connect; returns mode and group as they were. Raises ListenError.
 
-        Without `gid` the group stays as it is.
+        Without `gid` the group stays as it is. While the socket is not in place, this is for when
+        it is bound anew.
         """
+        if not self.is_in_place():
+            kept = self.mode, self.gid
+            self.mode, self.gid = mode, gid
+            return kept
         try:
             before = os.stat(self.path)
             if gid is not None and gid != before.st_gid:
@@ -54,6 +102,7 @@ class Listener(msgspec.Struct, frozen=True, rename={"socket": "descriptor"}):
             raise ListenError(
                 f"{self.path}: its mode and group cannot be set: {explain(error)}"
             ) from None
+        self.mode, self.gid = mode, gid
         return stat.S_IMODE(before.st_mode), before.st_gid
 
     def name_this_process(self) -> None:
@@ -66,7 +115,8 @@ class Listener(msgspec.Struct, frozen=True, rename={"socket": "descriptor"}):
     def unlink(self) -> None:
         """Remove the file, so that no client connects any more; unless it is another's by now."""
         with contextlib.suppress(FileNotFoundError):
-            if not self.lent and _inode(self.path) == self.inode:
+            status = os.lstat(self.path)
+            if not self.lent and (status.st_dev, status.st_ino) == self.inode:
                 os.unlink(self.path)
 
 
@@ -99,7 +149,11 @@ def _lent(descriptor: int) -> Listener:
         raise ListenError(f"LISTEN_FDS: descriptor {descriptor} has no path")
     lent.setblocking(False)
     _take_no_descriptors(lent)
-    return Listener(path, lent, (0, 0), lent=True)
+    try:
+        inode = _inode(path)
+    except FileNotFoundError:
+        inode = (0, 0)  # removed already
+    return Listener(path, lent, inode, 0, _folder_of(path), lent=True)
 
 
 def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None:
@@ -177,6 +231,10 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
     """
     gid = group_id(group)
     _remove_stale(path, known=path in stale)
+    return _bind(path, mode, gid)
+
+
+def _bind(path: str, mode: int, gid: int | None) -> Listener:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         umask = os.umask(0o177)  # for this user only, until mode and group are set
@@ -190,7 +248,7 @@ def listen(path: str, mode: int, group: str | None, stale: Collection[str]) -> L
         listening.listen(_BACKLOG)
         listening.setblocking(False)
         _take_no_descriptors(listening)
-        return Listener(path, listening, _inode(path))
+        return Listener(path, listening, _inode(path), mode, _folder_of(path), gid=gid)
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
@@ -209,24 +267,37 @@ def group_id(group: str | None) -> int | None:
 
 
 def _inode(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
+    status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def _folder_of(path: str) -> tuple[int, int]:
+    """Mode and group of the folder that a socket is in. Raises OSError."""
+    status = os.stat(os.path.dirname(path))
+    return stat.S_IMODE(status.st_mode), status.st_gid
 
 
 def _remove_stale(path: str, *, known: bool) -> None:
     """Remove a dead daemon's socket, but nothing that belongs to another program."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise ListenError(f"{path}: exists and is not a socket; remove it or choose another path")
-    if not (known and status.st_uid == os.getuid()) and _answers(path):
-        raise ListenError(f"{path}: in use by another program")
-    os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):
+        ours = known and os.lstat(path).st_uid == os.getuid()
+        if not ours and answers(path):
+            raise ListenError(f"{path}: in use by another program")
+    _remove_socket(path)
 
 
-def _answers(path: str) -> bool:
+def _remove_socket(path: str) -> None:
+    """Remove a socket's file, if there is one, but no other file. Raises ListenError, OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ListenError(
+                f"{path}: exists and is not a socket; remove it or choose another path"
+            )
+        os.unlink(path)
+
+
+def answers(path: str) -> bool:
+    """Whether a socket listens at a path; of whose process is not asked."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         # With EAGAIN a listen queue is full.

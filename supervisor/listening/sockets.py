@@ -9,6 +9,7 @@ Called in the master.
 import contextlib
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ class HeldSockets(msgspec.Struct):
 
     listeners: list[Listener]
     controls: list[Listener]
+    former: list[socket.socket]
     locks: dict[str, int]
 
     def descriptors(self) -> list[int]:
         """The descriptors that the other process must inherit."""
-        sockets = [each.socket.fileno() for each in self.listeners + self.controls]
-        return [*sockets, *self.locks.values()]
+        sockets = [*(each.socket for each in self.listeners + self.controls), *self.former]
+        return [*(each.fileno() for each in sockets), *self.locks.values()]
 
 
 class Sockets:
@@ -52,26 +54,40 @@ class Sockets:
         self._borrowed: set[str] = set()
         self.listeners: list[Listener] = []
         self.controls: list[Listener] = []
+        # Sockets that no path leads to any more, but in whose queues there may be clients.
+        self.former: list[socket.socket] = []
+        self._former_controls: list[socket.socket] = []
+        self._idle: list[socket.socket] = []  # those of them that had none a moment ago
         if held is not None:
             self.listeners, self.controls = held.listeners, held.controls
+            self.former = held.former
             self.give_away()
         self._masters_alone: list[socket.socket] = [each.socket for each in self.controls]
         os.register_at_fork(after_in_child=self._leave_controls_to_master)
         # Called when there are other control sockets, while those before are still open.
-        self._answer: Callable[[Sequence[Listener]], None] = lambda _: None
+        self._answer: Callable[[Sequence[socket.socket]], None] = lambda _: None
 
-    def answer(self, listen: Callable[[Sequence[Listener]], None]) -> None:
+    def answer(self, listen: Callable[[Sequence[socket.socket]], None]) -> None:
         """Have the control sockets answered from now on, also when they change."""
         self._answer = listen
-        self.answer_controls()
+        self._answer_controls()
 
-    def answer_controls(self) -> None:
-        """Have those control sockets answered that there are now, and no others."""
-        self._answer(self.controls)
+    def _answer_controls(self) -> None:
+        self._answer([*(each.socket for each in self.controls), *self._former_controls])
 
     def held(self) -> HeldSockets:
         """What a master that takes over needs."""
-        return HeldSockets(self.listeners, self.controls, self._instance.descriptors)
+        return HeldSockets(self.listeners, self.controls, self.former, self._instance.descriptors)
+
+    @property
+    def instance(self) -> Instance:
+        """The locks and pid files of the paths."""
+        return self._instance
+
+    @property
+    def accepting(self) -> list[socket.socket]:
+        """All sockets that workers are to accept clients from."""
+        return [*(each.socket for each in self.listeners), *self.former]
 
     def take_over(self) -> None:
         """Become responsible for them, and write this process's pid files. Raises InstanceError."""
@@ -148,13 +164,57 @@ class Sockets:
     def close(self, listeners: Sequence[Listener] | None = None) -> None:
         """Remove the files and listen no more. Workers have their own copies of the sockets."""
         for each in self.listeners if listeners is None else listeners:
-            try:
-                if each.path not in self._borrowed:
-                    each.unlink()
-            except OSError as error:
-                LOGGER.warning("%s: cannot be removed: %s", each.path, explain(error))
+            self._unlink(each)
             each.socket.close()
         self._masters_alone = [each for each in self._masters_alone if each.fileno() >= 0]
+
+    def _unlink(self, each: Listener) -> None:
+        try:
+            if each.path not in self._borrowed:
+                each.unlink()
+        except OSError as error:
+            LOGGER.warning("%s: cannot be removed: %s", each.path, explain(error))
+
+    def bind_anew(self, each: Listener) -> None:
+        """Listen once more at the path of a listener or control. Raises ListenError.
+
+        The socket before is kept until nobody waits at it.
+        """
+        before = each.socket
+        each.bind_anew()
+        if each in self.controls:
+            self._masters_alone.append(each.socket)
+            self._former_controls.append(before)
+            self._answer_controls()
+        else:
+            self.former.append(before)
+
+    def give_up(self, listeners: Sequence[Listener], controls: Sequence[Listener]) -> None:
+        """Serve these no more, but for the clients that wait there."""
+        for each in (*listeners, *controls):
+            self._unlink(each)
+        self.former += [each.socket for each in listeners]
+        self._former_controls += [each.socket for each in controls]
+        self._answer_controls()
+        self.release([each.path for each in listeners])
+
+    def close_idle(self) -> bool:
+        """Close the former sockets that nobody waits at; whether workers should as well.
+
+        A client that has found the path while it was there may still be about to connect: so a
+        socket is closed that nobody waits at now, nor at the last call.
+        """
+        idle = [each for each in self.former + self._former_controls if not _is_readable(each)]
+        over = [each for each in idle if each in self._idle]
+        self._idle = [each for each in idle if each not in over]
+        changed = any(each in self.former for each in over)
+        self.former = [each for each in self.former if each not in over]
+        if any(each in self._former_controls for each in over):
+            self._former_controls = [each for each in self._former_controls if each not in over]
+            self._answer_controls()
+        for each in over:
+            each.close()
+        return changed
 
     def release(self, paths: Collection[str] | None = None) -> None:
         """Free the locks: another daemon may have the paths."""
@@ -164,6 +224,8 @@ class Sockets:
     def give_back(self) -> None:
         """The daemon has ended: no file, no socket and no lock of it is left."""
         self.close(self.listeners + self.controls)
+        for each in self.former + self._former_controls:
+            each.close()
         self.release()
 
 
@@ -187,11 +249,15 @@ class Change:
         sockets = self._sockets
         before, sockets.controls = sockets.controls, self._controls
         sockets.listeners = self.listeners
-        sockets.answer_controls()
-        sockets.close([*self.removed, *(each for each in before if each not in self._controls)])
-        sockets.release([each.path for each in self.removed])
+        sockets.give_up(self.removed, [each for each in before if each not in self._controls])
 
 
-def _restore_access(each: Listener, mode: int, gid: int) -> None:
-    with contextlib.suppress(ListenError):  # the file may have been removed meanwhile
+def _restore_access(each: Listener, mode: int, gid: int | None) -> None:
+    with contextlib.suppress(ListenError):
         each.set_access(mode, gid)
+
+
+def _is_readable(listening: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(listening, select.POLLIN)
+    return bool(poll.poll(0))

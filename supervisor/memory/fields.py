@@ -78,6 +78,7 @@ class Header(ctypes.Structure):
         ("generation", ctypes.c_int64),  # the one in service
         ("slots_used", ctypes.c_int64),  # only grows, and before a worker is forked into a slot
         ("retired", ctypes.c_int64),  # workers that were retired to give memory back
+        ("listener_changes", ctypes.c_int64),  # see listener_box.py
         # What the monitor measured last.
         ("sampled_at", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: not yet
         ("sample_due", ctypes.c_int64),  # when the next sample is due, the same

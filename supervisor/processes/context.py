@@ -23,6 +23,7 @@ import msgspec
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.listener_box import ListenerBox
 from cpanbridge.supervisor.system.log_text import escaped, printable
 
 
@@ -43,6 +44,7 @@ class WorkerContext(NamedTuple):
     # an upgrade it is an earlier master's; the present one looks there by itself, twice a second.
     wake_master: int
     reopen_logs: Callable[[], None]  # raises LogError
+    listener_box: ListenerBox  # the listening sockets, once they are others than `listeners`
 
 
 class TemplateContext(NamedTuple):

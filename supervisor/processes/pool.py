@@ -330,7 +330,7 @@ class WorkerPool:
         """Another master's workers are in its slots: leave them to it until `inherit`."""
         self._inherited = generation
         self.put_in_service(generation)
-        self.spawner.inherited_life = list(held.life)
+        self.spawner.inherit(held)
         for slot in held.occupied:
             self.workers[slot].generation = generation
 

@@ -7,14 +7,16 @@ generation as a `WorkerContext`. Called in the master, but where it says otherwi
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import msgspec
 
-from cpanbridge.supervisor.gate import Wakeups
+from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.listener_box import ListenerBox
 from cpanbridge.supervisor.processes.context import UNASSIGNED, Mains, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.oom_kills import OomKills
@@ -37,10 +39,12 @@ class HeldPool(msgspec.Struct):
     wakeups: list[Wakeups]  # of each slot
     life: list[int]  # the write ends of the workers' lifelines
     occupied: list[int]  # slots in use
+    listener_box: ListenerBox
 
     def descriptors(self) -> list[int]:
         """The descriptors that the other process must inherit."""
-        return [self.shared, *self.life, *(each for slot in self.wakeups for each in slot)]
+        wakeups = (each for slot in self.wakeups for each in slot)
+        return [self.shared, *self.life, *wakeups, *self.listener_box]
 
 
 @dataclass(eq=False)
@@ -62,6 +66,7 @@ class Spawner:
         self.inherited_life: list[int] = []
         self.oom_kills = OomKills(self.loop)
         self.unattended = UnattendedQueues(self.loop, self.shared, self.wakeups)
+        self.listener_box = ListenerBox.create()
 
     def fork(self, name: str, generation: Generation, main: Callable[[WorkerContext], None]) -> int:
         """Fork a process of a generation, which runs `main` and nothing else; its pid.
@@ -82,7 +87,20 @@ class Spawner:
     def held(self, occupied: list[int]) -> HeldPool:
         """What a master that takes over needs."""
         life = [self.life, *self.inherited_life]
-        return HeldPool(self.shared.fd, list(self.wakeups), life, occupied)
+        return HeldPool(self.shared.fd, list(self.wakeups), life, occupied, self.listener_box)
+
+    def have_accepted(self, sockets: Sequence[socket.socket]) -> None:
+        """Have all workers accept clients from these, and from no others. Raises OSError."""
+        self.listener_box.replace(sockets)
+        self.shared.header.listener_changes += 1
+        wake_main_threads(self.shared, self.wakeups)
+
+    def inherit(self, held: HeldPool) -> None:
+        """Go on with what another master has made."""
+        self.inherited_life = list(held.life)
+        for descriptor in self.listener_box:
+            os.close(descriptor)
+        self.listener_box = held.listener_box
 
     def _become(
         self, name: str, generation: Generation, main: Callable[[WorkerContext], None]
@@ -110,6 +128,7 @@ class Spawner:
                     opening=generation.opening,
                     wake_master=wake_master,
                     reopen_logs=logs.reopen,
+                    listener_box=self.listener_box,
                 )
             )
         except BaseException:

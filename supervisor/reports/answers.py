@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.control.server import STOP, Command, ControlConnection, ControlServer
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
+from cpanbridge.supervisor.listening.repair import Repair
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
@@ -53,6 +56,7 @@ class Answers:
     reloader: Reloader
     pool: WorkerPool
     shared: Shared
+    repair: Repair
 
     def server(self, loop: Loop) -> ControlServer:
         """A control server that gives these answers; it does not listen yet."""
@@ -77,6 +81,8 @@ class Answers:
             "log_file": loaded.settings.log_file,
             "graceful_timeout": loaded.settings.limits.graceful_timeout,
             "sockets": [each.path for each in generation.listeners],
+            "unreachable": self.repair.unreachable(),
+            "lost": [msgspec.to_builtins(each) for each in self.repair.losses.values()],
             "generation": generation.number,
             "workers_wanted": generation.wanted,
             "workers": [_worker(each, shared) for each in pool.workers if each.generation],

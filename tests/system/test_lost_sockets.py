@@ -1,11 +1,37 @@
 """What stands at a daemon's paths stays the daemon's, whoever removes or replaces it."""
 
 import json
+import os
+import shutil
+import signal
+import socket
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import Daemon, NewDaemon
-from plain_client import connect
+from conftest import Daemon, NewDaemon, halt
+from plain_client import connect, read_to_end, request, until
+
+SUFFIXES = ("", ".ctl", ".pid", ".lock")
+
+
+def is_whole(daemon: Daemon) -> bool:
+    """Whether clients and the command find the daemon, and nobody else gets its lock."""
+    try:
+        status = daemon.status()
+        reply = daemon.call("test", "ping")
+    except OSError:
+        return False
+    named = Path(f"{daemon.path}.pid").read_text() if os.path.exists(f"{daemon.path}.pid") else ""
+    second = daemon.command("start")
+    return (
+        not status["unreachable"]
+        and not any(each["problem"] for each in status["lost"])
+        and reply["message"] == "pong"
+        and named == f"{status['pid']}\n"
+        and "in use" in second.stderr
+        and "lock file" not in second.stderr
+    )
 
 
 @pytest.fixture
@@ -32,3 +58,125 @@ def test_each_path_serves_the_command(daemon_at_two_paths: Daemon) -> None:
     stopped = daemon.command("stop", "--socket", other)
     assert stopped.returncode == 0, stopped
     assert not Path(f"{other}.ctl").exists()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_is_removed_or_replaced_is_made_anew(daemon: Daemon, suffix: str) -> None:
+    path = f"{daemon.path}{suffix}"
+    os.unlink(path)
+    until(lambda: is_whole(daemon))
+    os.unlink(path)
+    if suffix in ("", ".ctl"):
+        strangers = socket.socket(socket.AF_UNIX)
+        strangers.bind(path)
+        strangers.listen()
+    else:
+        Path(path).write_text("1\n")
+    until(lambda: daemon.log().count("Made anew: ") == 2)
+    assert is_whole(daemon)
+    lost = {each["path"]: each for each in daemon.status()["lost"]}
+    assert list(lost) == [path]
+    assert lost[path]["times"] == 2
+    lines = daemon.log().splitlines()
+    assert len([line for line in lines if f"Made anew: {path} (was " in line]) == 2
+    shown = daemon.command("status").stdout
+    assert f"listening on {daemon.path}\n" in shown
+    assert f"{path} was {lost[path]['found']}, and made anew, " in shown
+
+
+def test_a_folder_that_is_removed_is_made_anew(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    folder = daemon.folder / "run"
+    folder.mkdir(0o750)
+    os.chmod(folder, 0o750)
+    before, daemon.path = daemon.path, str(folder / "d.sock")
+    daemon.replace_config(daemon.config.read_text().replace(before, daemon.path))
+    daemon.run()
+    for make_again in (False, True):
+        shutil.rmtree(folder)
+        if make_again:
+            folder.mkdir(0o750)
+        until(lambda: is_whole(daemon))
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert daemon.log().count("Made anew: ") == 2
+
+
+def test_what_cannot_be_made_anew_is_told_once_and_tried_again(daemon: Daemon) -> None:
+    os.unlink(daemon.path)
+    Path(daemon.path).write_text("a file of somebody's")
+    (loss,) = until(lambda: daemon.status()["lost"])
+    assert daemon.status()["unreachable"] == [daemon.path]
+    assert "exists and is not a socket" in loss["problem"]
+    shown = daemon.command("status").stdout
+    assert "listening on no path\n" in shown
+    assert f"{daemon.path} was replaced, and cannot be made anew: " in shown
+    # A reload does not mind, nor does it change that; and it is not told a second time.
+    assert daemon.command("reload").returncode == 0
+    assert daemon.log().count("cannot be made anew") == 1
+    os.unlink(daemon.path)
+    until(lambda: is_whole(daemon))
+
+
+def test_workers_of_any_origin_accept_at_the_new_socket_and_those_before(
+    new_daemon: NewDaemon,
+) -> None:
+    """Clients that wait in the old socket's queue are served, and so are those at the new one.
+
+    By workers that have run all along, by one that a template forks later, by those of a reload and
+    of a new master.
+    """
+    daemon = new_daemon(
+        "workers = 1\nlimits.max_connections = 2\nlimits.max_requests_per_minute = 0"
+    ).run()
+
+    def serves() -> None:
+        until(lambda: is_whole(daemon))
+
+    busy = connect(daemon.path)  # these two take all connections
+    idle = connect(daemon.path)
+    until(lambda: daemon.status()["gate"]["connections"] == 2)
+    waiting = [connect(daemon.path) for _ in range(3)]
+    for each in waiting:
+        each.sendall(json.dumps(request("test", "ping")).encode())
+    os.unlink(daemon.path)
+    until(lambda: "Made anew" in daemon.log())
+    late = connect(daemon.path)
+    late.sendall(json.dumps(request("test", "ping")).encode())
+    busy.close()
+    idle.close()
+    for each in (*waiting, late):
+        assert json.loads(read_to_end(each))["success"]
+        each.close()
+    serves()
+    os.kill(daemon.workers()[0], 9)
+    serves()
+    assert daemon.command("reload").returncode == 0
+    serves()
+    assert daemon.command("upgrade").returncode == 0
+    os.unlink(daemon.path)
+    serves()
+
+    # Nothing piles up: a worker has as many listening sockets as there are.
+    def listening() -> list[str]:
+        sockets = psutil.Process(daemon.workers()[0]).net_connections("unix")
+        return [str(each.laddr) for each in sockets if str(each.laddr) == daemon.path]
+
+    until(lambda: len(listening()) == 1)
+
+
+def test_no_second_daemon_comes_up_where_the_files_of_the_first_are_gone(
+    new_daemon: NewDaemon,
+) -> None:
+    """Its master is stopped, so that it cannot make them anew before the second one looks."""
+    daemon = new_daemon("workers = 1").run()
+    master = daemon.pid
+    halt(master)
+    try:
+        for suffix in SUFFIXES:
+            os.unlink(f"{daemon.path}{suffix}")
+        second = daemon.command("start")
+        assert second.returncode == 1
+        assert "in use by a running cpanbridged" in second.stderr
+    finally:
+        os.kill(master, signal.SIGCONT)
+    until(lambda: is_whole(daemon))

@@ -15,12 +15,11 @@ and every worker checks the queues once a second, in case the one that was woken
 """
 
 import select
-import socket
 import time
-from collections.abc import Sequence
 
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.workers.accept.listeners import Listeners
 from cpanbridge.workers.client import syscalls
 
 _EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epoll_ctl(2)
@@ -38,13 +37,15 @@ class ListenQueue:
 
     def __init__(
         self,
-        listeners: Sequence[socket.socket],
+        listeners: Listeners,
         internal: select.epoll,
         shared: Shared,
         slot: int,
         gate: Gate,
     ) -> None:
-        self._listeners = list(listeners)  # in the order in which they are tried
+        self._source = listeners
+        self._known = listeners.sockets  # when it was looked at last
+        self._listeners = list(self._known)  # in the order in which they are tried
         self._internal = internal
         self._header = shared.header
         self._slots = shared.slots
@@ -63,6 +64,18 @@ class ListenQueue:
             epoll.register(listener, events)
         epoll.register(self._internal, select.EPOLLIN)
         return epoll
+
+    def _follow(self) -> None:
+        """Accept from the sockets that there are now."""
+        before, self._known = self._known, self._source.sockets
+        for each in set(self._known).difference(before):
+            self._exclusive.register(each, _EXCLUSIVE)
+            self._always.register(each, select.EPOLLIN)
+        for each in set(before).difference(self._known):
+            self._exclusive.unregister(each)
+            self._always.unregister(each)
+            each.close()
+        self._listeners = list(self._known)
 
     def wait(self, *, exclusive: bool) -> bool:
         """Wait for a client, or until `internal` is readable; whether to accept first.
@@ -99,6 +112,8 @@ class ListenQueue:
 
     def accept(self) -> int | None:
         """A waiting client's descriptor; None when none waits. Raises OSError."""
+        if self._known is not self._source.sockets:
+            self._follow()
         self.will_not_accept()
         self.woken = False
         for turn, listener in enumerate(self._listeners):
@@ -133,6 +148,7 @@ class ListenQueue:
     def has_clients(self) -> bool:
         """Whether any client waits. May be called in any thread."""
         poll = select.poll()
-        for listener in tuple(self._listeners):
-            poll.register(listener, select.POLLIN)
+        for listener in self._source.sockets:
+            if (descriptor := listener.fileno()) >= 0:  # else the leading thread has closed it
+                poll.register(descriptor, select.POLLIN)
         return bool(poll.poll(0))

@@ -56,7 +56,7 @@ def test_a_completed_change_gives_up_what_is_not_configured_any_more(
     tmp_path: Path, sockets: Sockets
 ) -> None:
     answered: list[str] = []
-    sockets.answer(lambda controls: answered.extend(each.path for each in controls))
+    sockets.answer(lambda controls: answered.extend(str(each.getsockname()) for each in controls))
     change = sockets.change(changed(tmp_path))
     connect(str(tmp_path / "a")).close()  # until it is completed
     change.complete()
@@ -64,7 +64,15 @@ def test_a_completed_change_gives_up_what_is_not_configured_any_more(
     assert sorted(listeners) == paths_in(tmp_path, "b", "c")  # type: ignore[call-overload]
     assert modes == {"b": 0o660, "c": 0o660}
     assert (locked, control) == (["b", "c"], ["b.ctl", "c.ctl"])
-    assert answered == paths_in(tmp_path, "a.ctl", "b.ctl", "c.ctl", "b.ctl")
+    # The one that is given up is answered as well, while there may be clients in its queue.
+    assert answered == paths_in(tmp_path, "a.ctl", "b.ctl", "c.ctl", "b.ctl", "a.ctl")
+    for _ in range(3):
+        assert not sockets.close_idle()
+    assert answered[5:] == paths_in(tmp_path, "c.ctl", "b.ctl")
+    (former,) = sockets.former  # somebody waits at `a`
+    former.accept()[0].close()
+    assert [sockets.close_idle() for _ in range(3)] == [False, True, False]
+    assert not sockets.former
 
 
 def test_a_path_that_cannot_be_opened_changes_nothing(tmp_path: Path, sockets: Sockets) -> None:
@@ -112,7 +120,7 @@ def test_inherited_sockets_are_left_alone_until_they_are_taken_over(
         return [msgspec.structs.replace(each, socket=each.socket.dup()) for each in listeners]
 
     locks = {path: os.dup(descriptor) for path, descriptor in held.locks.items()}
-    other = Sockets(HeldSockets(copies(held.listeners), copies(held.controls), locks))
+    other = Sockets(HeldSockets(copies(held.listeners), copies(held.controls), [], locks))
     other.give_back()
     other._instance._close_copies()  # as the kernel does when a process ends
     for name in "ab":

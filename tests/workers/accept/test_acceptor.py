@@ -19,9 +19,11 @@ from plain_client import until
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.listener_box import ListenerBox
 from cpanbridge.workers.accept import listen_queue
 from cpanbridge.workers.accept.acceptor import MOST_IN_A_ROW, Acceptor
 from cpanbridge.workers.accept.listen_queue import TIMES_IN_A_ROW, ListenQueue
+from cpanbridge.workers.accept.listeners import Listeners
 from cpanbridge.workers.accept.ready_clients import ReadyClients
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
@@ -43,7 +45,8 @@ class Worker:
         self.ready: ReadyClients[None] = ReadyClients(
             self.no_clients(), self.outgoing, self.keep_alive, lambda data, arrived: None
         )
-        self.queue = ListenQueue(listeners, self.ready.epoll, self.shared, 0, self.gate)
+        inherited = Listeners(listeners, ListenerBox(-1, -1), self.shared)
+        self.queue = ListenQueue(inherited, self.ready.epoll, self.shared, 0, self.gate)
         self.acceptor: Acceptor[None] = Acceptor(
             self.queue,
             self.ready,

@@ -1,0 +1,61 @@
+"""Keeping a daemon where its clients look for it: every second its paths are checked.
+
+What was removed or replaced is made anew (see `listening/repair.py`), and the workers accept from
+the sockets that there are then. Called in the master.
+"""
+
+import logging
+from collections.abc import Callable
+
+from cpanbridge.supervisor.listening.repair import SECONDS, Repair
+from cpanbridge.supervisor.listening.sockets import Sockets
+from cpanbridge.supervisor.processes.spawner import Spawner
+from cpanbridge.supervisor.wording import explain
+
+LOGGER = logging.getLogger("cpanbridge.master")
+
+
+class PathWatch:
+    """One master's. `is_mine` tells whether the daemon is this master's to repair.
+
+    `on_change` is called when the sockets have changed.
+    """
+
+    def __init__(
+        self,
+        sockets: Sockets,
+        spawner: Spawner,
+        is_mine: Callable[[], bool],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._sockets = sockets
+        self._spawner = spawner
+        self._is_mine = is_mine
+        self._on_change = on_change
+        self._untold = False  # workers have not been told of a change yet
+        self.repair = Repair(sockets)
+
+    def check(self) -> None:
+        """Check all paths now, and from now on every second."""
+        self._spawner.loop.after(SECONDS, self.check)
+        if not self._is_mine():
+            return
+        if self.repair.check():
+            self._on_change()
+            self._tell_workers()
+        elif self._untold:
+            self._tell_workers()
+
+    def generation_serves(self) -> None:
+        """Another generation serves, whose workers may have followed what the last one had."""
+        if self._spawner.shared.header.listener_changes:
+            self._tell_workers()
+
+    def _tell_workers(self) -> None:
+        try:
+            self._spawner.have_accepted(self._sockets.accepting)
+            self._untold = False
+        except OSError as error:
+            if not self._untold:
+                LOGGER.error("Workers cannot be told where to accept: %s", explain(error))
+            self._untold = True
