@@ -74,7 +74,8 @@ class Master:
         self._monitor = Monitor(loop, shared, wakeups, settings.limits, sockets.accepting, retire)
         self._watchdog = Watchdog(pool, retirement)
         self._service_manager = ServiceManager(loop, silent=inherited is not None)
-        self._paths = PathWatch(sockets, pool.spawner, self._may_repair, self._follow_sockets)
+        watched = sockets, pool.spawner, lambda: self.state
+        self._paths = PathWatch(*watched, on_change=self._follow_sockets)
         self._control = Answers(self, self._reloader, pool, shared, self._paths.repair).server(loop)
         self._handover = Handover(
             pool, self._reloader, sockets, self._control, self._service_manager
@@ -254,9 +255,6 @@ class Master:
 
     def _follow_sockets(self) -> None:
         self._monitor.listeners = self._sockets.accepting
-
-    def _may_repair(self) -> bool:
-        return self.state not in ("stopping", "upgrading")
 
     def _stop(self, seconds: float | None, reason: str = "told to stop") -> None:
         if not self._started and not self._stopping:

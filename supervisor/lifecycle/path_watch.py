@@ -16,7 +16,7 @@ LOGGER = logging.getLogger("cpanbridge.master")
 
 
 class PathWatch:
-    """One master's. `is_mine` tells whether the daemon is this master's to repair.
+    """One master's. `state` tells the daemon's state, as `cpanbridged status` shows it.
 
     `on_change` is called when the sockets have changed.
     """
@@ -25,12 +25,12 @@ class PathWatch:
         self,
         sockets: Sockets,
         spawner: Spawner,
-        is_mine: Callable[[], bool],
+        state: Callable[[], str],
         on_change: Callable[[], None],
     ) -> None:
         self._sockets = sockets
         self._spawner = spawner
-        self._is_mine = is_mine
+        self._state = state
         self._on_change = on_change
         self._untold = False  # workers have not been told of a change yet
         self.repair = Repair(sockets)
@@ -38,8 +38,8 @@ class PathWatch:
     def check(self) -> None:
         """Check all paths now, and from now on every second."""
         self._spawner.loop.after(SECONDS, self.check)
-        if not self._is_mine():
-            return
+        if self._state() in ("stopping", "upgrading"):
+            return  # there is nothing to repair any more, or another master may be responsible
         if self.repair.check():
             self._on_change()
             self._tell_workers()

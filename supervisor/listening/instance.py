@@ -102,7 +102,7 @@ class Instance:
     def has_pid_file(self, path: str) -> bool:
         """Whether `PATH.pid` names this process."""
         try:
-            return _read_pid(f"{path}.pid") == os.getpid()
+            return named_pid(path) == os.getpid()
         except InstanceError:
             return False
 
