@@ -10,7 +10,7 @@ use CPANBridge::Error;
 use CPANBridge::Exchange;
 use CPANBridge::JSON;
 use CPANBridge::SocketPath;
-use Scalar::Util qw(looks_like_number);
+use Scalar::Util qw(blessed looks_like_number);
 
 our $VERSION = '0.5.0';
 
@@ -59,7 +59,7 @@ sub _inherited {
 }
 
 sub set_timeout {
-    my ($self, $seconds) = @_;
+    my ($self, $seconds) = ($_[0], _plain($_[1]));
     croak 'timeout must be a number of seconds above 0 and at most 1e9'
         if !_is_number($seconds) || $seconds <= 0 || $seconds > 1e9;
     $self->{timeout} = $seconds + 0;
@@ -73,7 +73,7 @@ sub set_debug {
 }
 
 sub set_retry_count {
-    my ($self, $count) = @_;
+    my ($self, $count) = ($_[0], _plain($_[1]));
     croak 'retry_count must be a whole number, 0 or more'
         if !_is_number($count) || $count !~ /\A[0-9]+\z/;
     $self->{retry_count} = $count + 0;
@@ -81,7 +81,7 @@ sub set_retry_count {
 }
 
 sub set_max_json_size {
-    my ($self, $bytes) = @_;
+    my ($self, $bytes) = ($_[0], _plain($_[1]));
     croak 'max_json_size must be a whole number of bytes above 0'
         if !_is_number($bytes) || $bytes !~ /\A[1-9][0-9]*\z/;
     $self->{max_json_size} = $bytes + 0;
@@ -93,6 +93,14 @@ sub _set_socket {
     croak 'socket must be a path' if defined $path && (ref $path || $path eq '');
     $self->{socket} = $path;
     return $self;
+}
+
+# Under `use bignum` and the like, all numbers of a script are objects; and their own conversion to plain ones loses
+# fractions there.
+sub _plain {
+    my ($value) = @_;
+    my $json = blessed $value ? eval { local $SIG{__DIE__}; CPANBridge::JSON::encode($value) } : undef;
+    return defined $json && $json =~ /\A-?[0-9]/ ? 0 + $json : $value;
 }
 
 sub _is_number {

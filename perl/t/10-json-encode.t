@@ -160,6 +160,11 @@ subtest 'exact numbers are sent as such, or refused by their value' => sub {
     }
     my $thousandth = $float->('1.23456');
     { no warnings 'once'; local $Math::BigFloat::accuracy = 3; is(sent($thousandth), '1.23456', "the script's accuracy rounds nothing") }
+    {
+        local $SIG{__WARN__} = sub { };    # of Math::BigInt
+        like(refusal([ bless { sign => '+' }, 'Math::BigInt' ]), qr/the value of a Math::BigInt cannot be read/,
+            'one that has lost its digits, as in global destruction, is refused');
+    }
     { package Price; our @ISA = ('Math::BigFloat'); sub TO_JSON { return $_[0]->bstr . ' EUR' } }
     is(sent([ Price->new('1.5') ]), '["1.5 EUR"]', 'TO_JSON of a class of its own goes first');
     my $program = 'print CPANBridge::JSON::encode([ 1, 0.1, 0.1 + 0.2, 2 ** 70, -0.5, 1e3 ])';

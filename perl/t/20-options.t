@@ -22,6 +22,9 @@ like(refusal(sub { CPANBridge->new(timeuot => 5) }),
     'an unknown option is named, with what is allowed, and where');
 like(refusal(sub { CPANBridge->new('timeout') }), qr/names and values/, 'a name without a value');
 
+is(`$^X -Ilib -M$_ -MCPANBridge -e 'print join " ", \@{ CPANBridge->new(timeout => 0.5, retry_count => 2) }{qw(timeout retry_count)}'`,
+    '0.5 2', "numbers under use $_") for qw(bignum bigrat);
+
 subtest 'a subclass' => sub {
     { package Plain;   our @ISA = ('CPANBridge') }
     { package Helper;  our @ISA = ('CPANBridge'); sub new { my ($class, @given) = @_; return $class->SUPER::new(@given) } }
