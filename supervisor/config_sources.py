@@ -19,7 +19,7 @@ import msgspec
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.config import ConfigError, Limits, Loaded, Settings
-from cpanbridge.supervisor.config_warnings import warnings_about
+from cpanbridge.supervisor.config_warnings import warnings_about, warnings_about_environment
 from cpanbridge.supervisor.validation import checked
 from cpanbridge.supervisor.wording import explain
 
@@ -80,6 +80,8 @@ def load(
     if problems:
         raise ConfigError(*problems)
     settings = _with_absolute_paths(_convert(tables, source), folder)
+    variables = {name: key for name, key in ENVIRONMENT.items() if environ.get(name)}
+    warnings.extend(warnings_about_environment(variables, settings.limits))
     warnings.extend(warnings_about(settings, tables.get("limits", {})))
     return Loaded(settings, source, warnings)
 

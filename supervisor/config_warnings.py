@@ -1,12 +1,20 @@
 """What the settings allow and nobody can have meant: one line for each, for check and the log."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 import psutil
 
 from cpanbridge.supervisor.cgroup import Cgroups
 from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.wording import count_of
+
+# Limits of the first daemon that did something else there: what is refused now, and what was done.
+_REFUSED_NOW = {
+    "limits.max_string_length": ("a longer string", "it was cut"),
+    "limits.max_array_length": ("a longer array", "it was cut"),
+    "limits.max_object_depth": ("data nested deeper", "nothing was done"),
+    "limits.max_param_count": ("more parameters", "nothing was done"),
+}
 
 SMALLEST_REQUEST = len('{"module":"m","function":"f"}')
 
@@ -27,6 +35,21 @@ def warnings_about(settings: Settings, given: Container[str]) -> Iterator[str]:
             f"limits.max_request_size = {limits.max_request_size}: no request is as small, "
             f"the smallest takes {SMALLEST_REQUEST} bytes: all are refused"
         )
+
+
+def warnings_about_environment(given: Mapping[str, str], limits: Limits) -> Iterator[str]:
+    """Limits that refuse calls which the first daemon ran, where a variable sets them.
+
+    `given` are the variables that are set, with the key that each sets.
+    """
+    for name, key in given.items():
+        limit = getattr(limits, key.rpartition(".")[2]) if key in _REFUSED_NOW else 0
+        if limit:
+            what, before = _REFUSED_NOW[key]
+            yield (
+                f"environment: {name} = {limit}: a call with {what} is refused "
+                f"(InvalidRequest); in the first daemon {before}"
+            )
 
 
 def _beyond_the_machine(given: Container[str], limits: Limits) -> Iterator[str]:

@@ -539,6 +539,18 @@ def test_an_unknown_variable_gets_a_warning(file: File) -> None:
     )
 
 
+def test_a_limit_that_refuses_what_the_first_daemon_ran_gets_a_warning(file: File) -> None:
+    limits = {"STRING_LENGTH": "10000", "ARRAY_LENGTH": "0", "OBJECT_DEPTH": "10"}
+    variables = {f"CPAN_BRIDGE_MAX_{name}": value for name, value in limits.items()}
+    loaded = file.load("limits.max_param_count = 5", **variables)
+    assert loaded.warnings == [
+        "environment: CPAN_BRIDGE_MAX_STRING_LENGTH = 10000: a call with a longer string is "
+        "refused (InvalidRequest); in the first daemon it was cut",
+        "environment: CPAN_BRIDGE_MAX_OBJECT_DEPTH = 10: a call with data nested deeper is "
+        "refused (InvalidRequest); in the first daemon nothing was done",
+    ]
+
+
 @pytest.mark.parametrize("preload", [True, False])
 def test_a_modules_own_preload_beats_the_one_for_all(file: File, preload: bool) -> None:
     settings = file.load(

@@ -187,6 +187,49 @@ def test_other_clients_text_is_never_decoded_twice(daemon: Daemon) -> None:
         assert reply["result"] == [ord(each) for each in text]
 
 
+# What the first daemon's deployments set, by its documentation.
+FIRST_ENVIRONMENT = {
+    "CPAN_BRIDGE_DEBUG": "2",
+    "CPAN_BRIDGE_MAX_CONNECTIONS": "100",
+    "CPAN_BRIDGE_MAX_REQUEST_SIZE": "10485760",
+    "CPAN_BRIDGE_TIMEOUT": "1800",
+    "CPAN_BRIDGE_CLEANUP_INTERVAL": "300",
+    "CPAN_BRIDGE_MAX_MEMORY_MB": "1024",
+    "CPAN_BRIDGE_MAX_CPU_PERCENT": "200.0",
+    "CPAN_BRIDGE_MAX_REQUESTS_PER_MINUTE": "2000",
+    "CPAN_BRIDGE_MAX_CONCURRENT_REQUESTS": "100",
+    "CPAN_BRIDGE_STALE_TIMEOUT": "300",
+    "CPAN_BRIDGE_RESOURCE_CHECK_INTERVAL": "60",
+    "CPAN_BRIDGE_MAX_STRING_LENGTH": "10000",
+    "CPAN_BRIDGE_MAX_ARRAY_LENGTH": "1000",
+    "CPAN_BRIDGE_MAX_OBJECT_DEPTH": "10",
+    "CPAN_BRIDGE_MAX_PARAM_COUNT": "100",
+    "CPAN_BRIDGE_STRICT_VALIDATION": "1",
+}
+
+
+def test_with_the_first_daemons_environment_it_says_at_start_what_is_refused_now(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon("workers = 2", **FIRST_ENVIRONMENT).run()
+    ping = one_shot(daemon.path, "test", "ping", client_version="2.00")["result"]
+    assert ping["message"] == "pong"
+    assert {
+        *("requests_processed", "requests_failed", "requests_rejected", "validation_failures"),
+        *("security_events", "start_time", "last_cleanup", "last_resource_check"),
+        *("connections_total", "connections_rejected", "peak_connections"),
+    } <= set(ping["stats"])
+    (line,) = (each for each in daemon.log().splitlines() if "STRING_LENGTH" in each)
+    assert "[WARNING]" in line
+    assert "a longer string is refused (InvalidRequest); in the first daemon it was cut" in line
+    assert line.partition("environment: ")[2] in daemon.command("check").stdout
+    reply = one_shot(daemon.path, "test", "echo", ["x" * 10_001])
+    assert reply["error_type"] == "InvalidRequest"
+    assert reply["error"].endswith(
+        "params[0]: 10001 characters, at most 10000 are allowed (limits.max_string_length)"
+    )
+
+
 # -- the worked example --
 
 
