@@ -15,6 +15,7 @@ from typing import Any
 
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
+from cpanbridge.supervisor.commands.common import INTERRUPTED
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.wording import explain_start
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cpanbridged: {place}{explain_start(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return INTERRUPTED
 
 
 def _open_standard_descriptors() -> None:

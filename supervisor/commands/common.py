@@ -1,6 +1,7 @@
 """What the subcommands share: exit statuses, an error, the settings that options select."""
 
 import argparse
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from cpanbridge.supervisor.config import Loaded, OperatorError, Settings
 if TYPE_CHECKING:
     from cpanbridge.workers.modules.registry import Registry
 
-FAILED, WRONG_USAGE, NOT_RUNNING = 1, 2, 3  # exit statuses
+FAILED, WRONG_USAGE, NOT_RUNNING, INTERRUPTED = 1, 2, 3, 128 + signal.SIGINT  # exit statuses
 
 
 class CommandError(OperatorError):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import select
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import msgspec
 
 from cpanbridge.supervisor.commands import common, locating
-from cpanbridge.supervisor.commands.common import FAILED, CommandError
+from cpanbridge.supervisor.commands.common import FAILED, INTERRUPTED, CommandError
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.system import daemonize
@@ -36,20 +37,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def start(options: argparse.Namespace) -> None:
-    settings = _load_for_background(options).settings
+    loaded = _load_for_background(options)
+    settings = loaded.settings
     load_again = partial(_load_for_background, options)
     target = client.Target(settings.sockets[0])
-    with client.shown_progress() as show:
-        outcome = daemonize.start(
-            lambda report: _serve_in_background(load_again, report),
-            lambda pipe: client.watch(target, show, partial(_is_readable, pipe)),
-        )
+    try:
+        with client.shown_progress() as show:
+            outcome = daemonize.start(
+                lambda report: _serve_in_background(load_again, report),
+                lambda pipe: client.watch(target, show, partial(_is_readable, pipe)),
+            )
+    except KeyboardInterrupt:
+        raise CommandError("not started: interrupted", exit_status=INTERRUPTED) from None
     if outcome.error is not None:
         raise CommandError(f"not started: {outcome.error}")
     print(
         f"Started: pid {outcome.pid}, {count_of(settings.worker_count, 'worker')}, "
         f"listening on {', '.join(settings.sockets)}, log {settings.log_file}"
     )
+    for warning in loaded.warnings:
+        print(f"cpanbridged: warning: {warning}", file=sys.stderr)
 
 
 def _is_readable(descriptor: int, seconds: float) -> bool:

@@ -1,9 +1,14 @@
 """Signals as events of the loop: no signal handler does anything, so none interrupts a step.
 
+A SIGHUP may also say that the terminal was closed. A process that was started on a terminal has a
+controlling terminal, which /dev/tty stands for until that is closed (tty(4)).
+
 The interpreter writes each signal's number to a socket (signal.set_wakeup_fd), which the loop
 watches. Called in the master.
 """
 
+import errno
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -23,6 +28,9 @@ class Signals:
         self._loop = loop
         self._handle = handle
         self._received, self._wakeup = socket.socketpair()
+        # One that nohup(1) has started is to stay: it ignores SIGHUP until it is caught.
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._ends_with_terminal = _has_terminal() and not ignored
 
     def catch(self) -> None:
         """Begin: from now on these signals have no default action."""
@@ -32,6 +40,10 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (*_COMMANDS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
+
+    def terminal_closed(self) -> bool:
+        """Whether this process was started on a terminal that is closed by now."""
+        return self._ends_with_terminal and not _has_terminal()
 
     def ignore(self) -> None:
         """Ignore them while the master ends: Python would restore the default actions."""
@@ -43,3 +55,11 @@ class Signals:
         numbers[signal.SIGCHLD] = None  # with a full buffer its number may not have been written
         for number in numbers:
             self._handle(number)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # that says nothing
+    return True

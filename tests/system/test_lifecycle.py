@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import pwd
 import re
 import shutil
@@ -404,16 +405,22 @@ def test_a_second_signal_to_stop_harms_no_running_request(daemon: Daemon) -> Non
     assert ends(daemon)
 
 
-@pytest.mark.parametrize("command", ["start", "run"])
-def test_a_daemon_that_is_stopped_while_it_boots_leaves_nothing(
-    new_daemon: NewDaemon, command: str
-) -> None:
+def slow_to_boot(new_daemon: NewDaemon) -> tuple[Daemon, Path]:
+    """A daemon whose module takes a minute to import, and a file that exists when that begins."""
     daemon = new_daemon("")
     helpers = daemon.folder / "helpers"
     helpers.mkdir()
     event = daemon.folder / "boots"
     (helpers / "slow.py").write_text(f"import time\nopen({str(event)!r}, 'w')\ntime.sleep(60)\n")
     daemon.write_config(f'workers = 2\n[[module_dirs]]\npath = "{helpers}"')
+    return daemon, event
+
+
+@pytest.mark.parametrize("command", ["start", "run"])
+def test_a_daemon_that_is_stopped_while_it_boots_leaves_nothing(
+    new_daemon: NewDaemon, command: str
+) -> None:
+    daemon, event = slow_to_boot(new_daemon)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(daemon.command, command)
         until(event.exists)
@@ -424,6 +431,60 @@ def test_a_daemon_that_is_stopped_while_it_boots_leaves_nothing(
     else:
         assert (finished.returncode, finished.stderr) == (0, "")
     until(lambda: nothing_is_left(daemon))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_start_that_is_interrupted_ends_what_it_has_started(
+    new_daemon: NewDaemon, number: signal.Signals
+) -> None:
+    daemon, event = slow_to_boot(new_daemon)
+    with subprocess.Popen(
+        [COMMAND, "start", "--config", str(daemon.config)],
+        env=daemon.environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as starting:
+        until(event.exists)
+        starting.send_signal(number)
+        told = starting.communicate(timeout=30)[1]
+    assert (starting.returncode, told) == (130, "cpanbridged: not started: interrupted\n")
+    assert nothing_is_left(daemon)  # now: the command has waited for it
+
+
+def test_a_second_interrupt_ends_a_run_at_once(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2\nlimits.graceful_timeout = 60").run()
+    assert daemon.process is not None
+    with under_way(daemon, 60) as reply:
+        daemon.process.send_signal(signal.SIGINT)
+        until(lambda: not os.path.exists(daemon.path))
+        assert not reply.done()
+        assert daemon.stop(signal.SIGINT) == 0
+        assert isinstance(reply.exception(), ConnectionError | ValueError)
+    assert nothing_is_left(daemon)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_run_ends_with_its_terminal_unless_it_is_to_stay(
+    new_daemon: NewDaemon, nohup: bool
+) -> None:
+    daemon = new_daemon("workers = 2")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.execve(COMMAND, [COMMAND, "run", "--config", str(daemon.config)], daemon.environment)
+    try:
+        until(lambda: f" ready: pid {pid}," in daemon.log(), 60)
+        os.kill(pid, signal.SIGHUP)
+        until(lambda: "Reloaded: generation 2" in daemon.log())
+    finally:
+        os.close(terminal)
+    if nohup:
+        until(lambda: "Reloaded: generation 3" in daemon.log())
+        os.kill(pid, signal.SIGTERM)
+    assert os.waitpid(pid, 0) == (pid, 0)
+    assert nothing_is_left(daemon)
 
 
 def test_no_other_signal_ends_it(daemon: Daemon) -> None:
