@@ -87,7 +87,7 @@ class Master:
         self._signals = Signals(loop, self._handle)
         self._started = inherited is not None
         self._reload_when_started = False
-        self._stopping = self._interrupted = False
+        self._stopping = False
         self._exit_status = 0
 
     def run(self) -> int:
@@ -123,12 +123,7 @@ class Master:
             LOGGER.info("Stopping: running requests may take %g s", seconds)
             self._stop(seconds)
 
-    def handle_int(self) -> None:
-        """^C on `cpanbridged run`: stop gracefully; the second one, at once."""
-        if self._interrupted:
-            self.handle_quit()
-        self._interrupted = True
-        self.handle_term()
+    handle_int = handle_term  # Ctrl-C on `cpanbridged run`
 
     def handle_quit(self) -> None:
         """Stop at once."""
@@ -151,14 +146,8 @@ class Master:
             self._pool.ended(pid, status)
 
     def handle_hup(self) -> None:
-        """Reload: a new generation with the configuration and the modules as they are now.
-
-        When it comes because the terminal of a `cpanbridged run` was closed: stop.
-        """
-        if self._signals.terminal_closed():
-            self.handle_term()
-        else:
-            self.reload(lambda _: None)
+        """Reload: a new generation with the configuration and the modules as they are now."""
+        self.reload(lambda _: None)
 
     def handle_usr1(self) -> None:
         """Continue in new log files of the same names: the old ones were renamed."""

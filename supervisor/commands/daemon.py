@@ -96,11 +96,10 @@ def stop(options: argparse.Namespace) -> None:
 def restart(options: argparse.Namespace) -> None:
     from cpanbridge.supervisor.commands import check  # as in `_serve`
 
+    loaded = _load_for_background(options)
     try:
-        check.examine(
-            _load_for_background(options)
-        )  # all that can be known to fail is tried before anything is stopped
-    except CommandError as error:
+        check.examine(loaded)  # all that can be known to fail is tried before anything is stopped
+    except check.CheckError as error:
         problem = f"nothing stopped, because it would not start again: {error}"
         raise CommandError(problem) from None
     with contextlib.suppress(client.NotRunningError):

@@ -1,7 +1,8 @@
 """Signals as events of the loop: no signal handler does anything, so none interrupts a step.
 
-A SIGHUP may also say that the terminal was closed. A process that was started on a terminal has a
-controlling terminal, which /dev/tty stands for until that is closed (tty(4)).
+On a terminal two of them mean something else. The second ^C is for a user who will not wait. And a
+SIGHUP says that the terminal was closed, when the process had a controlling terminal and has none
+any more: /dev/tty stands for it until then (tty(4)).
 
 The interpreter writes each signal's number to a socket (signal.set_wakeup_fd), which the loop
 watches. Called in the master.
@@ -22,7 +23,10 @@ _COMMANDS = (
 
 
 class Signals:
-    """The master's signals. `handle` is called with the number of each, in the loop."""
+    """The master's signals. `handle` is called with the number of each, in the loop.
+
+    The second SIGINT is a SIGQUIT, and the SIGHUP of a terminal that was closed is a SIGTERM.
+    """
 
     def __init__(self, loop: Loop, handle: Callable[[int], None]) -> None:
         self._loop = loop
@@ -31,6 +35,7 @@ class Signals:
         # One that nohup(1) has started is to stay: it ignores SIGHUP until it is caught.
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         self._ends_with_terminal = _has_terminal() and not ignored
+        self._interrupted = False
 
     def catch(self) -> None:
         """Begin: from now on these signals have no default action."""
@@ -41,10 +46,6 @@ class Signals:
         for number in (*_COMMANDS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
 
-    def terminal_closed(self) -> bool:
-        """Whether this process was started on a terminal that is closed by now."""
-        return self._ends_with_terminal and not _has_terminal()
-
     def ignore(self) -> None:
         """Ignore them while the master ends: Python would restore the default actions."""
         for number in _COMMANDS:
@@ -54,7 +55,14 @@ class Signals:
         numbers = dict.fromkeys(self._received.recv(4096))
         numbers[signal.SIGCHLD] = None  # with a full buffer its number may not have been written
         for number in numbers:
-            self._handle(number)
+            self._handle(self._meaning(number))
+
+    def _meaning(self, number: int) -> int:
+        if number == signal.SIGINT:
+            before, self._interrupted = self._interrupted, True
+            return signal.SIGQUIT if before else number
+        closed = number == signal.SIGHUP and self._ends_with_terminal and not _has_terminal()
+        return signal.SIGTERM if closed else number
 
 
 def _has_terminal() -> bool:
