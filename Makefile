@@ -12,8 +12,10 @@ TYPING := .typing/cpanbridge
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
+# FILE reaches the shell as a variable, so that no character of a name has a meaning there.
+demo: export DEMO_FILE = $(value FILE)
 demo: $(VENV)/.installed
-	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/run-demo.sh $(FILE)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/run-demo.sh "$$DEMO_FILE"
 
 test: lint types pytest perl-test
 

@@ -10,7 +10,10 @@ esac
 cd "$(dirname "$0")/.." || exit
 PATH=$PATH:$PWD/.venv/bin
 file=${file#"$PWD/"}
-file=${file:-examples/orders.csv}
+case $file in
+    '') file=examples/orders.csv ;;
+    -*) file=./$file ;;
+esac
 
 if ! command -v cpanbridged >/dev/null; then
     echo 'run-demo.sh: cpanbridged is not installed; "make demo" does all that is needed' >&2
@@ -33,7 +36,16 @@ clean_up() {
 }
 
 run() {
-    printf '\n$ %s\n' "$*" 2>/dev/null # should nobody read on
+    {
+        printf '\n$'
+        for word; do
+            case $word in
+                *[!A-Za-z0-9_./=-]*) printf " '%s'" "$(printf %s "$word" | sed "s/'/'\\\\''/g")" ;;
+                *) printf ' %s' "$word" ;;
+            esac
+        done
+        echo
+    } 2>/dev/null # should nobody read on
     "$@"
 }
 
