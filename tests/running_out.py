@@ -34,8 +34,8 @@ def no_descriptors(left: int = 0) -> Iterator[None]:
 def no_threads() -> Iterator[None]:
     """Meanwhile this process can start no thread."""
 
-    def refuse(*_: object, **__: object) -> None:
+    def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with mock.patch.object(threading, "_start_new_thread", refuse):
+    with mock.patch.object(threading.Thread, "start", refuse):
         yield

@@ -122,7 +122,7 @@ class MainThread:
         if now >= self._next_cleanup:
             self._next_cleanup = now + self._limits.cleanup_interval
             if not self._cleanup_thread.is_alive():
-                self._cleanup_thread = self._start(self._run_hooks, "cleanup_stale_resources")
+                self._start_cleanup()
 
     def _ask_to_be_retired(self, request: int) -> None:
         slot = self._slot
@@ -207,13 +207,27 @@ class MainThread:
             self._run_hooks(hook)
 
         seconds = min(self._exit_by - time.monotonic(), self._limits.graceful_timeout)
-        thread = self._start(run, "shutdown")
+        try:
+            thread = self._start(run, "shutdown")
+        except RuntimeError:  # no more threads: if a hook hangs, the master kills this process
+            run("shutdown")
+            return
         thread.join(max(1.0, seconds))
         if thread.is_alive():
             LOGGER.warning("Worker %d: a shutdown() hook does not return", self._context.slot)
 
+    def _start_cleanup(self) -> None:
+        hook = "cleanup_stale_resources"
+        try:
+            self._cleanup_thread = self._start(self._run_hooks, hook)
+        except RuntimeError:  # no more threads
+            LOGGER.warning("Worker %d: no thread for %s(), left out once", self._context.slot, hook)
+
     def _start(self, run: Callable[[str], None], hook: str) -> threading.Thread:
-        """Run hooks in a thread, so that one that hangs keeps no signal from being heard."""
+        """Run hooks in a thread, so that one that hangs keeps no signal from being heard.
+
+        Raises RuntimeError when there are no more threads.
+        """
         thread = threading.Thread(target=run, args=(hook,), name=hook, daemon=True)
         thread.start()
         return thread

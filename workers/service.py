@@ -19,6 +19,7 @@ from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import ConnectionDrainer
 from cpanbridge.workers.client.keepalive import KeepAlive
 from cpanbridge.workers.client.reader import Reader
+from cpanbridge.workers.client.spare_descriptors import spare
 from cpanbridge.workers.connection import Connections
 from cpanbridge.workers.endings import Endings
 from cpanbridge.workers.handoff.incoming import Incoming
@@ -48,6 +49,8 @@ class Service:
         self._timeouts = CallTimeouts(slot, shared.slots[slot], limits.slow_request, due, gate)
         calls = Calls(settings, slot, shared, gate, registry, self._timeouts)
         keep_alive = KeepAlive()
+
+        spare.begin()
 
         # State, and which worker has it.
         ownership = Ownership(shared, slot)

@@ -84,6 +84,27 @@ def test_a_cleanup_hook_that_hangs_holds_up_neither_calls_nor_the_stop(
     assert daemon.log().count("hangs") == 2
 
 
+def test_without_a_thread_for_the_hooks_a_worker_serves_and_stops_as_ever(
+    new_daemon: NewDaemon,
+) -> None:
+    exhausting = """
+import threading
+def exhaust():
+    def start(thread): raise RuntimeError("can't start new thread")
+    threading.Thread.start = start
+"""
+    daemon = new_daemon()
+    marks = with_hooks(daemon, "limits.cleanup_interval = 0.1", exhausting=exhausting)
+    daemon.replace_config(daemon.config.read_text().replace("workers = 2", "workers = 1"))
+    daemon.run()
+    (worker,) = daemon.workers()
+    daemon.call("exhausting", "exhaust")
+    until(lambda: "no thread for cleanup_stale_resources()" in daemon.log())
+    assert daemon.call("probe", "worker_pid") == worker
+    assert daemon.stop() == 0
+    assert lines_of(marks)[-1] == f"shutdown {worker}"
+
+
 def test_hooks_cannot_be_called_by_clients(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     with_hooks(daemon)

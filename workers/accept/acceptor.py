@@ -10,7 +10,6 @@ With `overload = "reject"` a client is accepted in any case, and handed to the r
 is no room for it.
 """
 
-import errno
 import logging
 import socket
 import time
@@ -21,6 +20,7 @@ from typing import Generic, TypeVar
 
 from cpanbridge.supervisor.gate import Gate, Obstacle
 from cpanbridge.supervisor.memory.fields import WAITS_FOR_CONNECTION
+from cpanbridge.supervisor.system.exhaustion import is_exhausted
 from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.listen_queue import ListenQueue
 from cpanbridge.workers.accept.ready_clients import Arrival, Prepare, ReadyClients
@@ -41,7 +41,6 @@ COMPLAIN_SECONDS = 60.0
 # read its reply may connect again before the worker that replied has given the room back.
 TRIES_BEFORE_REJECTING = 50
 TRY_SECONDS = 0.001
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 C = TypeVar("C")
 
@@ -229,7 +228,7 @@ class Acceptor(Generic[C]):
                 self._outcome = _Outcome.NONE_WAITS
             return descriptor
         except OSError as error:
-            if error.errno not in _EXHAUSTED:
+            if not is_exhausted(error):
                 raise
             self._complain("Cannot accept clients, they wait: %s", error)
             self._outcome = _Outcome.EXHAUSTED

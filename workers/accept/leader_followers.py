@@ -90,8 +90,8 @@ class ThreadPool(Generic[A]):
     def start(self) -> None:
         """Start the first leader."""
         with self._lock:
-            self._started = self._has_leader = True
-            self._start_thread()
+            self._started = True
+            self._promote()
 
     def watch_leader(self) -> float:
         """Promote a follower if the leader serves for too long, or if there is no leader.

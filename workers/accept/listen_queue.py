@@ -14,6 +14,8 @@ A worker that was woken and cannot accept wakes the others, as the master does w
 and every worker checks the queues once a second, in case the one that was woken does not run.
 """
 
+import errno
+import os
 import select
 import time
 
@@ -21,6 +23,7 @@ from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.workers.accept.listeners import Listeners
 from cpanbridge.workers.client import syscalls
+from cpanbridge.workers.client.spare_descriptors import spare
 
 _EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE  # see EPOLL_CTL_ADD in epoll_ctl(2)
 _WAKE_OTHERS_EVERY = 1.0
@@ -116,6 +119,8 @@ class ListenQueue:
             self._follow()
         self.will_not_accept()
         self.woken = False
+        if not spare.restore():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         for turn, listener in enumerate(self._listeners):
             try:
                 client = syscalls.accept(listener.fileno())

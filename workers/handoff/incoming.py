@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from cpanbridge.supervisor.gate import Gate, Wakeups
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim
+from cpanbridge.supervisor.memory.handoff_sockets import MOST_DESCRIPTORS
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.workers.client.spare_descriptors import spare
 from cpanbridge.workers.client.transfer import MovingClient
 from cpanbridge.workers.handoff.message import (
     IN_MEMORY,
@@ -31,6 +33,7 @@ class Incoming:
         self.descriptor = wakeups[slot].take
         self._queue = handoff_sockets.end_of(self.descriptor)
         self._ended = self._workers_ended()
+        self._lacks_descriptors = False  # or has, at some time: then it receives with spare ones
         self.waiting: deque[HandoffMessage] = deque()  # taken out of the queue already
 
     def next(self) -> tuple[MovingClient, int] | None:
@@ -105,7 +108,7 @@ class Incoming:
         Whatever becomes of one that has been taken out, its client is refused if this worker does
         not get it: nobody else knows that the message is gone.
         """
-        while (raw := receive(self._queue)) is not None:
+        while (raw := self._receive()) is not None:
             message = None
             try:
                 message = self._unpack(raw)
@@ -117,9 +120,16 @@ class Incoming:
                 return message
         return None
 
+    def _receive(self) -> RawMessage | None:
+        if not self._lacks_descriptors:
+            return receive(self._queue)
+        with spare.given_up(MOST_DESCRIPTORS):
+            return receive(self._queue)
+
     def _unpack(self, raw: RawMessage) -> HandoffMessage | None:
         """None for one that was meant for the worker that had this slot before."""
         if not raw.complete:
+            self._lacks_descriptors = True
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if raw.incarnation != self._incarnation:
             return None

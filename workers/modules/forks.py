@@ -16,6 +16,8 @@ import socket
 import threading
 from collections.abc import Collection
 
+from cpanbridge.workers.client.spare_descriptors import spare
+
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -59,6 +61,7 @@ def _clean_up(paths: Collection[str]) -> None:
     signal.set_wakeup_fd(-1)
     for number in _HANDLED:
         signal.signal(number, signal.SIG_DFL)
+    spare.let_go()  # first: the rest needs some
     # With a default timeout, which a module may have set, a socket object makes its socket
     # non-blocking, in the worker too.
     default = socket.getdefaulttimeout()

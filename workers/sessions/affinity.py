@@ -21,6 +21,7 @@ from cpanbridge.supervisor.system.start_time import start_time
 from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.identity import has_connected
+from cpanbridge.workers.client.spare_descriptors import spare
 from cpanbridge.workers.client.transfer import Transfer
 from cpanbridge.workers.modules.registry import FOR_CLIENT
 from cpanbridge.workers.protocol.refusal import Refusal
@@ -101,8 +102,8 @@ class Affinity:
             if session is not None:
                 start: int | None = session.process.start
             else:  # 0 is a process that this PID namespace has no number for
-                start = start_time(pid) if pid > 0 else None
-            if start is None or not has_connected(client, start):
+                start = spare.open(lambda: start_time(pid)) if pid > 0 else None
+            if start is None or not spare.open(lambda: has_connected(client, start)):
                 return self._by_connection(client)
         except OSError as error:
             raise _cannot_watch(call, error) from None

@@ -19,6 +19,7 @@ from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.supervisor.memory.owners import BY_CONNECTION, ClientProcess
 from cpanbridge.supervisor.system.start_time import start_time
 from cpanbridge.workers.accept.own_threads import OwnThread
+from cpanbridge.workers.client.spare_descriptors import spare
 from cpanbridge.workers.sessions.session import Session, close_aside
 
 LOGGER = logging.getLogger("cpanbridge.worker")
@@ -93,14 +94,15 @@ class Sessions:
                 raise OSError(errno.EAGAIN, str(error)) from None
             self._watch = watch
         if process.pid == BY_CONNECTION:
-            descriptor = os.dup(connection)
+            descriptor = spare.open(lambda: os.dup(connection))
             events = 0  # a hang-up is told unasked, when both sides are shut down
         else:
-            descriptor = os.pidfd_open(process.pid)
+            descriptor = spare.open(lambda: os.pidfd_open(process.pid))
             events = select.EPOLLIN
         try:
             # Asked after the descriptor was there, which is of nobody else if this is still true.
-            if process.pid != BY_CONNECTION and start_time(process.pid) != process.start:
+            by_connection = process.pid == BY_CONNECTION
+            if not by_connection and spare.open(lambda: start_time(process.pid)) != process.start:
                 raise ProcessLookupError
             self._ends.register(descriptor, events)
         except OSError:

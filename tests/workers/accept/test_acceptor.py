@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import close_wakeups
 from plain_client import until
+from running_out import no_descriptors
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups
@@ -28,6 +29,7 @@ from cpanbridge.workers.accept.ready_clients import ReadyClients
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.keepalive import KeepAlive
+from cpanbridge.workers.client.spare_descriptors import SpareDescriptors
 
 
 class Worker:
@@ -327,6 +329,40 @@ def test_a_client_that_cannot_be_accepted_for_want_of_descriptors_is_left_to_oth
         worker.acceptor.close()
         until(lambda: worker.arrivals)
     assert worker.gate._shared.connections() == 0
+
+
+def test_no_client_is_accepted_with_the_last_descriptors(
+    new_worker: NewWorker, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, spare = new_worker(), SpareDescriptors()
+    monkeypatch.setattr(listen_queue, "spare", spare)
+    spare.begin()
+    with connect(listener):
+        with no_descriptors():
+            used = [spare.open(lambda: os.dup(0)) for _ in range(2)]
+            os.close(used.pop())  # is kept for what must not fail
+            with pytest.raises(OSError, match="Too many open files"):
+                worker.queue.accept()
+            os.close(used.pop())
+            with pytest.raises(OSError, match="Too many open files"):
+                worker.queue.accept()
+        accepted = worker.queue.accept()
+        assert accepted is not None
+        os.close(accepted)
+    spare.let_go()
+
+
+def test_room_is_given_back_whatever_keeps_a_client_from_being_accepted(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> int:
+        raise ValueError("a fault of the daemon's own")
+
+    worker = new_worker()
+    monkeypatch.setattr(worker.queue, "accept", fails)
+    with pytest.raises(ValueError, match="a fault"):
+        worker.acceptor.next()
+    assert worker.shared.connections() == worker.shared.header.connections == 0
 
 
 # -- in turn --

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 from plain_client import until
+from running_out import no_threads
 
 from cpanbridge.workers.accept.leader_followers import ThreadPool
 
@@ -250,3 +251,13 @@ def test_a_thread_that_could_not_be_started_is_made_up_for(
     assert pool.send(quick=False).wait(20), "no thread leads again"
     gate.set()
     assert ended.wait(20)
+
+
+def test_a_first_leader_that_cannot_be_started_is_made_up_for() -> None:
+    threads: ThreadPool[None] = ThreadPool(1, lambda: None, lambda _: True, lambda _: None)
+    with no_threads():
+        threads.start()
+        threads.watch_leader()
+        assert not threads.has_leader
+    threads.watch_leader()
+    assert threads.wait_until_finished(20)

@@ -1,6 +1,8 @@
 """Clients that find no room are told so in the form that they speak, and none is waited for."""
 
+import errno
 import json
+import os
 import select
 import socket
 import struct
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from plain_client import read_to_end, request, until
+from running_out import no_descriptors, no_threads
 
 from cpanbridge.supervisor.gate import MOST_REJECTED as PLACES
 from cpanbridge.supervisor.gate import Obstacle
@@ -245,14 +248,28 @@ def test_but_not_for_longer_than_it_has(way_out: Exit, seconds: float) -> None:
     assert way_out.inside == 1
 
 
-def test_without_a_thread_none_is_taken_until_one_can_be_started(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+def test_without_a_thread_none_is_taken_until_one_can_be_started(way_out: Exit) -> None:
+    with no_threads():
+        assert not way_out.rejecter.can_take()
+    assert way_out.rejecter.can_take()
 
-    rejecter = Rejecter(lambda obstacle, request_id: b"{}")
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", refuse)
-        assert not rejecter.can_take()
-    assert rejecter.can_take()
+
+def test_a_client_is_answered_without_a_descriptor_left(way_out: Exit) -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with ours, no_descriptors():
+        ours.sendall(one_shot("a"))
+        assert way_out.rejecter.can_take()
+        way_out.rejecter.take(theirs, FULL)
+        assert decoded(read_to_end(ours))["request_id"] == "a"
+
+
+def test_a_client_that_cannot_be_watched_is_closed_and_its_place_free(
+    way_out: Exit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_watch_left(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(way_out.rejecter._selector, "register", no_watch_left)
+    assert way_out.client().recv(1) == b""
+    until(lambda: way_out.inside == 0)
