@@ -63,6 +63,8 @@ def take_over(load: Load, mains: Mains) -> int:
     load = partial(_at_lent_paths, load, lent)
     if "WATCHDOG_PID" in os.environ:  # which was the old master's
         os.environ["WATCHDOG_PID"] = str(os.getpid())
+    if inherited.estate.error >= 0:
+        logs.inherit(inherited.estate.error)
     try:
         loaded = load()
         logs.configure(logs.LogSettings.of(loaded))

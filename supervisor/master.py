@@ -107,6 +107,7 @@ class Master:
         self._signals.ignore()
         if not self._handover.complete:
             LOGGER.info("Stopped")
+        self._pool.spawner.log_process.close(wait=not self._handover.complete)
         return self._exit_status
 
     # -- signals --
@@ -157,7 +158,7 @@ class Master:
             LOGGER.error("The log stays where it is: %s", error)
             return
         LOGGER.info("Logs reopened")
-        self._pool.signal(signal.SIGUSR1)
+        self._pool.reopen_logs()
 
     def handle_usr2(self) -> None:
         """Upgrade: hand over to a new master, of the code that is on disk now."""

@@ -22,6 +22,7 @@ from plain_client import connect, one_shot, read_to_end, until
 COMMAND = str(Path(sys.executable).with_name("cpanbridged"))
 MODULES = Path(__file__).parent / "modules"
 TEMPLATE = "cpanbridged: template"  # a template's title begins so
+LOG = "cpanbridged: log"  # the log process's title
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -156,12 +157,17 @@ class Daemon:
         return self.process.pid
 
     def workers(self) -> list[int]:
-        """The process ids of the master's children, but for templates."""
-        return [pid for pid, title in self._children() if not title.startswith(TEMPLATE)]
+        """The process ids of the master's children, but for templates and the log process."""
+        others = TEMPLATE, LOG
+        return [pid for pid, title in self._children() if not title.startswith(others)]
 
     def templates(self) -> list[int]:
         """The process ids of its templates."""
         return [pid for pid, title in self._children() if title.startswith(TEMPLATE)]
+
+    def log_processes(self) -> list[int]:
+        """The process ids of its log processes."""
+        return [pid for pid, title in self._children() if title.startswith(LOG)]
 
     def _children(self) -> Iterator[tuple[int, str]]:
         for pid in children_of(self.pid):

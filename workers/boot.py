@@ -53,14 +53,10 @@ def set_up(context: WorkerContext, title: str) -> None:
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
     # What modules print goes to the log, in UTF-8 like the log itself, whatever the locale is.
     os.dup2(2, 1)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                encoding="utf-8",
-                errors="backslashreplace",
-                line_buffering=True,
-                write_through=False,
-            )
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = _text_stream(descriptor)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     clean_up_children([str(each.getsockname()) for each in context.listeners])
 
 
@@ -87,6 +83,14 @@ def set_up_forked(context: WorkerContext, title: str, parent: int) -> None:
 def show_title(title: str) -> None:
     """Set the title that ps(1) shows."""
     setproctitle.setproctitle(f"cpanbridged: {title}")
+
+
+def _text_stream(descriptor: int) -> io.TextIOWrapper:
+    # Not the interpreter's own ones with another encoding: those may believe that they can seek,
+    # which a file could that was here when the interpreter started.
+    raw = io.FileIO(descriptor, "w", closefd=False)
+    buffer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, "utf-8", "backslashreplace", line_buffering=True)
 
 
 def flush_output() -> None:

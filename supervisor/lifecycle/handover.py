@@ -21,6 +21,7 @@ from cpanbridge.supervisor.listening.instance import InstanceError
 from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
+from cpanbridge.supervisor.system import logs
 from cpanbridge.supervisor.system.event_loop import Timer
 from cpanbridge.supervisor.system.log_text import describe_exit
 from cpanbridge.supervisor.system.sd_notify import ServiceManager
@@ -71,7 +72,8 @@ class Handover:
         self._on_done, self._reason = on_done, ""
         self._pool.confined = True
         number = self._reloader.generation.number
-        estate = Estate(self._pool.held(), self._sockets.held(), number)
+        error = logs.inherited_error()
+        estate = Estate(self._pool.held(), self._sockets.held(), number, error)
         try:
             ours, theirs = socket.socketpair()
             with ours, theirs:

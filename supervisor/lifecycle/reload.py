@@ -217,6 +217,7 @@ class Reloader:
         if reason is not None:
             LOGGER.error("Not reloaded, nothing has changed: %s", reason)
         self.last = Outcome(time.time(), self.generation.number, reason)
+        self._pool.spawner.log_process.follow()
         for on_done in waiting:
             on_done(reason)
 

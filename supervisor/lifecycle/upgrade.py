@@ -53,10 +53,12 @@ class Estate(msgspec.Struct):
     pool: HeldPool
     sockets: HeldSockets
     generation: int  # the one in service
+    error: int = -1  # standard error, where the log is that: see logs.inherit
 
     def descriptors(self) -> list[int]:
         """The descriptors that the new master must inherit."""
-        return self.pool.descriptors() + self.sockets.descriptors()
+        error = [self.error] if self.error >= 0 else []
+        return self.pool.descriptors() + self.sockets.descriptors() + error
 
 
 class First(msgspec.Struct):

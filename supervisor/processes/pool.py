@@ -170,10 +170,11 @@ class WorkerPool:
             elif worker.pid:
                 worker.tell_to_exit(COMMAND_STOP, seconds)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every worker and template."""
+    def reopen_logs(self) -> None:
+        """Have all processes continue in the files that the master has opened."""
+        self.spawner.log_process.follow()
         for process in (*self.templates.alive, *self.workers):
-            process.signal(number)
+            process.signal(signal.SIGUSR1)
 
     def _close_if_empty(self, generation: Generation) -> None:
         if self.of(generation):

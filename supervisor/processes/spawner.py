@@ -19,6 +19,7 @@ from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.listener_box import ListenerBox
 from cpanbridge.supervisor.processes.context import UNASSIGNED, Mains, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
+from cpanbridge.supervisor.processes.log_process import LogProcess
 from cpanbridge.supervisor.processes.oom_kills import OomKills
 from cpanbridge.supervisor.processes.unattended_queues import UnattendedQueues
 from cpanbridge.supervisor.system import logs, sd_notify
@@ -64,6 +65,8 @@ class Spawner:
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # The write ends of earlier masters' lifelines, while workers of theirs are there.
         self.inherited_life: list[int] = []
+        self.log_process = LogProcess(self.loop)
+        self.log_process.follow()
         self.oom_kills = OomKills(self.loop)
         self.unattended = UnattendedQueues(self.loop, self.shared, self.wakeups)
         self.listener_box = ListenerBox.create()
@@ -73,6 +76,8 @@ class Spawner:
 
         Its context has no slot and no report yet. Raises OSError.
         """
+        if generation.log.log_format == "json":
+            self.log_process.open()
         # A signal between the fork and the child's own handlers would be written to the master's
         # wake-up descriptor.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -112,6 +117,7 @@ class Spawner:
             for life in (self.life, *self.inherited_life):
                 os.close(life)
             logs.configure(generation.log)
+            self.log_process.let_go()
             for variable in sd_notify.VARIABLES:
                 os.environ.pop(variable, None)
             main(

@@ -118,4 +118,6 @@ class SecurityLog:
         }
         if suppressed:
             line["suppressed_before"] = suppressed
-        LOGGER.warning("%s", json_line(line))
+        # In a log whose lines are objects it is one.
+        fields = {"message": f"Security event: {message}", "security_event": line}
+        LOGGER.warning("%s", json_line(line), extra={"fields": fields})
