@@ -28,6 +28,10 @@ MAX_FUNCTION_NAME = 100
 MAX_REQUEST_SIZE = 9 * 2**24 - 1
 
 LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
+SYSTEM_SOCKET = "/run/cpanbridged/cpanbridged.sock"
+# In the environment of a daemon that was root's: its default socket path, which a reload and a new
+# master keep to.
+DEFAULT_SOCKET_VARIABLE = "CPANBRIDGED_DEFAULT_SOCKET"
 UPGRADE_VARIABLE = "CPANBRIDGED_HANDOVER"  # in a new master's environment: its end of the talk
 # A worker ends by itself when its time is over, but its shutdown hooks have at least a second. A
 # worker that cannot end is killed so many seconds after its time.
@@ -186,10 +190,15 @@ Load = Callable[[], Loaded]  # reads the configuration again; raises ConfigError
 
 
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:
-    """The socket path when none is set; the Perl client tries the same paths."""
+    """The socket path when none is set: root's also after root has become another user."""
+    return environ.get(DEFAULT_SOCKET_VARIABLE) or default_sockets(environ)[0]
+
+
+def default_sockets(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Where this user finds a daemon when no path is set; the Perl client tries the same paths."""
     uid = os.getuid()
     if uid == 0:
-        return "/run/cpanbridged/cpanbridged.sock"
-    if runtime := environ.get("XDG_RUNTIME_DIR"):
-        return f"{runtime}/cpanbridged.sock"
-    return f"/tmp/cpanbridged-{uid}/cpanbridged.sock"
+        return [SYSTEM_SOCKET]
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    own = [f"{runtime}/cpanbridged.sock"] if runtime else []
+    return [*own, f"/tmp/cpanbridged-{uid}/cpanbridged.sock", SYSTEM_SOCKET]

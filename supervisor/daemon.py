@@ -31,8 +31,11 @@ def serve(load: Load, mains: Mains, on_ready: OnDone) -> int:
     sockets = Sockets()
     identity = privileges.identity(settings)
     if identity is not None:
-        logs.configure(logs.LogSettings.of(loaded))
-        privileges.drop(settings, identity)
+        privileges.prepare(settings, identity)
+        log = logs.LogSettings.of(loaded)
+        # A default log stands in a folder of that user's, where root opens nothing.
+        logs.configure(log if loaded.follow_link else log._replace(log_file="stderr"))
+        privileges.drop(identity)
     sockets.open(settings, lent)
     try:
         logs.configure(logs.LogSettings.of(loaded))

@@ -84,6 +84,7 @@ class Daemon:
         self.config = folder / "c.toml"
         self.log_file = folder / "d.log"
         self.environment = environment
+        self.prefix: list[str] = []  # of the command: a program that runs it with other rights
         self.write_config(config)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -119,7 +120,7 @@ class Daemon:
     def command(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run `cpanbridged ARGUMENTS --config ...` to its end."""
         return subprocess.run(
-            [COMMAND, arguments[0], "--config", str(self.config), *arguments[1:]],
+            [*self.prefix, COMMAND, arguments[0], "--config", str(self.config), *arguments[1:]],
             capture_output=True,
             encoding="utf-8",
             timeout=timeout,

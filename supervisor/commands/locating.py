@@ -15,7 +15,7 @@ from typing import Any
 
 from cpanbridge.supervisor import config, config_sources
 from cpanbridge.supervisor.commands import common
-from cpanbridge.supervisor.config import ConfigError, Settings
+from cpanbridge.supervisor.config import ConfigError, OperatorError, Settings
 from cpanbridge.supervisor.control import client, search
 from cpanbridge.supervisor.control.client import Target
 from cpanbridge.supervisor.system import privileges
@@ -32,13 +32,23 @@ def locate(options: argparse.Namespace) -> Target:
     except ConfigError as error:
         path = _named_path(options) or _path_in_file(options)
         return Target(path, _owner_of(path, options)) if path else _ask_daemons(options, error)
-    target = Target(settings.sockets[0], _user_of(settings))
+    paths = settings.listen or config.default_sockets()
+    target = _first_running([Target(path, _user_of(settings)) for path in paths])
     defaults = options.config is None and settings.listen is None
     if defaults and not Path(config.DEFAULT_FILE).exists() and not client.is_running(target):
         missing = ConfigError(f"{config.DEFAULT_FILE}: does not exist")
         with contextlib.suppress(ConfigError):
             return _ask_daemons(options, missing)
     return target
+
+
+def _first_running(targets: list[Target]) -> Target:
+    """The first at which a daemon runs, or else the first."""
+    for target in targets:
+        with contextlib.suppress(OperatorError):  # not to be trusted there
+            if client.is_running(target):
+                return target
+    return targets[0]
 
 
 def file_of(options: argparse.Namespace) -> str:

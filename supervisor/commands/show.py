@@ -10,11 +10,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cpanbridge.supervisor.commands import common, locating
 from cpanbridge.supervisor.commands.common import FAILED, NOT_RUNNING, WRONG_USAGE, CommandError
+from cpanbridge.supervisor.config import default_sockets
 from cpanbridge.supervisor.control import client, one_call
 from cpanbridge.supervisor.control.client import NotRunningError
 from cpanbridge.supervisor.reports import surroundings
@@ -146,7 +147,7 @@ def check(options: argparse.Namespace) -> None:
 
 def call(options: argparse.Namespace) -> None:
     path = options.socket or os.environ.get("CPAN_BRIDGE_SOCKET")
-    path = path or common.load(options).settings.sockets[0]
+    path = path or _first_that_exists(common.load(options).settings.listen or default_sockets())
     try:
         params = _strict_json(options.params)
     except ValueError as error:
@@ -158,6 +159,10 @@ def call(options: argparse.Namespace) -> None:
     except UnicodeEncodeError:  # JSON's own escapes lose nothing
         text = json.dumps(result, indent=2)
     print(text)
+
+
+def _first_that_exists(paths: Sequence[str]) -> str:
+    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def _strict_json(text: str) -> Any:

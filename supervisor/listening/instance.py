@@ -126,10 +126,7 @@ def _lock(path: str, patience: float) -> int:
     try:
         descriptor = os.open(f"{path}.lock", flags, 0o600)
     except OSError as error:
-        raise InstanceError(
-            f"{path}.lock: cannot be made: {explain(error)}; "
-            "the socket's folder must exist and be writable"
-        ) from None
+        raise InstanceError(f"{path}.lock: {_why_not_opened(path, error)}") from None
     until = time.monotonic() + patience
     try:
         while not _try_to_lock(path, descriptor):
@@ -140,6 +137,18 @@ def _lock(path: str, patience: float) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _why_not_opened(path: str, error: OSError) -> str:
+    with contextlib.suppress(OSError):
+        owner = os.lstat(f"{path}.lock").st_uid
+        if owner != os.geteuid():
+            return (
+                f"is user {owner}'s, whose daemon runs here or did once: {explain(error)}; "
+                "if none runs, remove the file"
+            )
+        return f"cannot be opened: {explain(error)}"
+    return f"cannot be made: {explain(error)}; the socket's folder must exist and be writable"
 
 
 def _try_to_lock(path: str, descriptor: int) -> bool:

@@ -210,7 +210,8 @@ def _check_folder(path: str, folder: str, trusted: Collection[int]) -> str:
 def _check_owner(path: str, entry: str, owner: int, trusted: Collection[int]) -> None:
     if owner not in trusted:
         raise ListenError(
-            f"{path}: refused, because user {owner} owns {entry} and could replace it"
+            f"{path}: refused, because user {owner} owns {entry} and could replace it; "
+            "give it to the daemon's user (chown) or choose another folder"
         )
 
 

@@ -1,18 +1,27 @@
 """Dropping root: a daemon started as root becomes the configured user before it runs anything.
 
-What needs root is done first: the socket's default folder and the log files become that user's.
-From then on no process of the daemon is root's, the master included, so a reload and an upgrade can
-do no more than the user may. `drop` is called in the master, the others in the command too.
+What needs root is done first: the socket's default folder, the locks that a daemon of another user
+has left, and the log files become that user's. From then on no process of the daemon is root's, the
+master included, so a reload and an upgrade can do no more than the user may. `prepare` and `drop`
+are called in the master, the others in the command too.
 """
 
+import contextlib
+import ctypes
 import grp
 import os
 import pwd
+import resource
+import stat
 from typing import NamedTuple
 
-from cpanbridge.supervisor.config import OperatorError, Settings
+from cpanbridge.supervisor.config import DEFAULT_SOCKET_VARIABLE, OperatorError, Settings
 from cpanbridge.supervisor.listening import listener
+from cpanbridge.supervisor.listening.instance import InstanceError, is_locked
 from cpanbridge.supervisor.system import logs
+
+_PR_SET_DUMPABLE = 4  # see prctl(2)
+_prctl = ctypes.CDLL(None).prctl
 
 
 class PrivilegeError(OperatorError):
@@ -43,15 +52,60 @@ def identity(settings: Settings) -> Identity | None:
     return Identity(entry.pw_name, entry.pw_uid, gid, entry.pw_dir)
 
 
-def drop(settings: Settings, user: Identity) -> None:
-    """Become that user. The logs must be open. Raises PrivilegeError, ListenError."""
+def prepare(settings: Settings, user: Identity) -> None:
+    """Let that user have the socket paths. Raises PrivilegeError, ListenError."""
     if os.geteuid() != 0:
         if os.geteuid() != user.uid:
             raise PrivilegeError(f"user = {user.name!r}: only root can become another user")
         return
+    if any(_is_in_use(path, user) for path in settings.sockets):
+        return  # as is reported when it cannot be locked
     if settings.listen is None:
-        listener.prepare_folder(settings.sockets[0], create=True, owner=user.uid)
-        os.chown(os.path.dirname(settings.sockets[0]), user.uid, user.gid)
+        path = settings.sockets[0]
+        listener.prepare_folder(path, create=True, owner=user.uid)
+        _give_folder(os.path.dirname(path), user)
+        os.environ[DEFAULT_SOCKET_VARIABLE] = path
+    for path in settings.sockets:
+        _give_lock(f"{path}.lock", user)
+
+
+def _is_in_use(path: str, user: Identity) -> bool:
+    """Whether a daemon of any user holds the path's lock."""
+    try:
+        return is_locked(path, user.uid)
+    except InstanceError:  # the lock is yet another user's
+        return False
+
+
+def _give_folder(folder: str, user: Identity) -> None:
+    """Make the default folder that user's, with what a daemon of root's has left there."""
+    status = os.stat(folder)
+    if status.st_uid == 0 and not status.st_mode & 0o022:  # only root has put anything there
+        for entry in os.scandir(folder):
+            os.chown(entry.path, user.uid, user.gid, follow_symlinks=False)
+    os.chown(folder, user.uid, user.gid)
+
+
+def _give_lock(path: str, user: Identity) -> None:
+    """Make a lock file that user's, which a daemon of another user has left.
+
+    The folder may be one in which others can put files under this name. A lock file is empty and
+    has one name; any other file is left as it is.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor)
+            if stat.S_ISREG(found.st_mode) and (found.st_nlink, found.st_size) == (1, 0):
+                os.fchown(descriptor, user.uid, user.gid)
+        finally:
+            os.close(descriptor)
+
+
+def drop(user: Identity) -> None:
+    """Become that user, if this process is root's. The logs must be open."""
+    if os.geteuid() != 0:
+        return
     for descriptor in logs.descriptors():
         os.fchown(descriptor, user.uid, user.gid)
     become(user)
@@ -62,4 +116,9 @@ def become(user: Identity) -> None:
     os.initgroups(user.name, user.gid)
     os.setgid(user.gid)
     os.setuid(user.uid)
+    # The kernel hides the memory of a process that was root's, also from this user: the master
+    # could not measure its workers (PSS, proc_pid_smaps(5)). Nothing of root's is in it: what was
+    # read so far is the configuration. As before, no core is written.
+    _prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)

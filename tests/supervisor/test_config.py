@@ -175,6 +175,10 @@ def test_the_default_socket_path(
 ) -> None:
     monkeypatch.setattr(os, "getuid", lambda: uid)
     assert config.default_socket(environ) == path
+    assert config.default_sockets(environ)[-1] == "/run/cpanbridged/cpanbridged.sock"
+    # A master that was root's keeps to root's path.
+    kept = {config.DEFAULT_SOCKET_VARIABLE: "/run/kept.sock"}
+    assert config.default_socket({**environ, **kept}) == "/run/kept.sock"
 
 
 def test_without_a_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
