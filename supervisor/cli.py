@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         daemon.reload, "Switch to the configuration and modules as they are now, or change nothing."
     )
+    add(daemon.reopen, "Continue in new log files of the same names: the old ones were renamed.")
     add(
         daemon.upgrade,
         "Replace the master, without a break, by one of the code that is on disk now.",

@@ -150,15 +150,16 @@ class Master:
         """Reload: a new generation with the configuration and the modules as they are now."""
         self.reload(lambda _: None)
 
-    def handle_usr1(self) -> None:
-        """Continue in new log files of the same names: the old ones were renamed."""
+    def handle_usr1(self) -> str | None:
+        """Continue in new log files of the same names. Returns why that cannot be, or None."""
         try:
             logs.reopen()
         except logs.LogError as error:
             LOGGER.error("The log stays where it is: %s", error)
-            return
+            return str(error)
         LOGGER.info("Logs reopened")
         self._pool.reopen_logs()
+        return None
 
     def handle_usr2(self) -> None:
         """Upgrade: hand over to a new master, of the code that is on disk now."""
@@ -199,9 +200,7 @@ class Master:
             self._watchdog.check()
             LOGGER.info(
                 "cpanbridged %s ready: pid %d, %s, listening on %s",
-                __version__,
-                os.getpid(),
-                count_of(generation.wanted, "worker"),
+                *(__version__, os.getpid(), count_of(generation.wanted, "worker")),
                 ", ".join(listener.path for listener in generation.listeners),
             )
             self._on_ready(None)

@@ -113,6 +113,11 @@ def reload(options: argparse.Namespace) -> None:
     print(f"Reloaded: generation {result['generation']}, {workers}")
 
 
+def reopen(options: argparse.Namespace) -> None:
+    _request(options, "reopen", "not reopened")
+    print("Logs reopened")
+
+
 def upgrade(options: argparse.Namespace) -> None:
     result = _request(options, "upgrade", "not upgraded")
     with client.shown_progress() as show:

@@ -47,6 +47,9 @@ class Daemon(Protocol):
     def stop(self) -> None:
         """Stop gracefully, whatever it is at."""
 
+    def handle_usr1(self) -> str | None:
+        """Continue in new log files; returns why that cannot be, or None."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -65,6 +68,7 @@ class Answers:
         commands = {
             "reload": _outcome(self.daemon.reload, self._reloaded),
             "upgrade": _outcome(self.daemon.upgrade, lambda: {"pid": self.daemon.successor}),
+            "reopen": _outcome(lambda on_done: on_done(self.daemon.handle_usr1()), dict),
         }
         return ControlServer(loop, inquiries, commands, self._progress)
 

@@ -845,6 +845,41 @@ def test_a_users_own_daemon_stands_in_the_runtime_folder(
     assert not path.exists()
 
 
+def test_the_shipped_logrotate_script_reopens_the_logs_and_is_silent_without_a_daemon(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon("workers = 2")
+    shipped = (Path(__file__).parents[2] / "etc" / "cpanbridged.logrotate").read_text()
+    script = re.search(r"postrotate\n(.*)\n *endscript", shipped, re.DOTALL)
+    assert script
+    assert "kill" not in script[1]
+
+    def rotate(path: str) -> tuple[int, str]:
+        text = script[1].replace("/opt/cpanbridge/bin/cpanbridged", f"{COMMAND} --socket {path}")
+        done = subprocess.run(
+            ["sh", "-c", text],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            env=daemon.environment,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    for path in (daemon.path, f"{daemon.folder}/no_folder/d.sock"):
+        assert rotate(path) == (0, "")
+    daemon.run()
+    shutil.move(daemon.log_file, f"{daemon.log_file}.1")
+    assert rotate(daemon.path) == (0, "")
+    assert "Logs reopened" in daemon.log()
+    shutil.move(daemon.log_file, f"{daemon.log_file}.2")
+    daemon.log_file.mkdir()  # no log can be there: the reason is what logrotate mails
+    status, told = rotate(daemon.path)
+    daemon.log_file.rmdir()
+    assert status == 1
+    assert "not reopened, nothing has changed: " in told
+
+
 @pytest.mark.parametrize("key", ["user", "socket_group"])
 def test_a_user_or_group_that_does_not_exist_is_reported(new_daemon: NewDaemon, key: str) -> None:
     daemon = new_daemon(f'workers = 2\n{key} = "no-such-one"')
