@@ -36,15 +36,18 @@ _ALLOWED = (
     "and times, Decimal, UUID and paths"
 )
 _ALLOWED_KEYS = "text, bytes, finite numbers, enums, dates and times, Decimal, UUID and paths"
+_TOO_DEEP = "result is nested too deep"
 _IN_EXACT = '(results = "exact")'
 
 _SAFE = frozenset(  # each value of these has a form of its own, or cannot be encoded at all
     {str, int, bool, type(None), bytes, Decimal, date, datetime, time, timedelta, UUID}
 )
 _LISTS = frozenset({list, tuple, set, frozenset})
-_KNOWN = _SAFE | _LISTS | {dict, float}
+_TEXT = frozenset({str})
+_TEXT_OR_INT = frozenset({str, int})
 _SMALL = 1024  # bytes of a reply: more values than that has are looked at faster in C
 _REPLYS_OWN_OBJECTS = 2
+_DEEPEST = 10_000  # deeper than msgspec encodes
 # A double in MessagePack whose exponent says that it is infinite or no number. The same bytes may
 # be part of other data; then the walk finds nothing.
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
@@ -66,7 +69,7 @@ def _plain_form(value: Any) -> Any:
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Rational) and _equals(float(value), value):
         return float(value)
-    if isinstance(value, date | time):
+    if isinstance(value, date | time) and value == value:  # pandas has a date that is none
         return value.isoformat()
     if isinstance(value, Decimal | PurePath):
         return str(value)
@@ -76,7 +79,9 @@ def _plain_form(value: Any) -> Any:
         return list(value)
     numpy = sys.modules.get("numpy")
     if numpy and isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufUO":
-        return value.tolist()
+        plain = value.tolist()
+        if type(plain) is not type(value):  # as a number of more than 64 bits
+            return plain
     raise Inexact(f"is of type {_name_of(type(value))}; allowed are {_ALLOWED} {_IN_EXACT}")
 
 
@@ -104,11 +109,9 @@ def lost_in(encoded: bytes, result: object) -> str | None:
 
 def explain(result: object, error: BaseException) -> str:
     """Why `encode` has raised `error` for a result."""
-    fault = None
-    if not isinstance(error, MemoryError):
-        fault = _first_fault(result)
+    fault = None if isinstance(error, MemoryError) else _first_fault(result)
     if fault is None and isinstance(error, RecursionError):
-        fault = "result is nested too deep"
+        fault = _TOO_DEEP
     return fault or f"{type(error).__name__}: {message_of(error)}"
 
 
@@ -159,17 +162,20 @@ def _has_distinct_keys(result: object, objects: int) -> bool:
     level: list[Any] = [result]
     while objects > 0 and level:
         kinds = set(map(type, level))
-        if not kinds <= _KNOWN:
+        dict_kinds = {kind for kind in kinds if issubclass(kind, dict)}
+        list_kinds = {kind for kind in kinds if issubclass(kind, list | tuple | set | frozenset)}
+        if not kinds <= _SAFE | {float} | dict_kinds | list_kinds:
             return False
-        dicts = [each for each in level if type(each) is dict] if dict in kinds else []
-        kinds_of_keys = set(map(type, set().union(*dicts)))
-        if int in kinds_of_keys and any(len(set(map(str, each))) < len(each) for each in dicts):
-            return False
-        if not kinds_of_keys <= {str, int}:
-            return False
+        dicts = [each for each in level if type(each) in dict_kinds] if dict_kinds else []
+        if not _TEXT.issuperset(map(type, set().union(*dicts))):
+            # Looked at again one by one: in the set above, a key may stand for an equal one.
+            if not _TEXT_OR_INT.issuperset(map(type, chain.from_iterable(dicts))):
+                return False
+            if any(len(set(map(str, each))) < len(each) for each in dicts):
+                return False
         objects -= len(dicts)
         if objects > 0:
-            lists = (each for each in level if type(each) in _LISTS)
+            lists = (each for each in level if type(each) in list_kinds)
             level = list(chain.from_iterable(chain(map(dict.values, dicts), lists)))
     return True
 
@@ -180,7 +186,7 @@ def _first_fault(result: object) -> str | None:
     Walks all values, without recursion.
     """
     path: list[str] = []
-    open_ids: list[int] = []  # of the values that hold the one that is looked at
+    open_ids: dict[int, None] = {}  # of the values that hold the one that is looked at
     pending: list[Iterator[_Step]] = [iter([("result", result)])]
     try:
         while pending:
@@ -189,12 +195,16 @@ def _first_fault(result: object) -> str | None:
                 pending.pop()
                 if pending:
                     path.pop()
-                    open_ids.pop()
+                    open_ids.popitem()
+                continue
+            if type(value) in _SAFE and (type(value) is not str or value.isascii()):
                 continue
             path.append(step)
+            if len(path) > _DEEPEST:
+                return _TOO_DEEP
             if id(value) in open_ids:
                 raise Inexact("contains itself")
-            open_ids.append(id(value))
+            open_ids[id(value)] = None
             pending.append(iter(_steps_of(value)))
     except Inexact as fault:
         return f"{''.join(path)} {fault}"
@@ -215,7 +225,7 @@ def _steps_of(value: Any) -> Iterable[_Step]:
     elif kind is float:
         if not math.isfinite(value):
             raise Inexact(f"is {value}; allowed are finite numbers {_IN_EXACT}")
-    elif kind in _SAFE or kind in (bytearray, memoryview) or isinstance(value, UUID | timedelta):
+    elif kind in _SAFE or kind in (bytearray, memoryview) or isinstance(value, UUID):
         pass
     elif isinstance(value, Enum):
         return [("", value.value)]
@@ -243,11 +253,12 @@ def _items_of(value: dict[Any, Any]) -> Iterator[_Step]:
     for key in dict.keys(value):  # as msgspec reads it, whatever a subclass overrides
         text = _text_of_key(key)
         if text in seen:
-            raise Inexact(f"has the keys {seen[text]!r} and {key!r}, which are the same in JSON")
+            keys = f"{seen[text]!r:.100} and {key!r:.100}"
+            raise Inexact(f"has the keys {keys}, which are the same in JSON")
         seen[text] = key
     for key, item in dict.items(value):
         named = isinstance(key, str) and key.isidentifier()
-        yield f".{key}" if named else f"[{key!r}]", item
+        yield f".{key:.100}" if named else f"[{key!r:.100}]", item
 
 
 def _text_of_key(key: Any) -> str:

@@ -3,6 +3,8 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -71,9 +73,33 @@ def test_data_that_contains_itself_is_told_by_its_path() -> None:
     assert fault_of(deep) == "result is nested too deep"
 
 
+class Endless(Sequence[Any]):
+    """Each item is another one, made when it is asked for."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if index:
+            raise IndexError
+        return Endless()
+
+
+def test_data_without_an_end_is_refused() -> None:
+    assert fault_of({"a": Endless()}) == "result is nested too deep"
+
+
 def test_a_lone_surrogate_is_told_by_its_path() -> None:
     assert fault_of({"files": ["a", "b\udcff"]}).startswith("result.files[1] has a lone surrogate")
     assert fault_of([{"b\udcff": 1}]).startswith("result[0] has a key with a lone surrogate")
+
+
+def test_equal_keys_of_another_dict_hide_nothing() -> None:
+    class Name(str, Enum):  # noqa: UP042 - its text is not its value, as with StrEnum
+        ONE = "1"
+
+    rows = [{"1": "x" * 2000}, {Name.ONE: 0, 1: 0}]
+    assert fault_of(rows).startswith("result[1] has the keys <Name.ONE: '1'> and 1, which")
 
 
 # What a function may return, with what JSON cannot carry in it now and then.
