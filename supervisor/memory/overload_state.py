@@ -56,10 +56,11 @@ class Reading(NamedTuple):
         return Level.VIOLATION if self.value > self.limit else Level.WARNING
 
     def __str__(self) -> str:
-        relation = "exceeds" if self.value > self.limit else "approaching"
+        relation = _RELATIONS[self.level]
         return _TEXTS[self.kind].format(value=self.value, relation=relation, limit=self.limit)
 
 
+_RELATIONS = {Level.NORMAL: "within", Level.WARNING: "approaching", Level.VIOLATION: "exceeds"}
 _TEXTS = {
     Kind.MEMORY: "Memory usage {value:.1f}MB {relation} limit {limit:.0f}MB",
     Kind.CPU: "CPU usage {value:.1f}% {relation} limit {limit:g}%",

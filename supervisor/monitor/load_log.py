@@ -17,6 +17,7 @@ LOGGER = logging.getLogger("cpanbridge.master")
 SETTLE_SECONDS = 5.0
 ELEVATED_SHARE = 0.2  # of max_connections: 20 and 50 of the 100 that are the default
 HIGH_SHARE = 0.5
+_TOLD_BESIDES = {Kind.CONNECTIONS}  # "Connection limit reached" says that clients wait
 _MANY = {
     1: (logging.INFO, "Elevated connection count: %s."),
     2: (
@@ -52,10 +53,10 @@ class Alarms:
         self._logged = {kind: LoggedLevel() for kind in Kind}
         self._full = LoggedLevel()
         self._many = LoggedLevel()
-        self._closed = False
 
     def log(self, readings: Sequence[Reading], now: float, interval: float) -> None:
         """Log what is new, or has gone on for another `interval`."""
+        before = self._violations()
         levels = {
             reading.level
             for reading in readings
@@ -65,19 +66,30 @@ class Alarms:
             if reading.level in levels:  # it is in the line that another was the reason for
                 self._logged[reading.kind].next_at = now + interval
         if Level.VIOLATION in levels:
-            texts = at_level(readings, Level.VIOLATION)
-            LOGGER.critical("RESOURCE VIOLATION: %s", texts)
+            LOGGER.critical("RESOURCE VIOLATION: %s", at_level(readings, Level.VIOLATION))
+        begun = self._violations() - before
+        if not begun <= _TOLD_BESIDES:
+            # Once, in the words that are asked for; while it lasts, the line above says it.
+            throttling = [each for each in readings if each.kind not in _TOLD_BESIDES]
+            texts = at_level(throttling, Level.VIOLATION)
             LOGGER.warning("Resource violations detected, throttling connections: %s", texts)
         if Level.WARNING in levels:
             LOGGER.warning("Resource warning: %s", at_level(readings, Level.WARNING))
-        self._log_opening()
+        self._log_ends(readings, before)
 
-    def _log_opening(self) -> None:
-        """Log once that the violations which had closed the gate are over."""
-        closed = any(self._logged[kind].level == Level.VIOLATION for kind in CLOSING)
-        if self._closed and not closed:
+    def _violations(self) -> set[Kind]:
+        """What is logged to be over its limit."""
+        return {kind for kind, logged in self._logged.items() if logged.level == Level.VIOLATION}
+
+    def _log_ends(self, readings: Sequence[Reading], before: set[Kind]) -> None:
+        """Log once that violations are over; those that close the gate when all of them are."""
+        now = self._violations()
+        if not before.isdisjoint(CLOSING) and now.isdisjoint(CLOSING):
             LOGGER.info("Resource violations are over, connections are accepted again")
-        self._closed = closed
+        ended = before - now - set(CLOSING)
+        if ended:
+            texts = [str(each) for each in readings if each.kind in ended]
+            LOGGER.info("Resource violations are over: %s", texts)
 
     def log_connections(
         self, connections: int, limit: int, full: bool, now: float, interval: float

@@ -95,17 +95,15 @@ def test_what_lasts_is_logged_once_per_interval(load_log: LoadLog) -> None:
     assert load_log.sample_for(1, memory=900) == [NEAR_MEMORY]
     assert load_log.sample_for(59, memory=900) == []
     assert load_log.sample_for(1, memory=1100) == CLOSED_BY_MEMORY
-    for _ in range(5):
+    for _ in range(5):  # that clients wait was said
         assert load_log.sample_for(59, memory=1100) == []
-        assert load_log.sample_for(1, memory=1100) == CLOSED_BY_MEMORY
+        assert load_log.sample_for(1, memory=1100) == CLOSED_BY_MEMORY[:1]
 
 
 def test_each_line_has_the_current_numbers(load_log: LoadLog) -> None:
     load_log.sample(cpu=250)
     assert load_log.sample_for(60, cpu=275.5) == [
         "CRITICAL RESOURCE VIOLATION: ['CPU usage 275.5% exceeds limit 200%']",
-        "WARNING Resource violations detected, throttling connections: "
-        "['CPU usage 275.5% exceeds limit 200%']",
     ]
 
 
@@ -145,11 +143,24 @@ def test_a_violation_that_becomes_a_warning_is_over_and_the_warning_is_logged(
     assert load_log.sample_for(10, memory=100) == []
 
 
-def test_limits_that_do_not_close_the_gate_do_not_open_it(
+def test_the_end_of_a_violation_that_did_not_close_the_gate_is_logged_too(
     load_log: LoadLog,
 ) -> None:
-    assert len(load_log.sample(requests=1234, concurrent=52, connections=101)) == 2
-    assert load_log.sample_for(30) == []
+    assert len(load_log.sample(requests=1234, concurrent=52)) == 2
+    assert load_log.sample_for(30, requests=345, concurrent=52) == [
+        "INFO Resource violations are over: ['Request rate 345/min within limit 1000/min']"
+    ]
+    assert load_log.sample_for(10, requests=345, concurrent=45) == [
+        "WARNING Resource warning: ['Concurrent requests 45 approaching limit 50']",
+        "INFO Resource violations are over: ['Concurrent requests 45 approaching limit 50']",
+    ]
+
+
+def test_that_clients_wait_for_a_connection_is_said_once(load_log: LoadLog) -> None:
+    assert load_log.sample(connections=101) == [
+        "CRITICAL RESOURCE VIOLATION: ['Connections 101 exceeds limit 100']"
+    ]
+    assert FULL in load_log.connected(100, full=True)
 
 
 def test_the_end_is_logged_when_both_memory_and_cpu_are_back(load_log: LoadLog) -> None:
