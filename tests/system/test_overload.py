@@ -489,7 +489,7 @@ def test_cleanup_closes_stale_connections_of_all_workers_at_once(new_daemon: New
             9,
             10,
         )  # one that asked before may be on its way out
-        assert report["connection_limits"] == {"max_concurrent": 100, "stale_timeout": 1}
+        assert report["connection_limits"]["stale_timeout"] == 1
         stale = [each for each in report["connections"] if each["status"] == "stale"]
         assert len(stale) == 8
         assert all(each["requests_count"] == 1 and each["idle_time"] > 1 for each in stale)
