@@ -105,6 +105,12 @@ def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
     if waiting := gate["waiting_clients"] + gate["waiting_requests"]:
         yield f"{count_of(waiting, 'client')} {'waits' if waiting == 1 else 'wait'} for room"
     yield from (*load["violations"], *load["warnings"])
+    limit = load.get("memory_limit", {}).get("mb", math.inf)  # not of an earlier version
+    if load["memory_mb"] > limit and not gate["running"]:
+        yield (
+            "note: memory is over its limit while no request runs, and none begins; raise "
+            "limits.max_memory_mb, or have fewer workers or modules"
+        )
 
 
 def metrics(options: argparse.Namespace) -> None:

@@ -154,6 +154,7 @@ def test_memory_that_is_no_workers_keeps_the_gate_closed_and_is_logged(
     ).run()
     until(lambda: lines(daemon, "no worker has run anything since it was started"))
     assert not lines(daemon, "is retired")
+    assert "note: memory is over its limit while no request runs" in daemon.command("status").stdout
     with connect(daemon.path) as client:
         client.sendall(b'{"module": "test", "function": "ping"}')
         assert waiting(daemon, client)
