@@ -116,6 +116,8 @@ sub lexical { return $lexical }
 our @array = map { Last->new(socket => $path) } 1 .. 3;
 our %hash = (a => Last->new(socket => $path));
 $global->call_python('m', 'before', ["x\n", 1.5]) if $is_used;
+our $leaked = Last->new(socket => $path);
+Internals::SvREFCNT(%{$leaked}, 2);
 { my $cycle = Last->new(socket => $path); $cycle->{itself} = $cycle }
 END
 
@@ -147,7 +149,7 @@ for my $is_used (0, 1) {
         my @calls = (
             'request f', '["a\\\\u0041","x\\",\\"y","line\nend",{"k\"\n":"v\\\\"},1.5,-7,0.30000000000000004,true]',
             'request g', CPANBridge::JSON::encode(CPANBridge::JSON::decode($reply)),
-        ) x 8;
+        ) x 9;
         my @noted = $daemon->noted;
         splice @noted, 0, 2 if $is_used;
         is_deeply(\@noted, \@calls, 'what arrives is what was meant');
