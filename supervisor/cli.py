@@ -17,7 +17,7 @@ from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
 from cpanbridge.supervisor.commands.common import INTERRUPTED
 from cpanbridge.supervisor.version import __version__
-from cpanbridge.supervisor.wording import explain_start
+from cpanbridge.supervisor.wording import explain_with_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        print(f"cpanbridged: {place}{explain_start(error)}", file=sys.stderr)
+        print(f"cpanbridged: {explain_with_path(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -92,8 +91,8 @@ def _add_common(parser: argparse.ArgumentParser, suffix: str = "") -> None:
     def add(*flags: str, **rest: Any) -> None:
         parser.add_argument(*flags, dest=flags[-1].removeprefix("--") + suffix, **rest)
 
-    add("-c", "--config", metavar="FILE", help="instead of " + config.DEFAULT_FILE)
-    add("-s", "--socket", metavar="PATH", help="the socket path, as listen sets it")
+    add("-c", "--config", type=_path, metavar="FILE", help="instead of " + config.DEFAULT_FILE)
+    add("-s", "--socket", type=_path, metavar="PATH", help="the socket path, as listen sets it")
     add(
         "--set",
         metavar="KEY=VALUE",
@@ -152,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("params", metavar="JSON", nargs="?", default="null")
     call.add_argument("--timeout", type=_seconds, default=60.0, help="seconds to wait (60)")
     return parser
+
+
+def _path(text: str) -> str:
+    if not text:  # as of an unset variable of a script
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _seconds(text: str) -> float:

@@ -39,3 +39,9 @@ def explain_start(error: OSError) -> str:
     if error.errno == errno.EAGAIN:
         return f"{error.strerror}: {_MORE_PROCESSES}"
     return explain(error)
+
+
+def explain_with_path(error: OSError) -> str:
+    """The same, with the path, where no caller names it."""
+    path = f"{error.filename}: " if error.filename is not None else ""
+    return path + explain_start(error)

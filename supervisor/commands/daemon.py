@@ -16,7 +16,7 @@ from cpanbridge.supervisor.commands.common import FAILED, INTERRUPTED, CommandEr
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.system import daemonize
-from cpanbridge.supervisor.wording import count_of, explain_start
+from cpanbridge.supervisor.wording import count_of, explain_with_path
 
 
 def run(options: argparse.Namespace) -> int:
@@ -144,7 +144,7 @@ def _serve_in_background(load_again: Load, report: Callable[[str | None], None])
         report(str(error))
         return FAILED
     except OSError as error:  # what is missing at the start; later the loop goes on
-        report(explain_start(error))
+        report(explain_with_path(error))
         return FAILED
 
 

@@ -152,8 +152,9 @@ def check(options: argparse.Namespace) -> None:
 
 
 def call(options: argparse.Namespace) -> None:
-    path = options.socket or os.environ.get("CPAN_BRIDGE_SOCKET")
-    path = path or _first_that_exists(common.load(options).settings.listen or default_sockets())
+    given = options.socket or os.environ.get("CPAN_BRIDGE_SOCKET")
+    paths = given.split(",") if given else common.load(options).settings.listen
+    path = _first_that_exists(paths or default_sockets())
     try:
         params = _strict_json(options.params)
     except ValueError as error:

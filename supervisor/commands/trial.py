@@ -24,7 +24,7 @@ from cpanbridge.supervisor.commands.common import CommandError
 from cpanbridge.supervisor.config import OperatorError
 from cpanbridge.supervisor.processes import spawner
 from cpanbridge.supervisor.system.log_text import describe_exit, printable
-from cpanbridge.supervisor.wording import explain_start
+from cpanbridge.supervisor.wording import explain_with_path
 
 _FRAME = re.compile(r'File "([^<].*)", line (\d+)')
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
@@ -78,7 +78,7 @@ def _be_child(work: Callable[[Tell], list[str]], end: socket.socket, stacks: IO[
         except OperatorError as error:
             message = _Message(problems=[printable(each) for each in error.problems])
         except OSError as error:
-            message = _Message(problems=[printable(explain_start(error))])
+            message = _Message(problems=[printable(explain_with_path(error))])
         send(message)
         end.recv(1)  # until the command ends it, with what modules have started
     finally:

@@ -26,7 +26,7 @@ from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system import logs, rlimit
 from cpanbridge.supervisor.system.logs import LogError, LogSettings
-from cpanbridge.supervisor.wording import count_of, explain
+from cpanbridge.supervisor.wording import count_of, explain, explain_with_path
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -111,7 +111,7 @@ class Reloader:
             self._fail(str(error))
             return
         except OSError as error:  # no descriptor is left
-            self._fail(explain(error))
+            self._fail(explain_with_path(error))
             return
         generation = self._attempt.generation
         LOGGER.info("Reloading from %s: generation %d boots", self.loaded.source, generation.number)
