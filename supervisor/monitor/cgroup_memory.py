@@ -15,6 +15,8 @@ from cpanbridge.supervisor.reports import surroundings, totals
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
+LOGGED_CHANGE = 0.1  # of the limit: some hosts adjust memory.high all the time
+
 
 class CgroupMemory:
     """Writes what it finds into the shared memory, and logs when a cgroup's limit comes to hold."""
@@ -22,7 +24,8 @@ class CgroupMemory:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._cgroups = Cgroups()
-        self._held: surroundings.Report | None = None  # the limit at the last sample
+        # The limit as it was logged, or as it is where nobody has to be told.
+        self._known = surroundings.memory_limit(shared.header.max_memory_mb, 0)
 
     def measure(self) -> None:
         """Called for each sample, because limits may change while the daemon runs."""
@@ -33,7 +36,14 @@ class CgroupMemory:
         header.fullest_cgroup = fullest.share if fullest is not None else 0
         used = fullest.used if fullest is not None else 0
         header.values[Kind.CGROUP_MEMORY] = round(used / MEGABYTE * SCALE)
-        before, self._held = self._held, totals.memory_limit(self._shared)
-        if self._held != before and "cgroup" in (self._held["from"], (before or {}).get("from")):
-            text = surroundings.memory_in_words(self._held, surroundings.found())
+        self._log(totals.memory_limit(self._shared))
+
+    def _log(self, limit: surroundings.Report) -> None:
+        origins = limit["from"], self._known["from"]
+        changed = abs(limit["mb"] - self._known["mb"]) > LOGGED_CHANGE * self._known["mb"]
+        if origins == ("configuration", "configuration"):
+            self._known = limit
+        elif changed or origins != ("cgroup", "cgroup"):
+            self._known = limit
+            text = surroundings.memory_in_words(limit, surroundings.found())
             LOGGER.info("The memory limit is %s", text)

@@ -260,6 +260,8 @@ def test_the_gate_closes_at_nine_tenths_of_what_a_cgroup_allows(
     allow(harness, (300, 200), (220, 150))
     harness.sample()
     assert harness.closed
+    allow(harness, (300, 200), (210, 150))
+    harness.sample()  # not logged: some hosts adjust such a limit all the time
     assert lines(caplog, "exceeds")[0].endswith("['Memory usage 200.0MB exceeds limit 198MB']")
     assert lines(caplog, "memory limit") == [
         "INFO The memory limit is 270 MB, nine tenths of the 300 MB of /cgroup0",
