@@ -376,7 +376,7 @@ keyword arguments; to an array: positional ones; with undef none; and anything e
 
 If the call fails, this returns a reference to a hash of C<success> (0), C<error>,
 C<error_type>, C<module>, C<function>, C<duration> in seconds, and if they exist: C<request_id>,
-C<traceback> (where the daemon runs with C<debug> on), C<retry_after> (with C<Overloaded>). See
+C<traceback> (where the daemon runs with C<debug> on), C<retry_after> (seconds, where the daemon can tell: with C<Overloaded>). See
 L</ERRORS>. It never dies because a call failed.
 
 A call waits its turn while the daemon has no room for it: while all requests that may run at once are running, while the

@@ -82,6 +82,7 @@ sub _value {
     _fail('no value');
 }
 
+# The number in the long patterns here is one that is no special case by its sign or size.
 sub _array {
     my @items;
     return \@items if /\G[ \t\r\n]*\]/gc;
@@ -165,7 +166,7 @@ sub _number {
 # the locale has a decimal comma.
 sub _float {
     my ($text) = @_;
-    if (!READS_EXACTLY) {
+    if (!READS_EXACTLY && $text =~ /[.eE]/) {
         my ($float, $unparsed) = POSIX::strtod($text);
         return $float if !$unparsed;
     }
