@@ -5,6 +5,17 @@ that is killed leaves each field either as it was or as it should be. Who writes
 beside it. A field has one writer, or it is written only by who holds the gate's lock, or (for the
 few that are said so) several write it without harm.
 
+Order. A machine may show the stores of one process to another one in another order (aarch64 does).
+So what must be seen in its order is
+
+- read by who holds the gate's lock, of which each taking and releasing orders all before and after;
+- or made known by a system call, which does the same: a fork, a signal, an eventfd, a message;
+- or acted upon so much later that the order cannot matter, as is said beside it;
+- or read by who can tell that it is not whole: names and events have checksums.
+
+All else that is read without the lock is for reports, which may for an instant show one number
+without the other.
+
 A worker's counts only grow: what it has open is `opened - closed`, what it runs is
 `admitted - (succeeded + failed)`. So a dead worker's slot is cleared by a few stores, and no total
 is lost with the worker.
@@ -147,6 +158,7 @@ class Slot(ctypes.Structure):
         ("retirement_request", ctypes.c_int64),  # RETIREMENT_...: why it asks to be retired
         # Written by the worker under the lock of its call timeouts: which of its calls is the first
         # whose time will be over. See processes/watchdog.py.
+        # The master reads the function at the earliest 0.2 s after it has found the deadline.
         ("call_deadline", ctypes.c_int64),  # CLOCK_MONOTONIC, nanoseconds; 0: it has none
         ("call_function", ctypes.c_int64),  # that call's: see function_stats.py
         # Written by the worker under the gate's lock; by the master, without it, once that is dead.
@@ -179,14 +191,14 @@ class Slot(ctypes.Structure):
 
     @property
     def connections(self) -> int:
-        """Connections that have room now. Without the lock never too low."""
+        """Connections that have room now. Without the lock it may for an instant be another."""
         closed: int = self.closed
         opened: int = self.opened
         return opened - closed
 
     @property
     def running(self) -> int:
-        """Requests running now. Without the lock never too low."""
+        """Requests running now. Without the lock it may for an instant be another."""
         finished = self.finished
         admitted: int = self.admitted
         return admitted - finished

@@ -5,14 +5,20 @@ share, written under the gate's lock. What a worker counts of it stands at that 
 worker's own part of the memory, so counting takes no lock between processes.
 
 The table has an end; functions that come later are counted together under `OTHERS`.
+
+Names and counts are read without a lock. A name has a checksum: to a reader that its machine shows
+the number of names before the last name itself (as aarch64 may), that one is not there yet. Of the
+counts, which are for reports, such a reader may for an instant see some without the others.
 """
 
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 OTHERS = "(others)"
 FUNCTIONS = 1024
-_NAME_SIZE = 160  # bytes: 8 for the length; a name has 50 + 1 + 100 characters of ASCII at most
+# Bytes: 4 each for length and checksum; a name has 50 + 1 + 100 characters of ASCII at most.
+_NAME_SIZE = 160
 NAMES_SIZE = FUNCTIONS * _NAME_SIZE  # bytes
 _FIELDS = 4  # calls, failed, nanoseconds, when the last one ended (CLOCK_MONOTONIC, nanoseconds)
 SIZE = 8 * _FIELDS * FUNCTIONS  # bytes
@@ -54,7 +60,7 @@ class Names:
         text = name.encode("ascii")
         start = number * _NAME_SIZE
         self._memory[start + 8 : start + 8 + len(text)] = text
-        self._memory[start : start + 8] = len(text).to_bytes(8, "little")
+        self._memory[start : start + 8] = _seal(text)
         self._header.functions = number
         return number
 
@@ -62,14 +68,32 @@ class Names:
         """All names, by their numbers. Called from any thread."""
         names, last = self._names, self._header.functions
         if len(names) <= last:
-            names = (*names, *map(self._read, range(len(names), last + 1)))
-            self._names = names
+            new: list[str] = []
+            while len(names) + len(new) <= last:
+                name = self._read(len(names) + len(new))
+                if name is None:
+                    break
+                new.append(name)
+            names = self._names = (*names, *new)
         return names
 
-    def _read(self, number: int) -> str:
+    def of(self, number: int) -> str:
+        """A function's name, as far as it is to be seen."""
+        names = self.all()
+        return names[number] if number < len(names) else OTHERS
+
+    def _read(self, number: int) -> str | None:
+        """A name; None when it is not to be seen whole yet."""
         start = number * _NAME_SIZE
-        length = int.from_bytes(self._memory[start : start + 8], "little")
-        return bytes(self._memory[start + 8 : start + 8 + length]).decode("ascii")
+        seal = bytes(self._memory[start : start + 8])
+        length = int.from_bytes(seal[:4], "little")
+        text = bytes(self._memory[start + 8 : start + 8 + min(length, _NAME_SIZE - 8)])
+        return text.decode("ascii") if text and seal == _seal(text) else None
+
+
+def _seal(text: bytes) -> bytes:
+    """A name's length and checksum."""
+    return len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
 
 
 class FunctionStats:

@@ -7,7 +7,8 @@ that arrives late finds another number, and its client is nobody's.
 
 `take`, `refuse` and `withdraw` are called under the gate's lock: what becomes of a client is
 decided once. (Offering it needs none, nor does cancelling a dead sender's.) A process that is
-killed between any two stores leaves a claim as it was, or as it should be.
+killed between any two stores leaves a claim as it was, or as it should be. A claim is one word, and
+its offer is made known by the message, so no other order of stores is relied on.
 """
 
 from collections import deque

@@ -6,7 +6,8 @@ shared memory. A bucket is a sixteenth of its octave wide, so any percentile is 
 Each slice also counts the requests that failed.
 
 A slice says which half minute it counts. The worker that finds an old one empties it before it says
-so, so a reader never takes an old count for a new one, whenever the writer is killed.
+so, so a reader never takes an old count for a new one, whenever the writer is killed. (On a machine
+that reorders stores a report may do so for an instant, once in half a minute.)
 """
 
 import operator

@@ -51,6 +51,7 @@ from cpanbridge.supervisor.memory.robustlock import SharedLock
 MODULE_OWNERS = 1024  # modules whose state all clients share
 
 _CACHE_LINE = 64
+_ORDER_SECONDS = 0.002  # the lock is held for microseconds
 
 
 class Counters(NamedTuple):
@@ -209,7 +210,7 @@ class Shared:
         """Give back what a dead worker held. Called in the master, once the process is gone.
 
         Its sockets are closed by then and its threads have ended, so nobody else writes to the
-        slot, and the lock is not needed. The next process that decides about room counts anew.
+        slot, and the lock need not be held. The next process that decides about room counts anew.
         """
         # First: a worker that takes over one of its clients has counted that client before.
         self.claims[self.slots.index(slot)].cancel_all()
@@ -229,7 +230,12 @@ class Shared:
         slot.memory = 0
         if self.header.awake_acceptor == 1 + self.slots.index(slot):
             self.header.awake_acceptor = 0
-        self.header.recount = 1  # after the stores above, which it makes count
+        # Makes the stores above count, so whoever sees it must see them: the lock orders them. If
+        # it is not to be had, its holder is stopped, and they are there when it is free.
+        ordered = self.lock.acquire(timeout=_ORDER_SECONDS)
+        self.header.recount = 1
+        if ordered:
+            self.lock.release()
         self.statistics[self.slots.index(slot)].connection_table.clear()
         slot.pid = 0  # last: if this master is killed before, the next one clears the slot anew
 

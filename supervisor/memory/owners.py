@@ -8,7 +8,8 @@ that have ended.
 The table is open addressed: a row stands at the place that its client hashes to, or at one of the
 next. All rows of a client are found in one go, from there to the first place that was never used.
 Every change is one store: a row counts from the moment that its state says so. A process killed
-between any two stores leaves the table as it was, or as it should be.
+between any two stores leaves the table as it was, or as it should be: the lock, which passes to the
+next one, orders them.
 
 Called under the gate's lock, but for what says otherwise. Whether there are a few rows or
 thousands, finding one takes the same time.

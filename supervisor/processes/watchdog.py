@@ -98,7 +98,7 @@ class Watchdog:
                 "stopped. What its threads are at follows",
                 number,
                 worker.pid,
-                self._shared.names.all()[worker.slot.call_function],
+                self._shared.names.of(worker.slot.call_function),
             )
         worker.slot.serves = 0  # if it runs again after all, it exits, and does not set this again
         # It would drain for as long as it hangs.

@@ -262,8 +262,9 @@ class WorkerProcess(Process):
     def describe_running(self) -> str:
         """What the worker ran when it ended, and for whom, in words; empty when it ran nothing."""
         shared = self._spawner.shared
-        calls, names = shared.statistics[self.number].connection_table.running(), shared.names.all()
-        told = [f"{names[each.function]} for {_client(each)}" for each in calls[:_CALLS_TOLD]]
+        calls = shared.statistics[self.number].connection_table.running()
+        name = shared.names.of
+        told = [f"{name(each.function)} for {_client(each)}" for each in calls[:_CALLS_TOLD]]
         if len(calls) > len(told):
             told.append(f"{len(calls) - len(told)} more")
         return f"; it ran {', '.join(told)}" if told else ""

@@ -276,11 +276,10 @@ def recent_events(shared: Shared) -> list[dict[str, Any]]:
 def recent_errors(shared: Shared) -> list[dict[str, Any]]:
     """The last requests that failed, the newest first."""
     events = _newest(shared, lambda each: each.errors)
-    names = shared.names.all()  # after the events: each was written when its function had a name
     return [
         {
             "timestamp": event.at / 1e9,
-            "module_function": names[event.second],
+            "module_function": shared.names.of(event.second),
             "error": event.text,
             "duration_ms": event.first / 1e6,
         }

@@ -1,5 +1,6 @@
 """The last few notes of each worker: whole or not there, even when the writer is killed."""
 
+import itertools
 import os
 import signal
 
@@ -164,3 +165,28 @@ def test_a_writer_that_is_killed_over_a_note_leaves_the_others() -> None:
         step += 1
     assert step > 6
     os.close(shared.fd)
+
+
+def test_in_whatever_order_the_stores_are_seen_a_note_is_whole_or_not_there() -> None:
+    """A machine may show any of them, and not the others."""
+    memory = memoryview(bytearray(SIZE))
+    writer = EventRing(memory)
+    before = [Event(n, n, n, f"note {n}" * 9) for n in range(EVENTS)]
+    for event in before:
+        writer.add(*event)
+    images = [bytes(memory)]
+    watch(writer, lambda: images.append(bytes(memory)))
+    writer.add(-1, -1, -1, "the new one" * 20)
+    images.append(bytes(memory))
+    stores = [
+        {at: new for at, (old, new) in enumerate(zip(*pair, strict=True)) if old != new}
+        for pair in itertools.pairwise(images)
+    ]
+    kept = before[::-1]
+    for seen in itertools.product([False, True], repeat=len(stores)):
+        image = bytearray(images[0])
+        for store in itertools.compress(stores, seen):
+            for at, new in store.items():
+                image[at] = new
+        found = EventRing(memoryview(image)).read()
+        assert found in (kept, kept[:-1], [Event(-1, -1, -1, "the new one" * 20), *kept[:-1]])

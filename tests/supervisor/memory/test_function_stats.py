@@ -203,3 +203,18 @@ def test_the_latest_functions_are_those_of_the_worker_that_is_there_now() -> Non
     function_stats.add(2, True, 1, 200)
     assert function_stats.latest(names, 150, 5) == ["m.since"]
     assert function_stats.latest(names, 200, 5) == []
+
+
+def test_a_name_that_is_counted_before_it_is_seen_is_not_there_yet(shared: Shared) -> None:
+    """As on a machine that reorders stores."""
+    number_of(shared, "m.first")
+    number_of(shared, "m.second")
+    at = 2 * tally_module._NAME_SIZE
+    entry = bytes(shared.names._memory[at : at + 20])
+    for missing in (slice(0, 20), slice(0, 8), slice(8, 20), slice(9, 10)):
+        other = Shared.attach(os.dup(shared.fd))
+        shared.names._memory[at : at + 20][missing] = bytes(len(entry[missing]))
+        assert other.names.all() == (OTHERS, "m.first")
+        shared.names._memory[at : at + 20] = entry
+        assert other.names.all() == (OTHERS, "m.first", "m.second")
+        os.close(other.fd)

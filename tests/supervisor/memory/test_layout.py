@@ -120,6 +120,35 @@ def test_slots_that_were_never_used_are_not_looked_at() -> None:
     assert len(shared.used_slots) == 5
 
 
+class Ordering:
+    """Stands for the gate's lock, which orders what is stored before it is released."""
+
+    def __init__(self, shared: Shared, *, free: bool) -> None:
+        self._shared = shared
+        self._free = free
+        self.seen: list[int] = []
+
+    def acquire(self, *, timeout: float) -> bool:
+        assert timeout < 0.1  # the master must not stand still
+        self.seen.append(self._shared.header.recount)
+        return self._free
+
+    def release(self) -> None:
+        self.seen.append(self._shared.header.recount)
+
+
+@pytest.mark.parametrize(("free", "seen"), [(True, [0, 1]), (False, [0])])
+def test_that_a_slot_was_cleared_is_told_by_the_lock_where_it_is_free(
+    monkeypatch: pytest.MonkeyPatch, free: bool, seen: list[int]
+) -> None:
+    shared = create(1)
+    lock = Ordering(shared, free=free)
+    monkeypatch.setattr(shared, "lock", lock)
+    shared.clear(shared.slots[0])
+    assert lock.seen == seen
+    assert shared.header.recount == 1
+
+
 # -- a master that takes over --
 
 
