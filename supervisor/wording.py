@@ -27,8 +27,13 @@ def count_of(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def explain(error: OSError) -> str:
-    """The kernel's own words, and what can be done; without the path, which its caller names."""
+def explain(error: Exception) -> str:
+    """The kernel's own words, and what can be done; without the path, which its caller names.
+
+    An error that is not the kernel's is told in its own words.
+    """
+    if not isinstance(error, OSError):
+        return str(error)
     words = error.strerror or str(error)
     advice = _ADVICE.get(error.errno or 0)
     return f"{words}: {advice}" if advice else words

@@ -236,11 +236,12 @@ def inherit(descriptor: int) -> Inherited:
                 raise UpgradeError("the old master is gone")
             data += piece
     except OSError as error:
-        raise UpgradeError(f"the old master does not say what it has: {error}") from None
+        raise UpgradeError(f"the old master does not say what it has: {explain(error)}") from None
     try:
         estate = msgspec.json.decode(data, type=First, dec_hook=_opened).estate
     except (msgspec.MsgspecError, OSError) as error:
-        reason = f"this version cannot read what the running one hands over ({error}); restart it"
+        problem = "this version cannot read what the running one hands over"
+        reason = f"{problem} ({explain(error)}); restart it"
         refuse(end, reason)
         raise UpgradeError(reason) from None
     try:
@@ -248,7 +249,9 @@ def inherit(descriptor: int) -> Inherited:
             os.set_inheritable(each, False)
         shared = Shared.attach(estate.pool.shared)
     except (LayoutError, OSError) as error:
-        reason = f"this version cannot take the running one's memory over ({error}); restart it"
+        reason = (
+            f"this version cannot take the running one's memory over ({explain(error)}); restart it"
+        )
         refuse(end, reason)
         raise UpgradeError(reason) from None
     return Inherited(estate, shared, end)

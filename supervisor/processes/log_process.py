@@ -19,6 +19,7 @@ import setproctitle
 
 from cpanbridge.supervisor.system import logs, raw_output
 from cpanbridge.supervisor.system.event_loop import Loop, Timer
+from cpanbridge.supervisor.wording import explain_start
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -84,7 +85,7 @@ class LogProcess:
                 self._become()
             self._watch(pid)
         except OSError as error:
-            LOGGER.error("The log process cannot be started: %s", error.strerror)
+            LOGGER.error("The log process cannot be started: %s", explain_start(error))
             self._start_timer = self._loop.after(_PAUSE_AFTER_ERROR, self._start)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

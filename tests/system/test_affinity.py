@@ -482,7 +482,7 @@ def test_more_sessions_than_the_table_holds_are_refused_clearly(new_daemon: NewD
         assert second.call("c", "where")
         reply = third.reply("c", "where")
         assert reply["error_type"] == "Overloaded"
-        assert "all 2 sessions are taken (limits.max_sessions)" in reply["error"]
+        assert "no session is left of 2 (limits.max_sessions)" in reply["error"]
         assert reply["retry_after"] > 0
         assert first.call("c", "where")
         second.kill()

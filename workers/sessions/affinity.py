@@ -137,7 +137,7 @@ class Affinity:
             return session
         self._sessions.leave(session)
         if written is None and not self._ownership.sweep():
-            what = f"all {self._ownership.most} sessions are taken (limits.max_sessions)"
+            what = f"no session is left of {self._ownership.most} (limits.max_sessions)"
             raise _no_room(call, what)
         return None
 
