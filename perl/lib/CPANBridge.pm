@@ -99,6 +99,7 @@ sub _set_socket {
 # fractions there.
 sub _plain {
     my ($value) = @_;
+    local $@;
     my $json = blessed $value ? eval { local $SIG{__DIE__}; CPANBridge::JSON::encode($value) } : undef;
     return defined $json && $json =~ /\A-?[0-9]/ ? 0 + $json : $value;
 }
@@ -223,7 +224,10 @@ sub disconnect {
     return;
 }
 
-# The data as JSON, for subclasses that were written for the first client.
+# Subclasses that were written for the first client call these two. There is nothing to destroy: Perl closes
+# the connection.
+sub DESTROY { }
+
 sub _safe_json_encode {
     my ($self, $data) = @_;
     my $previous_error = $@;
@@ -449,7 +453,8 @@ C<result>. One line in each makes that so:
 
     sub call_python { my ($self, @call) = @_; return $self->call_outcome(@call) }
 
-They also find C<_safe_json_encode($data)>, which returns JSON, and dies if there is none for the data.
+They also find C<_safe_json_encode($data)>, which returns JSON, and dies if there is none for the data, and a C<DESTROY>, which
+does nothing.
 
 These methods may be overridden:
 

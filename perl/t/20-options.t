@@ -39,6 +39,10 @@ subtest 'a subclass' => sub {
     isa_ok(Helper->new('the key'), 'Helper', 'arguments that are not pairs');
     like(refusal(sub { Helper->new(timeout => 'soon') }), qr/timeout must be/, 'an impossible value is refused');
     like(refusal(sub { Plain->new(dsn => 1) }), qr/Unknown option 'dsn'; allowed are/, 'a direct new of a subclass is strict');
+    { package Ending; our @ISA = ('CPANBridge'); sub DESTROY { my ($self) = @_; $self->SUPER::DESTROY; return } }
+    my @warnings;
+    { local $SIG{__WARN__} = sub { push @warnings, @_ }; Ending->new }
+    is("@warnings", '', 'a DESTROY may go on to that of the bridge');
     is(Helper->new->_safe_json_encode({ a => [ "x\n", 1.5 ] }), '{"a":["x\n",1.5]}', '_safe_json_encode');
     like(refusal(sub { Helper->new->_safe_json_encode([ 9**9**9 ]) }),
         qr/JSON encoding failed: \$data->\[0\] cannot be sent: an infinite number/, '... of what has no JSON');
