@@ -23,13 +23,13 @@ class OomKills:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._cgroups = Cgroups()
-        self._counted, _ = self._cgroups.oom_kills()
+        self._counted, self._file = self._cgroups.oom_kills()
         self._seen = collections.deque[float]()  # when; CLOCK_MONOTONIC seconds
         self._look_again()
 
     def explain(self) -> str | None:
         """Why the kernel has killed one process, and what to do about it; None: it has not."""
-        file = self._look()
+        self._look()
         if not self._seen:
             return None
         self._seen.popleft()
@@ -41,17 +41,16 @@ class OomKills:
                 f"give {tightest.folder} more than {tightest.limit / MEGABYTE:.0f} MB, or lower "
                 "limits.max_memory_mb, so that the gate closes earlier"
             )
-        return f"by the kernel, for want of memory (counted in {file}): {advice}"
+        return f"by the kernel, for want of memory (counted in {self._file}): {advice}"
 
-    def _look(self) -> str:
+    def _look(self) -> None:
         count, file = self._cgroups.oom_kills()
         now = time.monotonic()
-        # Fewer: the daemon was moved to another cgroup.
-        self._seen.extend([now] * (count - self._counted))
-        self._counted = count
+        if file == self._file:  # else the daemon was moved to another cgroup
+            self._seen.extend([now] * (count - self._counted))
+        self._counted, self._file = count, file
         while self._seen and self._seen[0] < now - RECENT_SECONDS:
             self._seen.popleft()
-        return file
 
     def _look_again(self) -> None:
         self._look()
