@@ -33,6 +33,7 @@ def test_a_process_that_has_the_pid_of_another_is_another() -> None:
     here = table()
     assert here.insert(ClientProcess(4711, 99), 0, ONE)
     assert here.find(ClientProcess(4711, 100), 0) is None
+    assert here.find(ClientProcess(4711, 99, uid=1), 0) is None
 
 
 def test_it_holds_so_many_rows_and_no_more() -> None:
