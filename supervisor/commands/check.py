@@ -5,6 +5,7 @@ All of it is done in a child process, as the user that the daemon will be, and l
 
 import contextlib
 import os
+import pwd
 import stat
 from collections.abc import Iterator
 from functools import partial
@@ -47,6 +48,7 @@ def _look_at_paths(settings: Settings) -> list[str]:
     with _collected(problems):
         notes = _become_the_daemons_user(settings)
     problems += _problems_of_sockets(settings)
+    notes += _notes_about_log_files(settings)
     if problems:
         raise CheckError(*problems)
     return notes
@@ -98,10 +100,27 @@ def _own_memory() -> int:
 
 def _problems_of_log_files(settings: Settings) -> Iterator[str]:
     """Called as the user that starts the daemon, who opens them before it becomes another."""
-    for key, none in (("log_file", "stderr"), ("security_log", "-")):
-        path = getattr(settings, key)
-        if path != none and (problem := _cannot_write(path)):
+    for key, path in _log_files(settings):
+        if problem := _cannot_write(path):
             yield f"{key} = {path!r}: {problem}"
+
+
+def _log_files(settings: Settings) -> Iterator[tuple[str, str]]:
+    if settings.log_file != "stderr":
+        yield "log_file", settings.log_file
+    if settings.security_log != "-":
+        yield "security_log", settings.security_log
+
+
+def _notes_about_log_files(settings: Settings) -> Iterator[str]:
+    """Called as the user that the daemon will be, who opens them anew after a rotation."""
+    for key, path in _log_files(settings):
+        folder = os.path.dirname(path)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            yield (
+                f"note: {key} = {path!r}: {_who()} may not make a file in {folder}: "
+                "after a rotation by rename, create one before cpanbridged reopen"
+            )
 
 
 def _problems_of_sockets(settings: Settings) -> Iterator[str]:
@@ -134,4 +153,7 @@ def _cannot_write(path: str) -> str:
 
 
 def _who() -> str:
-    return f"user {os.geteuid()}"
+    uid = os.geteuid()
+    with contextlib.suppress(KeyError):  # a container's user may have no name
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    return f"user {uid}"

@@ -1,6 +1,7 @@
 """Start, stop, and what the command says: messages, exit statuses, what is left and what is not."""
 
 import contextlib
+import ctypes
 import json
 import os
 import pty
@@ -648,6 +649,30 @@ def test_check_tells_all_that_is_wrong(new_daemon: NewDaemon) -> None:
     ):
         assert line.startswith(beginning)
     assert sorted(os.listdir(folder)) == ["c.toml"]
+
+
+def test_check_says_where_the_daemon_may_not_write(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 2")
+    daemon.folder.chmod(0o555)
+    done = subprocess.run(
+        [COMMAND, "check", "--config", str(daemon.config)],
+        env=daemon.environment,
+        capture_output=True,
+        encoding="utf-8",
+        preexec_fn=drop_power_over_files,
+        check=False,
+    )
+    daemon.folder.chmod(0o755)
+    assert done.returncode == 1
+    log, path = done.stderr.splitlines()
+    refused = rf"user \S+ may not write in the folder {daemon.folder}"
+    assert re.fullmatch(f"cpanbridged: log_file = '{daemon.log_file}': {refused}", log)
+    assert re.fullmatch(f"cpanbridged: {daemon.path}: {refused}", path)
+
+
+def drop_power_over_files() -> None:
+    """Root may write everywhere, until it loses CAP_DAC_OVERRIDE (capabilities(7))."""
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP; a user lacks it anyway
 
 
 @pytest.mark.parametrize("command", ["check", "restart", "start"])
