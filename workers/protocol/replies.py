@@ -62,7 +62,7 @@ def encode_success(
             encoded, fault = results.encode_leniently(reply), None
         else:
             encoded = results.encode(reply)
-            fault = results.lost_in(encoded, result)
+            fault = results.lost_in(result)
     except BaseException as error:  # classes of the module may raise anything
         fault = results.explain(result, error)
     else:

@@ -1,9 +1,10 @@
 """Results as JSON: carried exactly, or refused with the path to what JSON cannot carry.
 
-msgspec encodes anything, and alters some of it: NaN and infinities become null, and two keys of a
-dict may become the same text. So its work is checked. The check of plain data takes a fraction of
-the encoding: a small result is looked at value by value, a large one by operations that run in C.
-Whatever they do not recognize as plain is walked, which is slow, and finds the path to tell.
+msgspec encodes anything as JSON, and alters some of it: NaN and infinities become null, and two
+keys of a dict may become the same text. So its work is checked, by encoding the result once more
+in a form that shows both: MessagePack has a NaN of its own, and an encoder that sorts keys takes
+text alone. That takes about as long as the JSON. A result which is not plain by that is walked,
+which is slow, and finds the path to tell.
 """
 
 import dataclasses
@@ -23,7 +24,6 @@ from collections.abc import (
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from itertools import chain
 from numbers import Integral, Rational, Real
 from pathlib import PurePath
 from typing import Any, TypeAlias
@@ -39,14 +39,9 @@ _ALLOWED_KEYS = "text, bytes, finite numbers, enums, dates and times, Decimal, U
 _TOO_DEEP = "result is nested too deep"
 _IN_EXACT = '(results = "exact")'
 
-_SAFE = frozenset(  # each value of these has a form of its own, or cannot be encoded at all
+_SAFE = frozenset(  # each of their values has a form of its own, except for text that is none
     {str, int, bool, type(None), bytes, Decimal, date, datetime, time, timedelta, UUID}
 )
-_LISTS = frozenset({list, tuple, set, frozenset})
-_TEXT = frozenset({str})
-_TEXT_OR_INT = frozenset({str, int})
-_SMALL = 1024  # bytes of a reply: more values than that has are looked at faster in C
-_REPLYS_OWN_OBJECTS = 2
 _DEEPEST = 10_000  # deeper than msgspec encodes
 # A double in MessagePack whose exponent says that it is infinite or no number. The same bytes may
 # be part of other data; then the walk finds nothing.
@@ -96,15 +91,21 @@ def _name_of(kind: type) -> str:
 
 encode = msgspec.json.Encoder(enc_hook=_plain_form).encode
 encode_leniently = msgspec.json.Encoder(enc_hook=str).encode
-_pack = msgspec.msgpack.Encoder(enc_hook=_plain_form).encode
+# Raises TypeError for a key that is no text, and for integers of more than 64 bits.
+_pack = msgspec.msgpack.Encoder(enc_hook=_plain_form, order="deterministic").encode
 
 
-def lost_in(encoded: bytes, result: object) -> str | None:
-    """What a reply that `encode` has made does not have of its `result`; None: nothing is lost."""
+def lost_in(result: object) -> str | None:
+    """What the JSON that `encode` has made of a result does not have; None: nothing is lost."""
     if type(result) in _SAFE:
         return None
-    plain = _is_plain(result) if len(encoded) < _SMALL else _is_plain_in_bulk(result, encoded)
-    return None if plain else _first_fault(result)
+    try:
+        packed = _pack(result)
+    except Exception:
+        return _first_fault(result)
+    if b"\xcb" in packed and _NOT_FINITE.search(packed):
+        return _first_fault(result)
+    return None
 
 
 def explain(result: object, error: BaseException) -> str:
@@ -121,63 +122,6 @@ def message_of(error: BaseException) -> str:
         return str(error)
     except BaseException:
         return "(its message cannot be shown)"
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether nothing of it can be lost, for a small value: so the recursion is shallow."""
-    kind = type(value)
-    if kind is dict:
-        for key in value:
-            if type(key) is not str:
-                return False
-        value = value.values()
-    elif kind not in _LISTS:
-        return kind in _SAFE or (kind is float and math.isfinite(value))
-    for item in value:  # noqa: SIM110 - `all` takes twice as long
-        if type(item) not in _SAFE and not _is_plain(item):
-            return False
-    return True
-
-
-def _is_plain_in_bulk(result: object, encoded: bytes) -> bool:
-    """The same for a large value, and the reply that has it."""
-    objects = encoded.count(b"{") - _REPLYS_OWN_OBJECTS
-    return _is_finite(result) and _has_distinct_keys(result, objects)
-
-
-def _is_finite(result: object) -> bool:
-    """Whether each of its numbers is. False also where that is not seen here."""
-    try:
-        packed = _pack(result)
-    except Exception:  # MessagePack has no integers above 64 bits
-        return False
-    return b"\xcb" not in packed or not _NOT_FINITE.search(packed)
-
-
-def _has_distinct_keys(result: object, objects: int) -> bool:
-    """Whether the keys of each dict differ as text. False also where that is not seen here.
-
-    Level by level, until as many dicts have been found as there may be `objects` in the JSON.
-    """
-    level: list[Any] = [result]
-    while objects > 0 and level:
-        kinds = set(map(type, level))
-        dict_kinds = {kind for kind in kinds if issubclass(kind, dict)}
-        list_kinds = {kind for kind in kinds if issubclass(kind, list | tuple | set | frozenset)}
-        if not kinds <= _SAFE | {float} | dict_kinds | list_kinds:
-            return False
-        dicts = [each for each in level if type(each) in dict_kinds] if dict_kinds else []
-        if not _TEXT.issuperset(map(type, set().union(*dicts))):
-            # Looked at again one by one: in the set above, a key may stand for an equal one.
-            if not _TEXT_OR_INT.issuperset(map(type, chain.from_iterable(dicts))):
-                return False
-            if any(len(set(map(str, each))) < len(each) for each in dicts):
-                return False
-        objects -= len(dicts)
-        if objects > 0:
-            lists = (each for each in level if type(each) in list_kinds)
-            level = list(chain.from_iterable(chain(map(dict.values, dicts), lists)))
-    return True
 
 
 def _first_fault(result: object) -> str | None:
