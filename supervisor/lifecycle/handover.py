@@ -158,8 +158,9 @@ class Handover:
 
     def _kill(self, reason: str) -> None:
         """The new master was not waited for yet, so the pid is still its own."""
+        assert self._process is not None
         self._reason = reason
-        os.kill(self.successor, signal.SIGKILL)
+        os.kill(self._process.pid, signal.SIGKILL)
 
     def _fail(self, reason: str) -> None:
         self._limit.cancel()

@@ -25,7 +25,7 @@ LOGGER = logging.getLogger("cpanbridge.master")
 
 TITLE = "cpanbridged: log"
 # Seconds.
-_PAUSE = 0.1  # before another one is started
+_PAUSE = 0.5  # before another one is started
 _PAUSE_AFTER_ERROR = 1.0
 _LAST_SECONDS = 1.0  # for the last lines, when the daemon ends
 _FOR_THE_MASTER = (
