@@ -57,7 +57,8 @@ def set_up(context: WorkerContext, title: str) -> None:
         stream = _text_stream(descriptor)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    clean_up_children([str(each.getsockname()) for each in context.listeners])
+    paths = [str(each.getsockname()) for each in context.listeners]
+    clean_up_children(paths, context.listener_box)
 
 
 def set_up_forked(context: WorkerContext, title: str, parent: int) -> None:

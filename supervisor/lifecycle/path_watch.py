@@ -47,8 +47,8 @@ class PathWatch:
             self._tell_workers()
 
     def generation_serves(self) -> None:
-        """Another generation serves, whose workers may have followed what the last one had."""
-        if self._spawner.shared.header.listener_changes:
+        """Another generation serves, whose workers may have other sockets than are to be served."""
+        if self._spawner.shared.header.listener_changes or self._sockets.former:
             self._tell_workers()
 
     def _tell_workers(self) -> None:

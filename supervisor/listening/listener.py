@@ -23,6 +23,7 @@ CONTROL = ".ctl"  # the control socket beside a path is that path with this suff
 _MAX_PATH = 107 - len(CONTROL)
 _SO_PASSRIGHTS = 83  # asm-generic/socket.h; the socket module does not have it yet
 _FIRST_LENT = 3  # sd_listen_fds(3)
+_UNSEEN = (0, 0)
 _BACKLOG = 65535  # the kernel takes net.core.somaxconn when that is less
 
 
@@ -44,9 +45,9 @@ class Listener(msgspec.Struct, eq=False, rename={"socket": "descriptor"}):
     gid: int | None = None  # of the file's group, where one is set
 
     def is_in_place(self) -> bool:
-        """Whether clients that connect to the path find this socket."""
+        """Whether clients that connect to the path find this socket, as far as can be seen."""
         try:
-            return _inode(self.path) == self.inode
+            return self.inode == _UNSEEN or _inode(self.path) == self.inode
         except OSError:
             return False
 
@@ -150,10 +151,9 @@ def _lent(descriptor: int) -> Listener:
     lent.setblocking(False)
     _take_no_descriptors(lent)
     try:
-        inode = _inode(path)
-    except FileNotFoundError:
-        inode = (0, 0)  # removed already
-    return Listener(path, lent, inode, 0, _folder_of(path), lent=True)
+        return Listener(path, lent, _inode(path), 0, _folder_of(path), lent=True)
+    except OSError:  # it stands in a folder that this process does not see
+        return Listener(path, lent, _UNSEEN, 0, (0o755, -1), lent=True)
 
 
 def prepare_folder(path: str, *, create: bool, owner: int | None = None) -> None:

@@ -63,7 +63,7 @@ class Sockets:
             self.former = held.former
             self.give_away()
         self._masters_alone: list[socket.socket] = [each.socket for each in self.controls]
-        os.register_at_fork(after_in_child=self._leave_controls_to_master)
+        os.register_at_fork(after_in_child=self._leave_to_master)
         # Called when there are other control sockets, while those before are still open.
         self._answer: Callable[[Sequence[socket.socket]], None] = lambda _: None
 
@@ -149,15 +149,17 @@ class Sockets:
         self._masters_alone.append(control.socket)
         return control
 
-    def _leave_controls_to_master(self) -> None:
-        """Called in a forked child: who connects to a control socket has found a living master.
+    def _leave_to_master(self) -> None:
+        """Called in a forked child, which keeps the listeners alone.
 
-        The numbers stay taken, because the objects that own them still exist. The child's own
-        children inherit none.
+        So who connects to a control socket has found a living master; and a worker is told of the
+        former sockets, and told when to close them. The numbers stay taken, because the objects
+        that own them still exist. The child's own children inherit none.
         """
+        left, self._masters_alone, self.former = self._masters_alone + self.former, [], []
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        while self._masters_alone:
-            if (descriptor := self._masters_alone.pop().fileno()) >= 0:
+        for each in left:
+            if (descriptor := each.fileno()) >= 0:
                 os.dup2(null, descriptor, inheritable=False)
         os.close(null)
 
@@ -166,6 +168,8 @@ class Sockets:
         for each in self.listeners if listeners is None else listeners:
             self._unlink(each)
             each.socket.close()
+        for former in self.former if listeners is None else ():
+            former.close()
         self._masters_alone = [each for each in self._masters_alone if each.fileno() >= 0]
 
     def _unlink(self, each: Listener) -> None:

@@ -342,6 +342,24 @@ def test_an_upgrade_keeps_the_lent_socket(activated: tuple[Daemon, socket.socket
     assert os.path.exists(daemon.path)
 
 
+def test_a_lent_socket_that_is_removed_is_reported_and_not_bound_anew(
+    activated: tuple[Daemon, socket.socket],
+) -> None:
+    daemon, listening = activated
+    start_with(daemon, listening)
+    until(lambda: " ready: pid " in daemon.log())
+    for suffix in ("", ".ctl"):
+        os.unlink(f"{daemon.path}{suffix}")
+    until(lambda: "Made anew: " in daemon.log())
+    status = daemon.status()
+    assert status["unreachable"] == [daemon.path]
+    problems = {each["path"]: each["problem"] for each in status["lost"]}
+    assert "restart the daemon's .socket unit" in problems[daemon.path]
+    assert problems[f"{daemon.path}.ctl"] is None
+    assert not os.path.exists(daemon.path)
+    assert daemon.stop() == 0
+
+
 def test_a_socket_that_is_not_in_listen_is_reported(
     activated: tuple[Daemon, socket.socket],
 ) -> None:

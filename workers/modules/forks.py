@@ -34,10 +34,11 @@ def fork_worker() -> int:
         _forks_a_worker = False
 
 
-def clean_up_children(sockets: Collection[str]) -> None:
+def clean_up_children(sockets: Collection[str], descriptors: Collection[int] = ()) -> None:
     """From now on, other children of this process inherit no signal handler and no client.
 
-    `sockets` are the paths of the daemon's listening sockets.
+    `sockets` are the paths of the daemon's listening sockets, `descriptors` what else keeps such
+    sockets open.
     """
     paths = frozenset(sockets)
     masks = threading.local()
@@ -51,13 +52,13 @@ def clean_up_children(sockets: Collection[str]) -> None:
 
     def after_in_child() -> None:
         if not _forks_a_worker:
-            _clean_up(paths)
+            _clean_up(paths, descriptors)
         after()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
-def _clean_up(paths: Collection[str]) -> None:
+def _clean_up(paths: Collection[str], descriptors: Collection[int]) -> None:
     signal.set_wakeup_fd(-1)
     for number in _HANDLED:
         signal.signal(number, signal.SIG_DFL)
@@ -68,7 +69,7 @@ def _clean_up(paths: Collection[str]) -> None:
     socket.setdefaulttimeout(None)
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
-        if _is_ours(int(name), paths):
+        if int(name) in descriptors or _is_ours(int(name), paths):
             os.dup2(null, int(name), inheritable=False)
     os.close(null)
     socket.setdefaulttimeout(default)
