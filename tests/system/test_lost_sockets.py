@@ -184,3 +184,19 @@ def test_no_second_daemon_comes_up_where_the_files_of_the_first_are_gone(
     finally:
         os.kill(master, signal.SIGCONT)
     until(lambda: is_whole(daemon))
+
+
+def test_a_child_that_a_module_leaves_keeps_no_socket_open(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon("workers = 1").run()
+    os.unlink(daemon.path)
+    until(lambda: is_whole(daemon))
+    child = psutil.Process(daemon.call("probe", "leave_a_child", [60]))
+    try:
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.process is not None
+        assert daemon.process.wait(60) == 0
+        assert child.is_running()
+        bound = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
+        assert [line for line in bound if line.endswith(f" {daemon.path}")] == []
+    finally:
+        child.kill()
