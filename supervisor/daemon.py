@@ -5,9 +5,10 @@ from functools import partial
 
 import msgspec
 
-from cpanbridge.supervisor.config import UPGRADE_VARIABLE, ConfigError, Load, Loaded
+from cpanbridge.supervisor.config import UPGRADE_VARIABLE, ConfigError, Load, Loaded, Settings
 from cpanbridge.supervisor.lifecycle import upgrade
 from cpanbridge.supervisor.lifecycle.reload import OnDone
+from cpanbridge.supervisor.lifecycle.upgrade import Estate
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.master import Master
@@ -56,6 +57,17 @@ def _at_lent_paths(load: Load, paths: list[str]) -> Loaded:
     return msgspec.structs.replace(loaded, settings=settings)
 
 
+def _check_user(settings: Settings, estate: Estate) -> None:
+    """A new master is of the old one's user. Raises ConfigError for another one."""
+    for name in ("user", "group"):
+        now, then = getattr(settings, name), getattr(estate, name)
+        if now != then:
+            raise ConfigError(
+                f"{name} = {now!r}: the running daemon has {then!r} and cannot become another; "
+                "stop it and start it"
+            )
+
+
 def take_over(load: Load, mains: Mains) -> int:
     """Be the new master that another one has started; the exit status.
 
@@ -70,6 +82,7 @@ def take_over(load: Load, mains: Mains) -> int:
         logs.inherit(inherited.estate.error)
     try:
         loaded = load()
+        _check_user(loaded.settings, inherited.estate)
         logs.configure(logs.LogSettings.of(loaded))
     except (ConfigError, LogError) as error:
         upgrade.refuse(inherited.end, str(error))

@@ -15,7 +15,7 @@ import setproctitle
 
 from cpanbridge.supervisor.config import KILL_MARGIN, Load, Loaded
 from cpanbridge.supervisor.gate import Wakeups
-from cpanbridge.supervisor.lifecycle.handover import Handover
+from cpanbridge.supervisor.lifecycle.handover import Handover, NextMaster
 from cpanbridge.supervisor.lifecycle.path_watch import PathWatch
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.lifecycle.upgrade import Inherited, Predecessor
@@ -57,14 +57,14 @@ class Master:
         settings = loaded.settings
         self._sockets = sockets
         self._on_ready = on_ready
-        if inherited is None:
+        if inherited is None or inherited.shared is None:
             capacity = slot_capacity(settings.worker_count)
             shared = Shared.create(capacity, settings.limits, used=settings.worker_count)
             wakeups = [Wakeups.create() for _ in shared.slots]
-            number = 1
         else:
+            assert inherited.estate.pool is not None
             shared, wakeups = inherited.shared, inherited.estate.pool.wakeups
-            number = inherited.estate.generation
+        number = 1 if inherited is None else inherited.estate.generation
         self._loop = loop = Loop()
         self._pool = pool = WorkerPool(self, loop, shared, wakeups, mains)
         self._reloader = Reloader(load, loaded, sockets, pool, number, self._follow_generation)
@@ -77,7 +77,7 @@ class Master:
         watched = sockets, pool.spawner, lambda: self.state
         self._paths = PathWatch(*watched, on_change=self._follow_sockets)
         self._control = Answers(self, self._reloader, pool, shared, self._paths.repair).server(loop)
-        self._handover = Handover(
+        self.handover = Handover(
             pool, self._reloader, sockets, self._control, self._service_manager
         )
         self._predecessor: Predecessor | None = None  # until the workers of this master serve
@@ -102,18 +102,18 @@ class Master:
         else:
             self._sockets.answer(self._control.listen)
             self._pool.spawn(self._reloader.generation)
-        while not (self._handover.complete or (self._stopping and self._pool.is_gone())):
+        while not (self.handover.complete or (self._stopping and self._pool.is_gone())):
             self._loop.turn()
         self._signals.ignore()
-        if not self._handover.complete:
+        if not self.handover.complete:
             LOGGER.info("Stopped")
-        self._pool.spawner.log_process.close(wait=not self._handover.complete)
+        self._pool.spawner.log_process.close(wait=not self.handover.complete)
         return self._exit_status
 
     # -- signals --
 
     def _handle(self, number: int) -> None:
-        if not self._handover.defers(number):
+        if not self.handover.defers(number):
             name = signal.Signals(number).name.removeprefix("SIG").lower()
             getattr(self, f"handle_{name}")()
 
@@ -138,12 +138,12 @@ class Master:
         """
         while True:
             try:
-                pid, status = os.waitpid(self._handover.children, os.WNOHANG)
+                pid, status = os.waitpid(self.handover.children, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            self._handover.ended(pid, status)
+            self.handover.ended(pid, status)
             self._pool.ended(pid, status)
 
     def handle_hup(self) -> None:
@@ -163,7 +163,7 @@ class Master:
 
     def handle_usr2(self) -> None:
         """Upgrade: hand over to a new master, of the code that is on disk now."""
-        self.upgrade(lambda _: None)
+        self.hand_over(NextMaster(), lambda _: None)
 
     def handle_ttin(self) -> None:
         """One worker more, until the next reload."""
@@ -220,11 +220,14 @@ class Master:
 
     def reload(self, on_done: OnDone) -> None:
         """Change over to the configuration as it is now; `on_done` is called once, see Reloader."""
+        taking_over = self._predecessor is not None and self._predecessor.pending
         if self._stopping:
             self._reloader.refuse(on_done, "the daemon is stopping")
-        elif self.successor or (self._predecessor is not None and self._predecessor.pending):
+        elif self.handover.successor or (
+            self._predecessor is not None and self._predecessor.pending
+        ):
             self._service_manager.reloading()  # `systemctl reload` waits until it was, and is over
-            self._reloader.refuse(partial(self._reloaded, on_done), "an upgrade is under way")
+            self._reloader.refuse(partial(self._reloaded, on_done), self.handover.under_way)
         elif not self._started:
             self._reload_when_started = True
             on_done("the daemon is still starting; it reloads when it has started")
@@ -263,7 +266,7 @@ class Master:
             self._stopping = True
             self._service_manager.stopping((seconds or 0.0) + KILL_MARGIN)
             self._reloader.give_up("the daemon is stopping")
-            self._handover.give_up("the daemon is stopping")
+            self.handover.give_up("the daemon is stopping")
             self._sockets.close()
         self._pool.stop(seconds)
 
@@ -273,27 +276,27 @@ class Master:
 
     # -- upgrading --
 
-    def upgrade(self, on_done: OnDone) -> None:
+    def hand_over(self, new: NextMaster, on_done: OnDone) -> None:
         """Hand over to a new master; `on_done` is called once: with None when it has taken over."""
-        reason = self._cannot_upgrade()
+        reason = self._cannot_hand_over()
         if reason is None:
-            self._handover.begin(partial(self._upgraded, on_done))
+            self.handover.begin(new, partial(self._handed_over, new, on_done))
             return
-        LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+        LOGGER.error("%s, nothing has changed: %s", new.failure, reason)
         if not self._stopping:
-            self._service_manager.status(f"Not upgraded: {reason}")
+            self._service_manager.status(f"{new.failure}: {reason}")
         on_done(reason)
 
-    def _upgraded(self, on_done: OnDone, reason: str | None) -> None:
+    def _handed_over(self, new: NextMaster, on_done: OnDone, reason: str | None) -> None:
         if reason is not None:
-            self._tell_ready(f"Not upgraded: {reason}")
+            self._tell_ready(f"{new.failure}: {reason}")
         on_done(reason)
 
-    def _cannot_upgrade(self) -> str | None:
+    def _cannot_hand_over(self) -> str | None:
         if self._stopping:
             return "the daemon is stopping"
-        if self.successor:
-            return "an upgrade is under way"
+        if self.handover.successor:
+            return self.handover.under_way
         if not self._started or self._reloader.coming is not None:
             return f"the daemon is {self.state}"
         if os.getpid() == 1:
@@ -336,14 +339,11 @@ class Master:
             return "stopping"
         if not self._started:
             return "starting"
-        if self.successor or self._predecessor is not None:
+        if self.handover.successor:
+            return "restarting" if self.handover.restarts else "upgrading"
+        if self._predecessor is not None:
             return "upgrading"
         if self._reloader.coming is not None:
             return "reloading"
         serves = any(each.serves for each in self._pool.workers)
         return "running" if serves else "not serving"
-
-    @property
-    def successor(self) -> int:
-        """The pid of the new master of an upgrade; 0: there is none."""
-        return self._handover.successor

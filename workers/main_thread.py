@@ -5,10 +5,10 @@ threads and other workers ask of it. So a module that hangs cannot keep the work
 
 The worker accepts its first client when the master puts its whole generation in service (an
 eventfd). TERM says that it is to exit; its slot says how. If the daemon stops, clients that wait
-are told so; if it goes on, they are left to the other workers. In both cases the worker accepts no
-more, finishes what runs, and exits. QUIT exits at once, USR1 reopens the log, USR2 writes to it
-what each thread is at. INT and HUP reach the whole process group of a terminal; they are for the
-master, which tells its workers what to do.
+are told so; if it goes on, they are left to the other workers; if it restarts, to the next daemon.
+In all cases the worker accepts no more, finishes what runs, and exits. QUIT exits at once, USR1
+reopens the log, USR2 writes to it what each thread is at. INT and HUP reach the whole process group
+of a terminal; they are for the master, which tells its workers what to do.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ LOGGER = logging.getLogger("cpanbridge.worker")
 
 TICK_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.5
+RESTART_SECONDS = 0.5  # for clients that were accepted before a restart, until what runs is left
 
 
 class MainThread:
@@ -52,6 +53,7 @@ class MainThread:
         self._most_requests = most + random.randrange(most // 10 + 1)
         self._exiting = self._closed = False
         self._exit_by = math.inf  # CLOCK_MONOTONIC seconds; once it is to exit
+        self._stop_at = math.inf  # CLOCK_MONOTONIC seconds; in a restart: to run nothing further
         self._next_tick = 0.0
         self._cleanup_thread = threading.Thread()  # not started
         self._next_cleanup = time.monotonic() + self._limits.cleanup_interval
@@ -94,8 +96,13 @@ class MainThread:
                 if self._slot.command == fields.COMMAND_STOP:
                     self._stop(exit_by)
                     break
-                retired = self._slot.command == fields.COMMAND_RETIRE
-                self._retire(exit_by if retired else self._graceful_end())
+                if self._slot.command == fields.COMMAND_RESTART:
+                    self._stop_at = time.monotonic() + RESTART_SECONDS
+                told = self._slot.command != fields.COMMAND_NONE
+                self._retire(exit_by if told else self._graceful_end())
+            if time.monotonic() >= self._stop_at:
+                self._stop(self._exit_by)
+                break
         service.wait_for_rejected(min(1.0, self._exit_by - time.monotonic()))
         self._end_sessions()
 
@@ -108,7 +115,7 @@ class MainThread:
         if self._service.hangs:
             self._ask_to_be_retired(fields.RETIREMENT_HANGS)
         if self._exiting:
-            seconds = min(seconds, self._exit_by - time.monotonic())
+            seconds = min(seconds, min(self._exit_by, self._stop_at) - time.monotonic())
         return max(0.0, seconds)
 
     def _tick(self, now: float) -> None:
@@ -140,15 +147,20 @@ class MainThread:
     def _graceful_end(self) -> float:
         return time.monotonic() + self._limits.graceful_timeout
 
-    def _close_queues(self) -> None:
-        """No worker will accept from these queues again; let clients see that at once.
+    @property
+    def _outlived(self) -> bool:
+        """Whether another daemon, or another master, serves the clients that wait in the queues.
 
-        Unless this worker's generation has never been in service: then another master still is.
+        Another master does while this worker's generation has never been in service.
         """
-        context = self._context
-        if context.lent:
-            return  # the service manager's: its next daemon serves the clients that wait there
-        if context.generation <= context.shared.header.generation:
+        header = self._context.shared.header
+        restarts = header.sockets_are_passed_on or self._slot.command == fields.COMMAND_RESTART
+        in_service = self._context.generation <= header.generation
+        return self._context.lent or bool(restarts) or not in_service
+
+    def _close_queues(self) -> None:
+        """No worker will accept from these queues again; let clients see that at once."""
+        if not self._outlived:
             for listener in self._service.listeners.sockets:
                 with contextlib.suppress(OSError):
                     listener.shutdown(socket.SHUT_RDWR)
@@ -183,7 +195,7 @@ class MainThread:
         """The daemon ends: finish what runs, and tell all other clients so."""
         self._exit_by = exit_by
         self._slot.serves = 0
-        self._say_what_is_cut(self._service.stop(exit_by))
+        self._say_what_is_cut(self._service.stop(exit_by, leave_queue=self._outlived))
 
     def _say_what_is_cut(self, connections: int) -> None:
         if connections:

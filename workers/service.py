@@ -43,7 +43,6 @@ class Service:
     def __init__(self, context: WorkerContext, registry: Registry) -> None:
         shared, slot, wakeups = context.shared, context.slot, context.wakeups
         settings, limits = context.settings, context.settings.limits
-        self._lent = context.lent
         gate = self.gate = Gate(shared, slot, wakeups)
         due = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._timeouts = CallTimeouts(slot, shared.slots[slot], limits.slow_request, due, gate)
@@ -197,16 +196,17 @@ class Service:
         self._endings.end_all_waiting()
         return 0 if finished else self._threads.serving
 
-    def stop(self, until: float) -> int:
+    def stop(self, until: float, *, leave_queue: bool) -> int:
         """The daemon ends: finish what runs, and tell all other clients so.
 
-        `until` is CLOCK_MONOTONIC seconds. Returns how many connections are still served then.
+        With `leave_queue` those that were not accepted are left to the next daemon. `until` is
+        CLOCK_MONOTONIC seconds. Returns how many connections are still served then.
         """
         self.close()
         self.drainer.stop(daemon_ends=True)
         no_leader = self._threads.wait_until_no_leader(until - time.monotonic())
         self._endings.end_all_waiting()
-        if no_leader and not self._lent:
+        if no_leader and not leave_queue:
             while (arrival := self._acceptor.take_leftover(until)) is not None:
                 self._endings.end_leftover(arrival, self._read_timeout)
         finished = self._threads.wait_until_finished(until - time.monotonic())

@@ -1,13 +1,12 @@
 """The subcommands that start, stop or replace the daemon or its generation of workers."""
 
 import argparse
-import contextlib
 import os
 import select
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,8 +14,12 @@ from cpanbridge.supervisor.commands import common, locating
 from cpanbridge.supervisor.commands.common import FAILED, INTERRUPTED, CommandError
 from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorError
 from cpanbridge.supervisor.control import client
+from cpanbridge.supervisor.control.server import Request
 from cpanbridge.supervisor.system import daemonize
 from cpanbridge.supervisor.wording import count_of, explain_with_path
+
+if TYPE_CHECKING:
+    from cpanbridge.supervisor.processes.context import Mains
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             reasons.append(reason)
 
     try:
-        status = _serve(partial(common.load, options), on_ready)
+        status = _serve(partial(common.load, options), on_ready, "run")
     finally:
         os.dup2(terminal, 2)
     if status and reasons:
@@ -40,7 +43,7 @@ def start(options: argparse.Namespace) -> None:
     loaded = _load_for_background(options)
     settings = loaded.settings
     load_again = partial(_load_for_background, options)
-    target = client.Target(settings.sockets[0])
+    target = client.Target(settings.sockets[0], locating.user_of(settings))
     try:
         with client.shown_progress() as show:
             outcome = daemonize.start(
@@ -66,24 +69,29 @@ def _is_readable(descriptor: int, seconds: float) -> bool:
 
 def take_over(options: argparse.Namespace) -> int:
     """`cpanbridged run` or `start`, executed by a running master that it is to replace."""
-    from cpanbridge.supervisor import daemon  # as in `_serve`
-    from cpanbridge.supervisor.processes.context import Mains
-    from cpanbridge.workers import template, worker
+    from cpanbridge.supervisor import daemon  # as in `_mains`
 
-    reader = common.load if options.command == "run" else _load_for_background
-    return daemon.take_over(partial(reader, options), Mains(worker.run, template.run))
+    if options.command == "run":
+        return daemon.take_over(partial(common.load, options), _mains("run"))
+    return daemon.take_over(partial(_load_for_background, options), _mains("start"))
 
 
-def _serve(load: Load, on_ready: Callable[[str | None], None]) -> int:
-    """Be the daemon; the exit status. Only here the two sides meet: the rest of the supervisor
-    receives what the forked processes run, and imports nothing of `workers`.
+def _serve(load: Load, on_ready: Callable[[str | None], None], command: str) -> int:
+    """Be the daemon that a subcommand, `run` or `start`, starts; the exit status."""
+    from cpanbridge.supervisor import daemon  # as in `_mains`
+
+    return daemon.serve(load, _mains(command), on_ready)
+
+
+def _mains(command: str) -> "Mains":
+    """Only here the two sides meet: the rest of the supervisor receives what the forked processes
+    run, and imports nothing of `workers`.
     """
     # Not at the top: the other commands would take half as long again to start.
-    from cpanbridge.supervisor import daemon
     from cpanbridge.supervisor.processes.context import Mains
     from cpanbridge.workers import template, worker
 
-    return daemon.serve(load, Mains(worker.run, template.run), on_ready)
+    return Mains(worker.run, template.run, command)
 
 
 def stop(options: argparse.Namespace) -> None:
@@ -94,35 +102,47 @@ def stop(options: argparse.Namespace) -> None:
 
 
 def restart(options: argparse.Namespace) -> None:
-    from cpanbridge.supervisor.commands import check  # as in `_serve`
+    """The master that runs starts the next one and passes its sockets on: they are never closed.
 
-    loaded = _load_for_background(options)
+    Without --config that is started as the running one was, with what --set says besides.
+    """
+    folder, arguments = None, [f"--set={each}" for each in options.set]
+    if options.config:
+        folder = options.folder
+        arguments.append(f"--config={locating.file_of(options)}")
+        arguments += [f"--socket={options.socket}"] if options.socket else []
     try:
-        check.examine(loaded)  # all that can be known to fail is tried before anything is stopped
-    except check.CheckError as error:
-        problem = f"nothing stopped, because it would not start again: {error}"
-        raise CommandError(problem) from None
-    with contextlib.suppress(client.NotRunningError):
-        stop(options)
-    start(options)
+        target = locating.locate(options)
+        request = Request("restart", arguments, folder)
+        state = _replace_master(target, request, "not restarted")
+    except client.NotRunningError:
+        start(options)
+        return
+    except ConfigError as error:
+        raise CommandError(f"not restarted, nothing has changed: {error}") from None
+    print(
+        f"Restarted: pid {state['pid'] or state['own_pid']}, "
+        f"{count_of(state['workers_wanted'], 'worker')}, "
+        f"listening on {', '.join(state['sockets'])}, log {state['log_file']}"
+    )
 
 
 def reload(options: argparse.Namespace) -> None:
-    result = _request(options, "reload", "not reloaded")
+    target = _target_of_own_file(options, "reload", "not reloaded")
+    result = _request(target, Request("reload"), "not reloaded")
     workers = count_of(result["workers"], "worker")
     print(f"Reloaded: generation {result['generation']}, {workers}")
 
 
 def reopen(options: argparse.Namespace) -> None:
-    _request(options, "reopen", "not reopened")
+    _request(locating.locate(options), Request("reopen"), "not reopened")
     print("Logs reopened")
 
 
 def upgrade(options: argparse.Namespace) -> None:
-    result = _request(options, "upgrade", "not upgraded")
-    with client.shown_progress() as show:
-        client.wait_until_running(locating.locate(options), show)
-    print(f"Upgraded: pid {result['pid']}")
+    target = _target_of_own_file(options, "upgrade", "not upgraded")
+    state = _replace_master(target, Request("upgrade"), "not upgraded")
+    print(f"Upgraded: pid {state['pid'] or state['own_pid']}")
 
 
 def _load_for_background(options: argparse.Namespace) -> Loaded:
@@ -139,7 +159,7 @@ def _load_for_background(options: argparse.Namespace) -> Loaded:
 def _serve_in_background(load_again: Load, report: Callable[[str | None], None]) -> int:
     """Called in the process that `daemonize` has forked; `report` sends the command an error."""
     try:
-        return _serve(load_again, report)
+        return _serve(load_again, report, "start")
     except OperatorError as error:
         report(str(error))
         return FAILED
@@ -148,33 +168,45 @@ def _serve_in_background(load_again: Load, report: Callable[[str | None], None])
         return FAILED
 
 
-def _request(options: argparse.Namespace, command: str, failure: str) -> Any:
+def _request(target: client.Target, request: Request, failure: str) -> dict[str, Any]:
     """The result of a command that the running daemon executes."""
     try:
-        target = locating.locate(options)
-        _refuse_what_has_no_effect(options, target, command)
         with client.shown_progress() as show:
-            return client.ask(target, command, None, show)
+            result: dict[str, Any] = client.ask(target, request, None, show)
+        return result
     except client.NotRunningError:
         raise
     except client.EndedError as error:
         raise CommandError(f"{failure}, as far as is known: {error}") from None
-    except (ConfigError, client.ControlError) as error:
+    except client.ControlError as error:
         raise CommandError(f"{failure}, nothing has changed: {error}") from None
 
 
-def _refuse_what_has_no_effect(
-    options: argparse.Namespace, target: client.Target, command: str
-) -> None:
-    """The daemon reads its own file again, with the flags of its start. Raises ConfigError."""
+def _replace_master(target: client.Target, request: Request, failure: str) -> dict[str, Any]:
+    """Have a new master take over; its status when its own workers serve."""
+    sockets = _request(target, request, failure)["sockets"]
+    return client.wait_until_running(target._replace(path=sockets[0]))
+
+
+def _target_of_own_file(options: argparse.Namespace, command: str, failure: str) -> client.Target:
+    """The daemon that is to read its own file again, with the flags of its start.
+
+    Raises CommandError when the options name another file, or flags: they would have no effect.
+    """
+    try:
+        target = locating.locate(options)
+    except ConfigError as error:
+        raise CommandError(f"{failure}, nothing has changed: {error}") from None
     reads = client.describe(target).get("configuration")
     if reads is None:
-        return  # it does not answer, as the command will find
-    told = f"the daemon at {target.path} reads {reads}"
+        return target  # it does not answer, as the command will find
+    told = f"{failure}, nothing has changed: the daemon at {target.path} reads {reads}"
     if options.config and os.path.realpath(locating.file_of(options)) != os.path.realpath(reads):
-        raise ConfigError(f"{told}, not {options.config}; restart -c {options.config} changes that")
+        other = f"{told}, not {options.config}; restart -c {options.config} changes that"
+        raise CommandError(other)
     if options.set:
-        raise ConfigError(
+        raise CommandError(
             f"{told}, and {command} takes no --set; put {options.set[0]} into the file, "
-            f"or restart with it"
+            "or restart with it"
         )
+    return target

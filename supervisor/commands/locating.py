@@ -33,7 +33,7 @@ def locate(options: argparse.Namespace) -> Target:
         path = _named_path(options) or _path_in_file(options)
         return Target(path, _owner_of(path, options)) if path else _ask_daemons(options, error)
     paths = settings.listen or config.default_sockets()
-    target = _first_running([Target(path, _user_of(settings)) for path in paths])
+    target = _first_running([Target(path, user_of(settings)) for path in paths])
     defaults = options.config is None and settings.listen is None
     if defaults and not Path(config.DEFAULT_FILE).exists() and not client.is_running(target):
         missing = ConfigError(f"{config.DEFAULT_FILE}: does not exist")
@@ -56,7 +56,8 @@ def file_of(options: argparse.Namespace) -> str:
     return config_sources.absolute(options.config or config.DEFAULT_FILE, options.folder)
 
 
-def _user_of(settings: Settings) -> int | None:
+def user_of(settings: Settings) -> int | None:
+    """The user whom a daemon with these settings belongs to; None: not set, or there is none."""
     try:
         user = privileges.identity(settings)
     except PrivilegeError:

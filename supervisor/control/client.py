@@ -56,6 +56,10 @@ class NoAnswerError(ControlError):
     """A daemon runs there, and its master does not answer."""
 
 
+class TooOldError(ControlError):
+    """The running daemon is of a version that does not know the command."""
+
+
 class EndedError(ControlError):
     """The master has ended, and the command's outcome is unknown."""
 
@@ -164,7 +168,7 @@ def _next_reply(lines: io.RawIOBase | io.BufferedIOBase) -> Reply | None:
 
 def ask(
     target: Target,
-    command: str,
+    request: str | Request,
     timeout: float | None,
     show: Show = lambda _: None,
     patience: float = _LISTEN_SECONDS,
@@ -175,7 +179,8 @@ def ask(
     when the master refuses or fails; EndedError when it ends.
     """
     with _connect(target, patience) as connection:
-        return _ask(connection, target, Request(command), timeout, show)
+        asked = Request(request) if isinstance(request, str) else request
+        return _ask(connection, target, asked, timeout, show)
 
 
 def _ask(
@@ -187,7 +192,7 @@ def _ask(
         try:
             while reply := _next_reply(lines):
                 if reply.error is not None:
-                    raise ControlError(reply.error)
+                    raise _error(request, reply.error)
                 if reply.progress is None:
                     return reply.result
                 show(reply.progress)
@@ -199,10 +204,25 @@ def _ask(
     raise EndedError("the master hung up before it answered; its log may say why")
 
 
-def wait_until_running(target: Target, show: Show) -> None:
-    """Wait until a new master has taken over. Raises ControlError."""
-    while ask(target, "status", _STATUS_SECONDS, show)["state"] == "upgrading":
+def _error(request: Request, reason: str) -> ControlError:
+    if not reason.startswith("there is no command"):
+        return ControlError(reason)
+    return TooOldError(
+        f"the running daemon is of another version, which has no {request.command}; "
+        "stop it and start it"
+    )
+
+
+def wait_until_running(target: Target) -> dict[str, Any]:
+    """Wait until a new master has replaced the last one's workers; returns its status.
+
+    Raises NoAnswerError, ControlError, NotRunningError when it has ended.
+    """
+    while (state := describe(target))["state"] in ("upgrading", "restarting"):
         time.sleep(_POLL_SECONDS / 10)
+    if "problem" in state:
+        raise NoAnswerError(state["problem"])
+    return state
 
 
 def watch(
@@ -274,9 +294,7 @@ def _tell_to_stop(target: Target, same_pid: bool, handle: int | None) -> None:
         ask(target, STOP, _STATUS_SECONDS)
     except (EndedError, NotRunningError):
         return  # meanwhile
-    except ControlError as error:
-        if not str(error).startswith("there is no command"):
-            raise
+    except TooOldError:
         if not same_pid or handle is None:
             raise ControlError(
                 "the running daemon is too old for this command, and the kernel does not name its "

@@ -46,10 +46,14 @@ _EXHAUSTED_SECONDS = 1.0
 _UCRED = struct.Struct("3i")
 
 
-class Request(msgspec.Struct):
+class Request(msgspec.Struct, omit_defaults=True):
     """What a client sends."""
 
     command: str
+    # For `restart`: flags for the new master, besides those of the running one; with a working
+    # folder, in their place.
+    arguments: list[str] = []
+    folder: str | None = None
 
 
 class Reply(msgspec.Struct, omit_defaults=True):
@@ -134,6 +138,7 @@ class ControlConnection:
         self._socket = client
         self._received = bytearray()
         self._command: str | None = None
+        self.request = Request("")
         self._unsent = bytearray()
         self._progress = ""
         self._last = False  # nothing follows what is unsent
@@ -185,7 +190,7 @@ class ControlConnection:
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(credentials)
         try:
-            command = msgspec.json.decode(line, type=Request).command
+            self.request = msgspec.json.decode(line, type=Request)
         except msgspec.MsgspecError as error:
             self.fail(f"not a request: {error}")
             return
@@ -193,7 +198,7 @@ class ControlConnection:
             self.fail(f"user {uid} may not control this daemon")
             return
         try:
-            self._execute(command)
+            self._execute(self.request.command)
         except Exception:
             self.fail("a fault of the daemon's own; its log has more")
             raise

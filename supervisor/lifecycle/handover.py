@@ -1,8 +1,8 @@
-"""Handing a daemon over to a new master: what the old master does in an upgrade.
+"""Handing a daemon over to a new master: what the old master does in an upgrade or a restart.
 
-It serves on, but uses no further slot. It stands still from when the new master is ready until that
-has taken over, and then leaves everything to it. When the new master fails before that, nothing has
-changed. Called in the old master.
+It serves on, but uses no further slot. In a restart it ends its workers when the new master is
+ready. It stands still from then on until that has taken over, and then leaves everything to it.
+When the new master fails before that, nothing has changed. Called in the old master.
 """
 
 import logging
@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from cpanbridge.supervisor.config import UPGRADE_VARIABLE
 from cpanbridge.supervisor.control.server import ControlServer
@@ -19,6 +21,7 @@ from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.lifecycle.upgrade import Estate, First, Line, Message
 from cpanbridge.supervisor.listening.instance import InstanceError
 from cpanbridge.supervisor.listening.sockets import Sockets
+from cpanbridge.supervisor.memory.fields import COMMAND_RESTART
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system import logs
@@ -29,12 +32,32 @@ from cpanbridge.supervisor.wording import explain_start
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
+_END_PAUSE = 0.01
 READY_SECONDS = 150.0  # more than a generation may take to boot: its template, then its workers
 _END_SECONDS = 5.0  # for a new master to end after its `error`
 
 
+class NextMaster(NamedTuple):
+    """How a new master is started: as this one was, or else."""
+
+    afresh: bool = False  # a restart: it makes its own shared memory and workers
+    arguments: Sequence[str] = ()  # more flags; with a `folder`, these alone
+    folder: str | None = None  # its working folder; None: that of this one
+
+    @property
+    def failure(self) -> str:
+        """How it is called that there will be none."""
+        return "Not restarted" if self.afresh else "Not upgraded"
+
+    def command_line(self, command: str) -> list[str]:
+        """For this interpreter and program; `command` is the subcommand that starts a daemon so."""
+        own = sys.argv[1:]
+        program = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(own)]]
+        return [*program, *(own if self.folder is None else [command]), *self.arguments]
+
+
 class Handover:
-    """From this master to the next one, whenever an upgrade is requested.
+    """From this master to the next one, whenever an upgrade or a restart is requested.
 
     `complete` says that another master has taken over, so that this one must exit and leave
     everything as it is.
@@ -59,26 +82,39 @@ class Handover:
         self._limit = Timer(lambda: None)  # to what the new master does next
         self._reason = ""  # why the new master cannot take over, as far as that is known
         self._standing_still = False
+        self._ending_workers = False
         self._deferred: list[int] = []  # signals
         self.complete = False
+        self._new = NextMaster()
+        self.sockets: list[str] = []  # where the new master serves, once that has taken over
 
     @property
     def successor(self) -> int:
         """The pid of the new master; 0: there is none."""
         return self._process.pid if self._process is not None else 0
 
-    def begin(self, on_done: OnDone) -> None:
+    def begin(self, new: NextMaster, on_done: OnDone) -> None:
         """Start a new master; `on_done` is called once: with None when it has taken over."""
-        self._on_done, self._reason = on_done, ""
+        self._new, self._on_done, self._reason = new, on_done, ""
         self._pool.confined = True
-        number = self._reloader.generation.number
-        error = logs.inherited_error()
-        estate = Estate(self._pool.held(), self._sockets.held(), number, error)
+        self._pool.spawner.shared.header.sockets_are_passed_on = 1
+        pool = None if new.afresh else self._pool.held()
+        number = 0 if new.afresh else self._reloader.generation.number
+        settings = self._reloader.loaded.settings
+        estate = Estate(
+            pool,
+            self._sockets.held(),
+            number,
+            settings.user,
+            settings.group,
+            logs.inherited_error(),
+        )
         try:
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, *sys.orig_argv[1:]],
+                    new.command_line(self._pool.spawner.mains.command),
+                    cwd=new.folder,
                     pass_fds=[theirs.fileno(), *estate.descriptors()],
                     env={**os.environ, UPGRADE_VARIABLE: str(theirs.fileno())},
                 )
@@ -89,11 +125,13 @@ class Handover:
         self._line = Line(self._pool.spawner.loop, end, self._receive)
         self._line.send(First(estate))
         self._kill_in(READY_SECONDS, f"the new master is not ready after {READY_SECONDS:g} s")
-        LOGGER.info("Upgrading: the new master is pid %d", self.successor)
+        what = "Restarting" if new.afresh else "Upgrading"
+        LOGGER.info("%s: the new master is pid %d", what, self.successor)
 
     def give_up(self, reason: str) -> None:
         """Kill the new master, if there is one, and do not wait for its end: the daemon stops."""
         if self._process is not None and not self.complete:
+            self._ending_workers = False  # it goes on to do so
             self._kill(reason)
             self._fail(reason)
 
@@ -106,6 +144,16 @@ class Handover:
             return False
         self._deferred.append(number)
         return True
+
+    @property
+    def restarts(self) -> bool:
+        """Whether what is under way is a restart."""
+        return self._new.afresh
+
+    @property
+    def under_way(self) -> str:
+        """What is under way, in words."""
+        return f"{'a restart' if self.restarts else 'an upgrade'} is under way"
 
     @property
     def children(self) -> int:
@@ -127,13 +175,34 @@ class Handover:
     def _receive(self, message: Message | None) -> None:
         if message is None or self._process is None or self.complete or self._reason:
             return  # it has ended or is killed, as SIGCHLD tells
-        if message.ready:
+        if message.ready and self._new.afresh:
+            self._end_workers()
+        elif message.ready:
             self._stand_still()
         elif message.mine:
+            self.sockets = message.sockets
             self._leave_to(message.mine)
         elif message.error is not None:
             self._reason = message.error
             self._kill_in(_END_SECONDS, message.error)
+
+    def _end_workers(self) -> None:
+        """Have the workers finish what they run. Who has not been accepted waits for the next."""
+        self._limit.cancel()
+        seconds = self._reloader.loaded.settings.limits.graceful_timeout
+        LOGGER.info("Restarting: running requests may take %g s", seconds)
+        self._ending_workers = True
+        self._pool.stop(seconds, COMMAND_RESTART)
+        self._wait_for_workers()
+
+    def _wait_for_workers(self) -> None:
+        if not self._ending_workers:
+            return  # the new master has failed meanwhile
+        if not self._pool.is_gone():
+            self._pool.spawner.loop.after(_END_PAUSE, self._wait_for_workers)
+            return
+        self._kill_in(READY_SECONDS, "the new master does not take over")
+        self._stand_still()
 
     def _stand_still(self) -> None:
         """The new master is ready: do nothing more that it would not know of."""
@@ -172,6 +241,10 @@ class Handover:
         """There is no new master after all."""
         self._end_workers_of_new_master()
         self._pool.confined = self._pool.standing_still = False
+        self._pool.spawner.shared.header.sockets_are_passed_on = 0
+        if self._ending_workers:
+            self._ending_workers = False
+            self._pool.resume(self._reloader.generation)
         if self._standing_still:
             self._standing_still = False
             self._sockets.answer(self._control.listen)
@@ -182,7 +255,7 @@ class Handover:
             deferred, self._deferred = self._deferred, []
             for number in (signal.SIGCHLD, *deferred):
                 os.kill(os.getpid(), number)
-        LOGGER.error("Not upgraded, nothing has changed: %s", reason)
+        LOGGER.error("%s, nothing has changed: %s", self._new.failure, reason)
         self._on_done(reason)
 
     def _end_workers_of_new_master(self) -> None:

@@ -38,7 +38,7 @@ class PathWatch:
     def check(self) -> None:
         """Check all paths now, and from now on every second."""
         self._spawner.loop.after(SECONDS, self.check)
-        if self._state() in ("stopping", "upgrading"):
+        if self._state() in ("stopping", "upgrading", "restarting"):
             return  # there is nothing to repair any more, or another master may be responsible
         if self.repair.check():
             self._on_change()

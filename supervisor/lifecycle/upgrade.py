@@ -11,6 +11,10 @@ the shared memory, the wake-ups, and the lifeline of the workers. Then:
    old workers.
 4. The old master exits, and the new one completes the reload.
 
+A restart goes the same way, but the new master gets the sockets and the locks alone, and has shared
+memory and workers of its own. So before step 2 the old master lets its workers finish what they
+run; clients that come meanwhile wait in the listen queues, for the new ones.
+
 Until step 3 the old master serves, and whatever goes wrong with the new one changes nothing. When
 the old master dies, the new one, which has all that is needed, is the master at once, and completes
 the reload when its generation has booted.
@@ -50,15 +54,18 @@ class UpgradeError(OperatorError):
 class Estate(msgspec.Struct):
     """What makes up a daemon: numbers of descriptors, and what is needed to use them."""
 
-    pool: HeldPool
+    pool: HeldPool | None  # None: for a restart, the new master makes its own
     sockets: HeldSockets
-    generation: int  # the one in service
+    generation: int  # the one in service; 0: none of the new master's
+    user: str | None  # as whom the daemon runs, as its configuration names it
+    group: str | None
     error: int = -1  # standard error, where the log is that: see logs.inherit
 
     def descriptors(self) -> list[int]:
         """The descriptors that the new master must inherit."""
+        pool = self.pool.descriptors() if self.pool is not None else []
         error = [self.error] if self.error >= 0 else []
-        return self.pool.descriptors() + self.sockets.descriptors() + error
+        return pool + self.sockets.descriptors() + error
 
 
 class First(msgspec.Struct):
@@ -73,6 +80,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     ready: bool = False  # new to old: the new generation has booted
     yours: bool = False  # old to new: the old master does nothing any more
     mine: int = 0  # new to old: the new master's pid is in the pid files, exit
+    sockets: list[str] = []  # with `mine`: the paths where it serves
     error: str | None = None  # new to old: there will be no new master
 
 
@@ -139,7 +147,7 @@ class Inherited(NamedTuple):
     """What a new master has inherited, opened."""
 
     estate: Estate
-    shared: Shared
+    shared: Shared | None  # None: for a restart
     end: socket.socket  # of the pair
 
 
@@ -171,7 +179,8 @@ class Predecessor:
         self._booted = False
         self._gone = False
         self.pending = True  # the old master still has the daemon
-        pool.will_inherit(reloader.generation, inherited.estate.pool)
+        if inherited.estate.pool is not None:
+            pool.will_inherit(reloader.generation, inherited.estate.pool)
         self._line = Line(pool.spawner.loop, inherited.end, self._receive)
 
     def ready(self) -> None:
@@ -211,8 +220,9 @@ class Predecessor:
             self._reloader.give_up(str(error))
             return
         self.pending = False
+        self._pool.spawner.shared.header.sockets_are_passed_on = 0
         if not self._gone:
-            self._line.send(Message(mine=os.getpid()))
+            self._line.send(Message(mine=os.getpid(), sockets=coming.settings.sockets))
         self._pool.inherit(self._reloader.generation)
         LOGGER.info("cpanbridged %s takes over: pid %d", __version__, os.getpid())
         self._on_taken()
@@ -241,13 +251,13 @@ def inherit(descriptor: int) -> Inherited:
         estate = msgspec.json.decode(data, type=First, dec_hook=_opened).estate
     except (msgspec.MsgspecError, OSError) as error:
         problem = "this version cannot read what the running one hands over"
-        reason = f"{problem} ({explain(error)}); restart it"
+        reason = f"{problem} ({explain(error)}); stop it and start it"
         refuse(end, reason)
         raise UpgradeError(reason) from None
     try:
         for each in estate.descriptors():
             os.set_inheritable(each, False)
-        shared = Shared.attach(estate.pool.shared)
+        shared = Shared.attach(estate.pool.shared) if estate.pool is not None else None
     except (LayoutError, OSError) as error:
         reason = (
             f"this version cannot take the running one's memory over ({explain(error)}); restart it"

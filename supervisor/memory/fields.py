@@ -27,7 +27,7 @@ from cpanbridge.supervisor.memory import robustlock
 from cpanbridge.supervisor.memory.overload_state import KINDS
 
 # Goes up whenever a field moves: a master of other code must not misread this memory.
-LAYOUT = 15
+LAYOUT = 16
 
 GATE_OPEN = 0
 GATE_CLOSED = 1
@@ -44,6 +44,7 @@ WAITS_FOR_RATE = 4
 COMMAND_NONE = 0
 COMMAND_RETIRE = 1  # exit; the daemon goes on
 COMMAND_STOP = 2  # exit; the daemon ends
+COMMAND_RESTART = 3  # exit; the daemon ends, and another one goes on with its sockets
 
 # Why a worker asks to be retired (Slot.retirement_request).
 RETIREMENT_NONE = 0
@@ -87,6 +88,8 @@ class Header(ctypes.Structure):
         ("deaths", ctypes.c_int64),  # workers that ended without being told to
         ("death_times", ctypes.c_int64 * DEATHS_KEPT),  # the last ones, CLOCK_MONOTONIC, ns
         ("generation", ctypes.c_int64),  # the one in service
+        # 1: another master has the listening sockets as well, and serves them when this one ends.
+        ("sockets_are_passed_on", ctypes.c_int64),
         ("slots_used", ctypes.c_int64),  # only grows, and before a worker is forked into a slot
         ("retired", ctypes.c_int64),  # workers that were retired to give memory back
         ("listener_changes", ctypes.c_int64),  # see listener_box.py

@@ -75,10 +75,11 @@ class Imports(msgspec.Struct):
 
 
 class Mains(NamedTuple):
-    """The functions that the processes of a daemon run. They do not return."""
+    """What the processes of a daemon run. The functions do not return."""
 
     worker: Callable[[WorkerContext], None]
     template: Callable[[TemplateContext], None]
+    command: str = "start"  # the subcommand that a master of other flags is started by
 
 
 UNASSIGNED = -1  # slot and report of a context that no worker has yet

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
@@ -40,3 +41,13 @@ class Generation:
     def in_service(self) -> bool:
         """Whether its workers may accept, and those that die are replaced."""
         return self.stage is Stage.SERVES
+
+
+class Owner(Protocol):
+    """Receives how the workers of a generation fare; called in the loop."""
+
+    def generation_ready(self, generation: Generation) -> None:
+        """All workers of a generation that is not in service have booted."""
+
+    def generation_failed(self, generation: Generation, reason: str) -> None:
+        """A worker of a generation that is not in service cannot boot."""

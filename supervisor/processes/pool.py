@@ -14,13 +14,12 @@ import signal
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
 from cpanbridge.supervisor.memory.fields import COMMAND_STOP
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.processes.context import Mains, Report
-from cpanbridge.supervisor.processes.generation import Generation, Stage
+from cpanbridge.supervisor.processes.generation import Generation, Owner, Stage
 from cpanbridge.supervisor.processes.spawner import HeldPool, Spawner
 from cpanbridge.supervisor.processes.templates import Templates
 from cpanbridge.supervisor.processes.worker_process import WorkerProcess
@@ -34,16 +33,6 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 30.0
 SETTLED_SECONDS = 1.0  # a worker that was ready for so long did not die of its start
 PAUSE_AFTER_READY = 0.5  # before a worker is started in place of one that died earlier
-
-
-class Owner(Protocol):
-    """Receives how the workers fare; called in the loop."""
-
-    def generation_ready(self, generation: Generation) -> None:
-        """All workers of a generation that is not in service have booted."""
-
-    def generation_failed(self, generation: Generation, reason: str) -> None:
-        """A worker of a generation that is not in service cannot boot."""
 
 
 class WorkerPool:
@@ -158,7 +147,7 @@ class WorkerPool:
         staying[-1].drain("one worker fewer")
         return True
 
-    def stop(self, seconds: float | None) -> None:
+    def stop(self, seconds: float | None, command: int = COMMAND_STOP) -> None:
         """End all workers: in so many seconds, or None: at once. None is replaced any more."""
         self._stopping = True
         for template in self.templates.alive:
@@ -168,7 +157,18 @@ class WorkerPool:
             if seconds is None:
                 worker.kill()
             elif worker.pid:
-                worker.tell_to_exit(COMMAND_STOP, seconds)
+                worker.tell_to_exit(command, seconds)
+
+    def resume(self, generation: Generation) -> None:
+        """The daemon goes on after `stop`: start a generation's workers anew."""
+        self._stopping = False
+        for worker in self.workers:
+            worker.replacement = None
+            if worker.pid:
+                worker.exiting = worker.exiting or "the daemon was about to end"
+            elif worker.generation is not None:
+                self._after_exit(worker)
+        self.spawn(generation)
 
     def reopen_logs(self) -> None:
         """Have all processes continue in the files that the master has opened."""

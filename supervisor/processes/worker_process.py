@@ -238,7 +238,7 @@ class WorkerProcess(Process):
     def tell_to_exit(self, command: int, seconds: float | None) -> None:
         """Have the worker finish what it runs and exit, in so many seconds, or None: in its time.
 
-        `command` is COMMAND_RETIRE or COMMAND_STOP. A worker that cannot end by itself is killed.
+        `command` is COMMAND_RETIRE, _STOP or _RESTART. A worker that cannot end itself is killed.
         """
         self.slot.command = command
         self.slot.exit_by = time.monotonic_ns() + int(seconds * 1e9) if seconds is not None else 0

@@ -14,7 +14,14 @@ from typing import Any, Protocol
 import msgspec
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.control.server import STOP, Command, ControlConnection, ControlServer
+from cpanbridge.supervisor.control.server import (
+    STOP,
+    Command,
+    ControlConnection,
+    ControlServer,
+    Request,
+)
+from cpanbridge.supervisor.lifecycle.handover import Handover, NextMaster
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.listening.repair import Repair
 from cpanbridge.supervisor.memory.layout import Shared
@@ -34,15 +41,13 @@ class Daemon(Protocol):
     def state(self) -> str:
         """Its state in a word, as `cpanbridged status` shows it."""
 
-    @property
-    def successor(self) -> int:
-        """The pid of the new master of an upgrade; 0: there is none."""
+    handover: Handover
 
     def reload(self, on_done: OnDone) -> None:
         """Reload; `on_done` is called once with the outcome."""
 
-    def upgrade(self, on_done: OnDone) -> None:
-        """Upgrade; `on_done` is called once with the outcome."""
+    def hand_over(self, new: NextMaster, on_done: OnDone) -> None:
+        """Upgrade or restart; `on_done` is called once with the outcome."""
 
     def stop(self) -> None:
         """Stop gracefully, whatever it is at."""
@@ -66,9 +71,10 @@ class Answers:
         # Not one of the commands: a stop is never refused because too many wait for an outcome.
         inquiries = {"status": self._status, "metrics": self._metrics, STOP: self._stop}
         commands = {
-            "reload": _outcome(self.daemon.reload, self._reloaded),
-            "upgrade": _outcome(self.daemon.upgrade, lambda: {"pid": self.daemon.successor}),
-            "reopen": _outcome(lambda on_done: on_done(self.daemon.handle_usr1()), dict),
+            "reload": _outcome(self._reload, self._reloaded),
+            "upgrade": _outcome(self._upgrade, self._handed_over),
+            "restart": _outcome(self._restart, self._handed_over),
+            "reopen": _outcome(lambda _, on_done: on_done(self.daemon.handle_usr1()), dict),
         }
         return ControlServer(loop, inquiries, commands, self._progress)
 
@@ -112,12 +118,27 @@ class Answers:
         generation = self.reloader.generation
         return {"generation": generation.number, "workers": generation.wanted}
 
+    def _reload(self, _: Request, on_done: OnDone) -> None:
+        self.daemon.reload(on_done)
+
+    def _upgrade(self, _: Request, on_done: OnDone) -> None:
+        self.daemon.hand_over(NextMaster(), on_done)
+
+    def _restart(self, request: Request, on_done: OnDone) -> None:
+        new = NextMaster(afresh=True, arguments=request.arguments, folder=request.folder)
+        self.daemon.hand_over(new, on_done)
+
+    def _handed_over(self) -> dict[str, Any]:
+        return {"pid": self.daemon.handover.successor, "sockets": self.daemon.handover.sockets}
+
     def _progress(self) -> str | None:
         state = self.daemon.state
         if state == "stopping":
             return self._stop_progress()
-        if self.daemon.successor:
-            return f"the new master (pid {self.daemon.successor}) boots"
+        if state == "restarting" and not any(each.serves for each in self.pool.workers):
+            return self._stop_progress()
+        if self.daemon.handover.successor:
+            return f"the new master (pid {self.daemon.handover.successor}) boots"
         coming = self.reloader.generation if state == "starting" else self.reloader.coming
         return self._boot_progress(coming) if coming is not None else None
 
@@ -147,7 +168,9 @@ class Answers:
         return "waiting for " + (", ".join(left) or "the master")
 
 
-def _outcome(begin: Callable[[OnDone], None], result: Callable[[], dict[str, Any]]) -> Command:
+def _outcome(
+    begin: Callable[[Request, OnDone], None], result: Callable[[], dict[str, Any]]
+) -> Command:
     """A command that ends with the reason why it has failed, or else with `result`."""
 
     def command(connection: ControlConnection) -> None:
@@ -157,7 +180,7 @@ def _outcome(begin: Callable[[OnDone], None], result: Callable[[], dict[str, Any
             else:
                 connection.finish(result())
 
-        begin(on_done)
+        begin(connection.request, on_done)
 
     return command
 
