@@ -133,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         daemon.restart,
-        "Stop, if it runs, and start again; a bad configuration changes nothing.",
+        "Begin anew with the same sockets, or start if none runs; a bad configuration changes "
+        "nothing. Without -c: with the file and flags of the running one.",
     )
     status = add(show.status, "Show whether it runs, its load and its workers.")
     status.add_argument("--json", action="store_true", help="as one JSON object")

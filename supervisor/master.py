@@ -223,9 +223,7 @@ class Master:
         taking_over = self._predecessor is not None and self._predecessor.pending
         if self._stopping:
             self._reloader.refuse(on_done, "the daemon is stopping")
-        elif self.handover.successor or (
-            self._predecessor is not None and self._predecessor.pending
-        ):
+        elif self.handover.successor or taking_over:
             self._service_manager.reloading()  # `systemctl reload` waits until it was, and is over
             self._reloader.refuse(partial(self._reloaded, on_done), self.handover.under_way)
         elif not self._started:

@@ -172,6 +172,17 @@ def test_restart_with_a_bad_configuration_changes_nothing(new_daemon: NewDaemon)
     assert daemon.call("test", "ping")["message"] == "pong"
 
 
+def test_a_start_without_any_configuration_says_that_nothing_is_exposed(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon()
+    daemon.replace_config(f'listen = ["{daemon.path}"]\nworkers = 1')
+    done = daemon.command("start")
+    assert done.returncode == 0, done
+    assert "nothing is exposed, clients can only call system and test" in only_line(done.stderr)
+    daemon.end()
+
+
 def test_without_a_log_file_start_logs_beside_the_socket(new_daemon: NewDaemon) -> None:
     daemon = new_daemon("workers = 2")
     done = daemon.command("start", "--set", "log_file=stderr")
