@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator, Mapping
 import psutil
 
 from cpanbridge.supervisor.cgroup import Cgroups
-from cpanbridge.supervisor.config import DEFAULT_FILE, Limits, Settings
+from cpanbridge.supervisor.config import Limits, Settings
 from cpanbridge.supervisor.wording import count_of
 
 # Limits of the first daemon that did something else there: what is refused now, and what was done.
@@ -22,11 +22,6 @@ SMALLEST_REQUEST = len('{"module":"m","function":"f"}')
 def warnings_about(settings: Settings, given: Container[str]) -> Iterator[str]:
     """All warnings; `given` are the keys of limits that are set, and not left at their defaults."""
     limits = settings.limits
-    if not settings.modules and not settings.module_dirs:
-        yield (
-            "nothing is exposed, clients can only call system and test: a configuration file with "
-            f"[modules.NAME] or [[module_dirs]] says what ({DEFAULT_FILE}, or --config FILE)"
-        )
     yield from _beyond_the_machine(given, limits)
     together = settings.worker_count * settings.thread_count
     if together < limits.max_connections:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpanbridge.supervisor import config_sources
-from cpanbridge.supervisor.config import Loaded, OperatorError, Settings
+from cpanbridge.supervisor.config import DEFAULT_FILE, Loaded, OperatorError, Settings
 
 if TYPE_CHECKING:
     from cpanbridge.workers.modules.registry import Registry
@@ -25,7 +25,13 @@ class CommandError(OperatorError):
 def load(options: argparse.Namespace) -> Loaded:
     """The configuration with the flags of the command line. Raises ConfigError."""
     listen = [f"listen={options.socket}"] if options.socket else []
-    return config_sources.load(options.config, [*options.set, *listen], folder=options.folder)
+    loaded = config_sources.load(options.config, [*options.set, *listen], folder=options.folder)
+    if not loaded.settings.modules and not loaded.settings.module_dirs:
+        loaded.warnings.append(
+            "nothing is exposed, clients can only call system and test: a configuration file with "
+            f"[modules.NAME] or [[module_dirs]] says what ({DEFAULT_FILE}, or --config FILE)"
+        )
+    return loaded
 
 
 def load_modules(settings: Settings, on_import: Callable[[str], None]) -> "Registry":
