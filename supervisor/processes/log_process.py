@@ -25,7 +25,7 @@ LOGGER = logging.getLogger("cpanbridge.master")
 
 TITLE = "cpanbridged: log"
 # Seconds.
-_PAUSE = 0.5  # before another one is started
+_PAUSE = 0.5  # before another one is started in place of one that has died
 _PAUSE_AFTER_ERROR = 1.0
 _LAST_SECONDS = 1.0  # for the last lines, when the daemon ends
 _FOR_THE_MASTER = (
@@ -41,6 +41,7 @@ class LogProcess:
         self._loop = loop
         self._ends: tuple[socket.socket, socket.socket] | None = None  # its, and the writers'
         self._handle = -1  # a pidfd of it; -1: there is none
+        self._replaced = False  # it was told to end, because another one follows
         self._start_timer = Timer(lambda: None)
 
     def open(self) -> None:
@@ -51,14 +52,21 @@ class LogProcess:
             self._start()
 
     def follow(self) -> None:
-        """The log was set up anew, or its files were reopened."""
+        """The log was set up anew."""
         if logs.writes_json() and self._ends is None:
             self.open()
         elif logs.writes_json():
-            self._end_present_one()
+            self.restart()
         else:
             self._give_up_ends()
             self._forget()
+
+    def restart(self) -> None:
+        """Have another one take its place, if there is one: the log is in another file now."""
+        if self._handle >= 0:
+            self._replaced = True
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, signal.SIGTERM)
 
     def close(self, *, wait: bool) -> None:
         """The master ends; `wait` until the last lines are written, where nobody else writes.
@@ -106,8 +114,9 @@ class LogProcess:
 
     def _ended(self) -> None:
         self._forget()
+        pause, self._replaced = 0.0 if self._replaced else _PAUSE, False
         if self._ends is not None:
-            self._start_timer = self._loop.after(_PAUSE, self._start)
+            self._start_timer = self._loop.after(pause, self._start)
 
     def _become(self) -> NoReturn:
         """Called in the child."""
@@ -124,12 +133,6 @@ class LogProcess:
             LOGGER.exception("The log process ends by a fault of the daemon's own")
         finally:
             os._exit(0)
-
-    def _end_present_one(self) -> None:
-        """Another one follows, with the log as it is now."""
-        if self._handle >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._handle, signal.SIGTERM)
 
     def _give_up_ends(self) -> None:
         """Nothing more is captured. It ends when all others have given up theirs."""

@@ -172,7 +172,7 @@ class WorkerPool:
 
     def reopen_logs(self) -> None:
         """Have all processes continue in the files that the master has opened."""
-        self.spawner.log_process.follow()
+        self.spawner.log_process.restart()
         for process in (*self.templates.alive, *self.workers):
             process.signal(signal.SIGUSR1)
 
