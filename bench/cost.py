@@ -23,8 +23,9 @@ import psutil
 from servers import BENCH, BenchError, find_cpanbridged, running
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.workers.requests.stats import StatisticsWriter
 
 ROUNDS = 7
@@ -79,7 +80,7 @@ class Measured:
         gate, statistics = self.gate, self.statistics
         began = time.perf_counter_ns()
         for _ in range(CALLS):
-            assert gate.attempt(gate.admit, connection=False) is True
+            assert gate.admit() is True
             statistics.ran(1, True, 1000, time.monotonic_ns())
             gate.release_request(True)
         return (time.perf_counter_ns() - began) / CALLS

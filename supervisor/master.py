@@ -14,13 +14,13 @@ from functools import partial
 import setproctitle
 
 from cpanbridge.supervisor.config import KILL_MARGIN, Load, Loaded
-from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.lifecycle.handover import Handover, NextMaster
 from cpanbridge.supervisor.lifecycle.path_watch import PathWatch
 from cpanbridge.supervisor.lifecycle.reload import OnDone, Reloader
 from cpanbridge.supervisor.lifecycle.upgrade import Inherited, Predecessor
 from cpanbridge.supervisor.listening.sockets import Sockets
 from cpanbridge.supervisor.memory.layout import Shared, slot_capacity
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.monitor.monitor import Monitor
 from cpanbridge.supervisor.processes.context import Mains
 from cpanbridge.supervisor.processes.generation import Generation

@@ -3,7 +3,8 @@
 A one-shot client sends one request and is answered and closed; a framed one keeps its connection
 for many. The first byte tells which it is. One thread at a time serves a connection, in blocking
 code: a one-shot client's from its arrival to its close, a framed client's for as long as it has
-requests. Then it is idle (`client/keepalive.py`), and no thread waits for it.
+requests. Then it is idle (`client/keepalive.py`), and no thread waits for it. Nor does one while a
+request waits for room (`accept/admission.py`).
 
 The rules for a client that is slow or gone: a request must be complete in time, see
 `client/reader.py`; a client must take some of a reply every `read_timeout`; a framed connection may
@@ -12,11 +13,13 @@ reader holds nothing but its own connection.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
-from cpanbridge.supervisor.memory.connection_table import IDLE
+from cpanbridge.supervisor.memory.connection_table import IDLE, WAITING
 from cpanbridge.supervisor.wording import explain
+from cpanbridge.workers.accept.admission import MustWait, WaitingRequest
 from cpanbridge.workers.accept.ready_clients import Arrival
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import ConnectionDrainer, Draining
@@ -33,6 +36,16 @@ from cpanbridge.workers.sessions.placement import Placement
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 LINGER_SECONDS = 2.0
+
+
+class _Waits(Exception):
+    """There is no room for a request now."""
+
+    def __init__(self, call: Call, data: bytes, waits_for: int) -> None:
+        super().__init__(call, data, waits_for)
+        self.call = call
+        self.data = data  # what was read of the client, from this request on
+        self.waits_for = waits_for  # WAITS_FOR_...
 
 
 class Connections:
@@ -56,12 +69,15 @@ class Connections:
         self._step_aside = reader.step_aside
         self._read_timeout = reader.limits.read_timeout
         self._connection_table = calls.connection_table
+        self._admission = calls.admission
 
     def is_quick(self, arrival: Arrival[Call]) -> bool:
         """Whether a client is likely to be served before another thread could be woken."""
         client = arrival.client
         if arrival.call is None:
             return client is not None and not arrival.data  # a kept one has ended
+        if arrival.call.target.is_ping:
+            return True
         if client is not None and client.transfer is not None:
             return False  # its owner may have ended: that takes a while to deal with
         target = arrival.call.target
@@ -72,6 +88,8 @@ class Connections:
     def serve(self, arrival: Arrival[Call]) -> None:
         """Serve a client that was accepted, or that was idle and has sent something."""
         client = arrival.client or self._welcome(arrival)
+        if arrival.ticket and arrival.call is not None:
+            arrival.call.ticket = arrival.ticket
         try:
             if client.framed and client.transfer is None:
                 stays = self._resume(client, arrival)
@@ -81,13 +99,30 @@ class Connections:
                 stays = self._serve_first(client, arrival.data, arrival.call, self._deadline())
         except HandedOver:
             return  # it is closed when it was taken, or it is returned
+        except _Waits as waits:
+            self._let_wait(client, waits)
+            return
         except OSError:
             stays = False  # the client has left, or takes too long (TimeoutError)
         except BaseException:
             self._endings.close(client)
             raise
+        finally:
+            if arrival.ticket:
+                self._admission.ended(arrival.ticket)
         if not stays:
             self._endings.close(client)
+
+    def _let_wait(self, client: ClientSocket, waits: "_Waits") -> None:
+        """From now on no thread serves the client, until its request's turn has come."""
+        call, request = waits.call, waits.call.request
+        until = math.inf if request.timeout is None else call.arrived + request.timeout
+        self._connection_table.is_doing(client.entry, WAITING)
+        is_movable = call.target.owned_as is None
+        waiting = WaitingRequest(
+            client, waits.data, call, call.ticket, call.arrived, until, is_movable
+        )
+        self._admission.add(waiting, waits.waits_for)
 
     def _welcome(self, arrival: Arrival[Call]) -> ClientSocket:
         now = time.monotonic_ns()
@@ -232,14 +267,20 @@ class Connections:
         """Admit a request and run it, where its state is; the reply.
 
         `data` is what was read of the client, from this request on. Raises Refusal, Draining,
-        HandedOver.
+        HandedOver; _Waits when there is no room for it now.
         """
+        if call.target.is_ping:
+            return self._calls.ping(call, client)
         session = self._placement.enter(call, client, data, stop)
         try:
             if session is not None and not call.target.is_quick:
                 self._step_aside()
-            self._calls.admit(call, client, stop, self._step_aside)
+            self._calls.admit(call, client)
             return self._calls.run(call, client)
+        except MustWait as wait:
+            if self._drainer.stopping:
+                raise Draining from None
+            raise _Waits(call, data(), wait.waits_for) from None
         finally:
             if session is not None:
                 self._placement.leave(session)

@@ -83,7 +83,7 @@ class Endings:
         if self.dispatcher.may_still_run(transfer):  # first: this is called again and again
             return False
         data, arrived = transfer.moving.data, transfer.moving.arrived
-        call = self.calls.prepare(data, arrived)
+        call = self.calls.prepare(data, arrived, 0)
         refusal = self.dispatcher.why_not(call, transfer) if call is not None else None
         if refusal is None:
             return False
@@ -97,13 +97,15 @@ class Endings:
     def end_all_waiting(self) -> None:
         """End what no thread will serve any more, because none leads.
 
-        Kept connections that rest, and clients that other workers have not taken.
+        Kept connections that rest, clients that other workers have not taken, requests that wait.
         """
         while (client := self.keep_alive.pop_any()) is not None:
             client.send_last(NO_MORE_REQUESTS)
             self.close(client)
         for client in self.outgoing.withdraw_all():
             self.end_returned(client)
+        for client in self.calls.admission.pop_all():
+            self._end_unserved(client, framed=client.framed)
 
     def end_all_returned(self) -> None:
         """End the clients that were returned so far."""
@@ -114,7 +116,9 @@ class Endings:
         """Tell a client that was returned that its call is not run."""
         assert client.transfer is not None
         client.duplicated = True
-        framed = is_framed(client.transfer.moving.data)
+        self._end_unserved(client, framed=is_framed(client.transfer.moving.data))
+
+    def _end_unserved(self, client: ClientSocket, *, framed: bool) -> None:
         client.send_last(NO_MORE_REQUESTS if framed else to_ascii(self.not_run()))
         self.close(client)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.processes.context import WorkerContext
 from cpanbridge.workers.accept.acceptor import Acceptor
+from cpanbridge.workers.accept.admission import Admission
 from cpanbridge.workers.accept.balancing import Balancer
 from cpanbridge.workers.accept.leader_followers import ThreadPool
 from cpanbridge.workers.accept.listen_queue import ListenQueue
@@ -26,6 +27,7 @@ from cpanbridge.workers.handoff.incoming import Incoming
 from cpanbridge.workers.handoff.outgoing import Outgoing
 from cpanbridge.workers.modules.registry import Registry
 from cpanbridge.workers.requests.calls import Call, Calls
+from cpanbridge.workers.requests.stats import StatisticsWriter
 from cpanbridge.workers.requests.timeouts import CallTimeouts
 from cpanbridge.workers.sessions.affinity import Affinity
 from cpanbridge.workers.sessions.dispatch import Dispatcher
@@ -43,10 +45,14 @@ class Service:
     def __init__(self, context: WorkerContext, registry: Registry) -> None:
         shared, slot, wakeups = context.shared, context.slot, context.wakeups
         settings, limits = context.settings, context.settings.limits
-        gate = self.gate = Gate(shared, slot, wakeups)
+        gate = self.gate = Gate(shared, slot, wakeups, settings.threads)
+        statistics = StatisticsWriter(shared, slot)
         due = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._timeouts = CallTimeouts(slot, shared.slots[slot], limits.slow_request, due, gate)
-        calls = Calls(settings, slot, shared, gate, registry, self._timeouts)
+        self._admission: Admission[Call] = Admission(
+            gate, wakeups[slot].room, statistics.waited, self._can_pass_on
+        )
+        calls = Calls(settings, shared, self._admission, registry, self._timeouts, statistics)
         keep_alive = KeepAlive()
 
         spare.begin()
@@ -56,13 +62,15 @@ class Service:
         self._sessions = Sessions(shared.slots[slot], limits.stale_timeout, ownership.forget)
         self.drainer = ConnectionDrainer(limits, self._has_session)
         self._outgoing = Outgoing(shared, slot, wakeups, lambda each: self._endings.let_go(each))
+        self._balancer = Balancer(shared, slot, self._outgoing)
         dispatcher = Dispatcher(shared, self._outgoing, calls.connection_table)
         placement = Placement(
             Affinity(ownership, self._sessions, dispatcher, limits.stale_timeout),
             self._sessions,
-            Balancer(shared, slot, self._outgoing, settings.threads),
+            self._balancer,
             dispatcher,
             self.drainer,
+            lambda: gate.has_no_thread,
         )
 
         # A connection's life.
@@ -74,7 +82,9 @@ class Service:
         # Accepting, and the threads.
         self.listeners = Listeners(context.listeners, context.listener_box, shared)
         self._incoming = Incoming(shared, slot, wakeups, gate)
-        ready = ReadyClients(self._incoming, self._outgoing, keep_alive, calls.prepare)
+        ready = ReadyClients(
+            self._incoming, self._outgoing, keep_alive, self._admission, calls.prepare
+        )
         self._rejecter = Rejecter(calls.reject) if settings.overload == "reject" else None
         self._acceptor: Acceptor[Call] = Acceptor(
             ListenQueue(self.listeners, ready.epoll, shared, slot, gate),
@@ -85,19 +95,22 @@ class Service:
             self._rejecter,
         )
         self.most_threads = settings.thread_count
-        # Where threads are bounded only by the connections that there may be, one more leads when
-        # all of them serve: to see which clients are to wait, or to be rejected.
-        most = self.most_threads + (settings.threads == 0)
         self._threads: ThreadPool[Arrival[Call]] = ThreadPool(
-            most,
+            # As each connection may need one, and one more to lead: what a worker runs at a time
+            # is the gate's to limit.
+            limits.max_connections + 1,
             self._acceptor.next,
             connections.is_quick,
             connections.serve,
-            self._acceptor.no_thread_left,
+            self._acceptor.leave_to_others,
         )
         self.attention: Sequence[int] = (
             *(self._threads.attention, due, self._sessions.none_left, self.drainer.none_kept),
         )
+
+    def _can_pass_on(self) -> bool:
+        """Whether another worker may run what waits here."""
+        return self._balancer.worker_with_a_thread(many=self.drainer.exiting) is not None
 
     def _has_session(self, client: ClientSocket) -> bool:
         return self._sessions.is_live(client.process)
@@ -159,6 +172,7 @@ class Service:
         self._sessions.let_go()
         self.drainer.drain()
         self.gate.ignore_overload()
+        self._admission.exits()
         self.gate.wake_other_workers()
 
     @property
@@ -169,7 +183,7 @@ class Service:
     @property
     def is_drained(self) -> bool:
         """Whether no session and no kept connection is left, so that it may be closed."""
-        if self._sessions.live or self._outgoing.count:
+        if self._sessions.live or self._outgoing.count or self._admission.count:
             return False
         self.drainer.drain()
         return not self.drainer.kept

@@ -32,13 +32,16 @@ LAYOUT = 16
 GATE_OPEN = 0
 GATE_CLOSED = 1
 
-# What a thread at the gate waits for. Whoever gives back the first two wakes it; the master wakes
-# it for the third; the fourth is for reports: its time is known exactly, and nobody wakes it.
+# What waits, and for what: a slot's leading thread for a connection's room, its requests for all
+# the others. The gate's answer to a request is one of them, or that it is admitted.
+ADMITTED = 0
 WAITS_FOR_NOTHING = 0
 WAITS_FOR_CONNECTION = 1
 WAITS_FOR_REQUEST = 2
 WAITS_FOR_LOAD = 3
 WAITS_FOR_RATE = 4
+WAITS_FOR_THREAD = 5  # all that its worker has (`threads`) are busy
+WAITS_FOR_TURN = 6  # another one came first, and there is room
 
 # What a worker was told to do, besides to serve (Slot.command).
 COMMAND_NONE = 0
@@ -51,9 +54,16 @@ RETIREMENT_NONE = 0
 RETIREMENT_HANGS = 1  # a call has not ended in its time
 RETIREMENT_WORN = 2  # it has run max_requests
 
-# Why a request was answered Overloaded, in the order of Slot.overloaded.
-REASONS = ("overload", "connections", "concurrency", "rate")
-OVERLOAD, CONNECTIONS, CONCURRENCY, RATE = REASONS
+# Why a request was answered Overloaded, or waited: in the order of Slot.overloaded and Slot.waits.
+REASONS = ("overload", "connections", "concurrency", "rate", "threads")
+OVERLOAD, CONNECTIONS, CONCURRENCY, RATE, THREADS = REASONS
+REASON_OF = {
+    WAITS_FOR_LOAD: OVERLOAD,
+    WAITS_FOR_CONNECTION: CONNECTIONS,
+    WAITS_FOR_REQUEST: CONCURRENCY,
+    WAITS_FOR_RATE: RATE,
+    WAITS_FOR_THREAD: THREADS,
+}
 # Security events, in the order of Slot.security_events.
 EVENT_KINDS = ("invalid_request", "module_not_allowed", "function_not_allowed", "permission_denied")
 
@@ -118,7 +128,7 @@ class Header(ctypes.Structure):
         ("connections", ctypes.c_int64),  # open, or about to be accepted
         ("running", ctypes.c_int64),  # requests
         ("admissions", ctypes.c_int64),  # requests ever admitted
-        ("waiting", ctypes.c_int64),  # threads that wait at the gate
+        ("waiting", ctypes.c_int64),  # requests, and threads that accept: see Slot.waiting
         ("peak_connections", ctypes.c_int64),
         # 1: a worker has died, and the counters above may still count what it held. Set by the
         # master, cleared by who counts anew under the gate's lock.
@@ -131,6 +141,7 @@ class Header(ctypes.Structure):
             ctypes.c_int64,
         ),  # 1 + the slot of a worker: see listen_queue.py; 0: none
         # Written under the gate's lock.
+        ("tickets", ctypes.c_int64),  # that requests were given which wait: see gate.py
         ("runs", ctypes.c_int64),  # without a rate limit: see rate_window.py
         ("functions", ctypes.c_int64),  # names in the table: see function_stats.py
         ("cleanups", ctypes.c_int64),  # times that stale connections were to be closed at once
@@ -156,6 +167,8 @@ class Slot(ctypes.Structure):
         # Set by the worker's main thread; cleared by it too, and by the master when it hangs or is
         # dead.
         ("serves", ctypes.c_int64),  # 1: it may become the owner of new state
+        # Written by the worker when it boots.
+        ("threads", ctypes.c_int64),  # requests that it may run at a time; 0: any number
         # Written by the worker's main thread.
         ("shut", ctypes.c_int64),  # 1: it accepts no client any more
         ("retirement_request", ctypes.c_int64),  # RETIREMENT_...: why it asks to be retired
@@ -172,8 +185,12 @@ class Slot(ctypes.Structure):
         ("succeeded", ctypes.c_int64),  # requests that have run and returned a result
         ("failed", ctypes.c_int64),  # requests that have run and did not
         ("accept_waits_for", ctypes.c_int64),  # WAITS_FOR_...: the thread that accepts
-        ("request_waits_for", ctypes.c_int64),  # the thread that waits for a request's room
-        ("queued", ctypes.c_int64),  # threads that have a request and wait for its room
+        ("request_waits_for", ctypes.c_int64),  # the requests that wait
+        ("queued", ctypes.c_int64),  # how many these are
+        ("first_ticket", ctypes.c_int64),  # the oldest one's; 0: none waits
+        # Written under the gate's lock by any worker that let it have the turn: when that was, if
+        # it has not taken it (CLOCK_MONOTONIC, nanoseconds); 0: it has.
+        ("passed_over_at", ctypes.c_int64),
         # Written by the thread that accepts; there is one at a time.
         ("accepted", ctypes.c_int64),  # clients from the listen queue
         ("full", ctypes.c_int64),  # times that it found all connections taken
@@ -182,7 +199,10 @@ class Slot(ctypes.Structure):
         # Written by the worker under the lock of its statistics.
         ("refused", ctypes.c_int64),  # requests answered with an error without running
         ("rejected", ctypes.c_int64),  # of their clients, those that were not accepted either
+        ("pings", ctypes.c_int64),  # test.ping, which is no request
         ("overloaded", ctypes.c_int64 * len(REASONS)),  # requests answered so, by the reason
+        ("waits", ctypes.c_int64 * len(REASONS)),  # requests that have waited, by the reason
+        ("waited_ns", ctypes.c_int64 * len(REASONS)),  # for how long, all together
         ("security_events", ctypes.c_int64 * len(EVENT_KINDS)),  # by their kind
         ("busy_ns", ctypes.c_int64),  # time that finished requests took, all together
     )
@@ -213,5 +233,5 @@ class Slot(ctypes.Structure):
 
     @property
     def waiting(self) -> int:
-        """Threads that are registered as waiting at the gate."""
-        return bool(self.accept_waits_for) + bool(self.request_waits_for)
+        """What is registered as waiting: its requests, and the thread that accepts."""
+        return bool(self.accept_waits_for) + int(self.queued)

@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from multiprocessing.sharedctypes import Synchronized, synchronized
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +36,7 @@ from cpanbridge.supervisor.memory.fields import (
     COMMAND_NONE,
     DEATHS_KEPT,
     LAYOUT,
+    REASONS,
     RETIREMENT_NONE,
     WAITS_FOR_NOTHING,
     Header,
@@ -65,7 +67,7 @@ class Counters(NamedTuple):
     connections: "Synchronized[int]"  # open, or about to be accepted
     running: "Synchronized[int]"  # requests
     admissions: "Synchronized[int]"  # requests ever admitted
-    waiting: "Synchronized[int]"  # threads that wait at the gate
+    waiting: "Synchronized[int]"  # requests, and threads that accept
     overload_state: "Synchronized[int]"  # GATE_OPEN or GATE_CLOSED
 
 
@@ -73,6 +75,7 @@ class Statistics(NamedTuple):
     """What a slot's worker records of its work, for reports. Not cleared when it dies."""
 
     histogram: Histogram  # how long requests took
+    waits: Sequence[Histogram]  # how long they waited, for each of fields.REASONS
     function_stats: FunctionStats  # of each function
     connection_table: ConnectionTable  # of its connections
     errors: EventRing  # the last failed requests: nanoseconds, the function's number, the error
@@ -226,6 +229,8 @@ class Shared:
         slot.accept_waits_for = WAITS_FOR_NOTHING
         slot.request_waits_for = WAITS_FOR_NOTHING
         slot.queued = 0
+        slot.first_ticket = 0
+        slot.passed_over_at = 0
         slot.sessions = 0
         slot.memory = 0
         if self.header.awake_acceptor == 1 + self.slots.index(slot):
@@ -246,10 +251,16 @@ class Shared:
         the slots are right, for the master has cleared that worker's.
         """
         self.header.recount = 0  # first: a worker that dies from now on is counted out again
-        slots = self.used_slots
-        self.header.connections = sum(slot.connections for slot in slots)
-        self.header.running = sum(slot.running for slot in slots)
-        self.header.waiting = sum(slot.waiting for slot in slots)
+        connections = running = waiting = number = 0
+        while number < self.header.slots_used:
+            slot = self.slots[number]
+            connections += slot.connections
+            running += slot.running
+            waiting += slot.waiting
+            number += 1
+        self.header.connections = connections
+        self.header.running = running
+        self.header.waiting = waiting
 
     # -- the limits, which a reload may change for all generations at once --
 
@@ -282,7 +293,7 @@ def _padded(size: int) -> int:
 
 _NAMES_AT = _padded(ctypes.sizeof(Header))
 _STATISTICS = (
-    histogram.SIZE,
+    *(histogram.SIZE,) * (1 + len(REASONS)),
     function_stats.SIZE,
     connection_table.SIZE,
     event_ring.SIZE,
@@ -305,9 +316,11 @@ def _statistics(memory: memoryview, at: int) -> Statistics:
     for size in _STATISTICS:
         parts.append(memory[at : at + size])
         at += _padded(size)
-    times, calls, connections, errors, events = parts
+    *histograms, calls, connections, errors, events = parts
+    times, *waits = (Histogram(each.cast("q")) for each in histograms)
     return Statistics(
-        Histogram(times.cast("q")),
+        times,
+        waits,
         FunctionStats(calls.cast("q")),
         ConnectionTable(connections.cast("q")),
         EventRing(errors),

@@ -14,13 +14,19 @@ finds the lock taken tries again. (The interpreter itself may still change threa
 instructions, if the system has not run this process for longer than the switch interval. What is
 guarded takes a few microseconds, so that is rare; a worker that hangs with the lock is killed, see
 processes/watchdog.py.)
+
+Workers and master take it by `run`, and what they run under it is a closed set of functions over
+plain numbers. They create no container and raise nothing, and the garbage collector is off: it
+would run modules' finalizers, which take any time, and while everybody waits.
 """
 
 import ctypes
 import errno
+import gc
 import os
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 SIZE = 64  # bytes; a pthread_mutex_t is at most 48 on the systems that there are
@@ -49,6 +55,7 @@ class SharedLock:
         """`address` is where the lock stands in this process: `SIZE` bytes, made by `create`."""
         self._futex = ctypes.c_uint32.from_address(address + _FUTEX_AT)
         self._mutex = ctypes.byref((ctypes.c_char * SIZE).from_address(address))
+        self._turn = threading.Lock()
 
     @staticmethod
     def create(address: int) -> None:
@@ -71,6 +78,38 @@ class SharedLock:
         if error == 0 or self._recovered_from_dead_holder(error):
             return True
         return block and self._try_until(timeout)
+
+    def run(self, function: Callable[..., int], *numbers: int) -> int:
+        """Run a function of the closed set under the lock, and return the number that it returns.
+
+        Whatever instruction an exception comes at that another thread or a signal handler sends:
+        the lock is free when this has returned or raised. (To unlock a mutex that this thread does
+        not hold is an error without a consequence.)
+        """
+        # The collector is turned off for the whole process, so by one of its threads at a time.
+        with self._turn:
+            collects = gc.isenabled()
+            try:
+                gc.disable()
+                error = _trylock(self._mutex)
+                if error != 0 and not self._recovered_from_dead_holder(error):
+                    self._try_until(None)
+                return function(*numbers)
+            finally:
+                try:
+                    _unlock(self._mutex)
+                finally:
+                    if collects:
+                        gc.enable()
+
+    def try_run(self, function: Callable[..., int], *numbers: int) -> int | None:
+        """As `run`; None, and nothing is run, when the lock is not to be had at once."""
+        if not self.acquire(block=False):
+            return None
+        try:
+            return self.run(function, *numbers)  # the mutex is recursive
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Give the lock back. Called by the thread that has taken it."""

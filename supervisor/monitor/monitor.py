@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Wakeups, set_overload_state
+from cpanbridge.supervisor.gate import set_overload_state
 from cpanbridge.supervisor.listening.backlog import Backlog
 from cpanbridge.supervisor.memory.fields import (
     CONCURRENCY,
@@ -40,6 +40,7 @@ from cpanbridge.supervisor.memory.overload_state import (
     Kind,
     Level,
 )
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.monitor.cgroup_memory import CgroupMemory
 from cpanbridge.supervisor.monitor.load_log import Alarms
 from cpanbridge.supervisor.monitor.memory_relief import MemoryRelief, Retire

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import msgspec
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.listener_box import ListenerBox
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.system.log_text import escaped, printable
 
 

@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
 from cpanbridge.supervisor.memory.fields import COMMAND_STOP
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups, wake_main_threads
 from cpanbridge.supervisor.processes.context import Mains, Report
 from cpanbridge.supervisor.processes.generation import Generation, Owner, Stage
 from cpanbridge.supervisor.processes.spawner import HeldPool, Spawner

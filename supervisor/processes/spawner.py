@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import msgspec
 
-from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.listener_box import ListenerBox
+from cpanbridge.supervisor.memory.wakeups import Wakeups, wake_main_threads
 from cpanbridge.supervisor.processes.context import UNASSIGNED, Mains, WorkerContext
 from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.log_process import LogProcess

@@ -12,9 +12,9 @@ client whose message is gone would be left to nobody. Called in the master.
 import select
 from collections.abc import Sequence
 
-from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.system.event_loop import Loop
 
 

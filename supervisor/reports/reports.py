@@ -19,7 +19,13 @@ import psutil
 
 from cpanbridge.supervisor.config import Settings
 from cpanbridge.supervisor.memory.event_ring import Event, EventRing
-from cpanbridge.supervisor.memory.fields import GATE_OPEN, OVERLOAD, WAITS_FOR_NOTHING
+from cpanbridge.supervisor.memory.fields import (
+    CONNECTIONS,
+    GATE_OPEN,
+    OVERLOAD,
+    THREADS,
+    WAITS_FOR_NOTHING,
+)
 from cpanbridge.supervisor.memory.layout import Shared, Statistics
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind, Level, at_level
 from cpanbridge.supervisor.reports import surroundings, totals
@@ -168,12 +174,33 @@ def gate(shared: Shared, settings: Settings, counts: Totals) -> dict[str, Any]:
         "waiting_clients": header.backlog,
         "waiting_doors": sum(s.accept_waits_for != WAITS_FOR_NOTHING for s in shared.used_slots),
         "waiting_requests": counts.queued,
-        "overloaded": {  # the public name of the reason "overload" is older than that
-            "verdict" if reason == OVERLOAD else reason: count
+        "waited": _waited(shared, counts),
+        "pings": counts.pings,
+        "overloaded": {
+            _public(reason): count
             for reason, count in counts.overloaded.items()
+            if reason != THREADS  # nobody is turned away for want of a thread
         },
         "worker_deaths": header.deaths,
         "workers_retired_for_memory": header.retired,
+    }
+
+
+def _public(reason: str) -> str:
+    return "verdict" if reason == OVERLOAD else reason  # as it was called at first
+
+
+def _waited(shared: Shared, counts: Totals) -> dict[str, dict[str, Any]]:
+    """Requests that have waited, and how long: since the start, and in the last five minutes."""
+    return {
+        _public(reason): {
+            "count": counts.waits[reason],
+            "seconds": counts.waited_ns[reason] / 1e9,
+            "p50": latencies.percentile(50),
+            "p99": latencies.percentile(99),
+        }
+        for reason, latencies in totals.waits(shared).items()
+        if reason != CONNECTIONS  # such a client has sent no request yet
     }
 
 

@@ -29,10 +29,13 @@ class Totals(NamedTuple):
     admitted: int
     refused: int
     rejected: int
+    pings: int
     busy_ns: int
     queued: int
     security_events: dict[str, int]  # by kind
     overloaded: dict[str, int]  # by reason
+    waits: dict[str, int]  # by reason
+    waited_ns: dict[str, int]  # by reason
     admitted_last_minute: int
 
     @property
@@ -61,7 +64,12 @@ class Totals(NamedTuple):
         return self.busy_ns / self.finished / 1e9 if self.finished else 0.0
 
 
-_BY_NAME = {"security_events": EVENT_KINDS, "overloaded": REASONS}
+_BY_NAME = {
+    "security_events": EVENT_KINDS,
+    "overloaded": REASONS,
+    "waits": REASONS,
+    "waited_ns": REASONS,
+}
 _SUMS = Totals._fields[: Totals._fields.index("security_events")]
 
 
@@ -107,6 +115,13 @@ def connections(shared: Shared) -> list[Listed]:
 def latencies(shared: Shared) -> Latencies:
     """How long the requests of the last five minutes took."""
     return histogram.merged(each.histogram for each in statistics(shared))
+
+
+def waits(shared: Shared) -> dict[str, Latencies]:
+    """How long the requests waited that ceased to in the last five minutes, by the reason."""
+    all_waits = [each.waits for each in statistics(shared)]
+    columns = zip(*all_waits, strict=True)
+    return dict(zip(REASONS, map(histogram.merged, columns), strict=True))
 
 
 def functions(shared: Shared) -> list[function_stats.Count]:

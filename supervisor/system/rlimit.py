@@ -5,7 +5,8 @@ import logging
 import resource
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import MOST_REJECTED, Wakeups
+from cpanbridge.supervisor.gate import MOST_REJECTED
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 
 LOGGER = logging.getLogger("cpanbridge.master")
 

@@ -399,10 +399,10 @@ def deadlock(event: str | None = None) -> None:
 
 def _gate_lock() -> Any:
     frame = sys._getframe()
-    while not hasattr(frame.f_locals.get("self"), "gate"):  # of the worker's code that calls this
+    while not hasattr(frame.f_locals.get("self"), "shared"):  # of the worker's code that calls this
         assert frame.f_back is not None
         frame = frame.f_back
-    return frame.f_locals["self"].gate._lock
+    return frame.f_locals["self"].shared.lock
 
 
 def hold_gate(event: str) -> None:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from conftest import Clock
@@ -17,16 +17,25 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from killing import kill_at
-from plain_client import until
 
 from cpanbridge.supervisor import gate as gate_module
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups, set_overload_state
+from cpanbridge.supervisor.gate import PATIENCE_NS, Gate, set_overload_state
 from cpanbridge.supervisor.memory import layout as shared_module
 from cpanbridge.supervisor.memory import rate_window as window_module
-from cpanbridge.supervisor.memory.fields import GATE_CLOSED, GATE_OPEN, WAITS_FOR_REQUEST
+from cpanbridge.supervisor.memory.fields import (
+    ADMITTED,
+    GATE_CLOSED,
+    GATE_OPEN,
+    WAITS_FOR_LOAD,
+    WAITS_FOR_RATE,
+    WAITS_FOR_REQUEST,
+    WAITS_FOR_THREAD,
+    WAITS_FOR_TURN,
+)
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.rate_window import WINDOW_NS
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 
 
 class Workers:
@@ -37,28 +46,23 @@ class Workers:
         self.shared = Shared.create(workers, self.limits)
         self.wakeups = [Wakeups.create() for _ in range(workers)]
         self.gates = [Gate(self.shared, slot, self.wakeups) for slot in range(workers)]
-        self.stop = os.eventfd(0, os.EFD_NONBLOCK)
 
     def close(self) -> None:
-        for descriptor in (
-            self.shared.fd,
-            *(fd for wakeups in self.wakeups for fd in wakeups),
-            self.stop,
-        ):
+        for descriptor in (self.shared.fd, *(fd for wakeups in self.wakeups for fd in wakeups)):
             os.close(descriptor)
 
     def try_to_admit(self, gate: Gate) -> bool:
         """Admit a request if there is room now."""
-        return gate.attempt(gate.admit, connection=False) is True
+        return gate.admit() == ADMITTED
 
     def try_to_open(self, gate: Gate) -> bool:
         """Let a client in if there is room now."""
-        return gate.attempt(gate.take_connection, connection=True) is True and gate.accepted() > 0
+        return gate.take_connection() and gate.accepted() > 0
 
-    def reason(self, *, connection: bool) -> str | None:
-        with self.shared.lock:
-            obstacle = self.gates[0].obstacle(connection=connection)
-        return obstacle and obstacle.reason
+    def is_woken(self, number: int) -> bool:
+        """Whether a worker's leading thread has been woken since the last look."""
+        room = self.wakeups[number].room
+        return bool(select.select([room], [], [], 0)[0]) and os.eventfd_read(room) > 0
 
 
 @pytest.fixture
@@ -76,31 +80,6 @@ def new_workers() -> Iterator[Callable[..., Workers]]:
 NewWorkers = Callable[..., Workers]
 
 
-def enter(
-    workers: Workers, gate: Gate, take: Callable[[], Literal[True]], *, connection: bool
-) -> object:
-    """Take room as a worker does; None when told to stop before there was any."""
-    outcome = gate.attempt(take, connection=connection)
-    if not isinstance(outcome, Obstacle):
-        return outcome
-    return gate.wait_and_take(take, workers.stop, connection=connection)
-
-
-class Waiter(threading.Thread):
-    """Enters the gate in a thread; `result` says whether it has got in."""
-
-    def __init__(self, workers: Workers, gate: Gate, *, connection: bool) -> None:
-        super().__init__(daemon=True)
-        self.workers, self.gate, self.connection = workers, gate, connection
-        self.result: object = "still waiting"
-        self.start()
-
-    def run(self) -> None:
-        take = self.gate.take_connection if self.connection else self.gate.admit
-        entered = enter(self.workers, self.gate, take, connection=self.connection)
-        self.result = "in" if entered else None
-
-
 # -- 1 and 2: connections and requests --
 
 
@@ -108,7 +87,6 @@ def test_no_more_connections_than_allowed_over_all_workers(new_workers: NewWorke
     workers = new_workers(3, max_connections=5)
     results = [workers.try_to_open(workers.gates[n % 3]) for n in range(9)]
     assert results == [True] * 5 + [False] * 4
-    assert workers.reason(connection=True) == "connections"
     workers.gates[2].release_connection()
     assert workers.try_to_open(workers.gates[0])
     assert not workers.try_to_open(workers.gates[1])
@@ -120,14 +98,13 @@ def test_room_for_a_client_that_is_not_accepted_yet_is_taken(new_workers: NewWor
     workers = new_workers(2, max_connections=2)
     first, second = workers.gates
     assert workers.try_to_open(first)
-    assert first.attempt(first.take_connection, connection=True) is True
-    assert workers.reason(connection=True) == "connections"
-    assert not second.take_any_connection()
-    waiter = Waiter(workers, second, connection=True)
-    until(lambda: registered(workers) == 1)
+    assert first.take_connection()
+    assert not second.take_connection(wait=True)
+    assert not workers.is_woken(1)
     first.release_connection()  # no client came
-    waiter.join(20)
-    assert waiter.result == "in"
+    assert workers.is_woken(1)
+    assert second.take_connection()
+    assert waiting(workers) == 0
     assert workers.shared.connections() == 2
     assert workers.shared.header.peak_connections == 2
 
@@ -136,30 +113,26 @@ def test_no_more_requests_than_allowed_over_all_workers(new_workers: NewWorkers)
     workers = new_workers(3, max_concurrent_requests=4)
     results = [workers.try_to_admit(workers.gates[n % 3]) for n in range(9)]
     assert results == [True] * 4 + [False] * 5
-    assert workers.reason(connection=False) == "concurrency"
+    assert workers.gates[0].admit() == WAITS_FOR_REQUEST
     workers.gates[1].release_request(True)
     assert workers.try_to_admit(workers.gates[0])
     assert not workers.try_to_admit(workers.gates[2])
 
 
-def test_nobody_is_accepted_while_requests_have_no_room(new_workers: NewWorkers) -> None:
-    workers = new_workers(max_concurrent_requests=1, max_requests_per_minute=2)
+def test_clients_are_accepted_whatever_the_limits_of_requests_say(new_workers: NewWorkers) -> None:
+    workers = new_workers(max_concurrent_requests=1, max_requests_per_minute=1)
     assert workers.try_to_admit(workers.gates[0])
-    assert workers.reason(connection=True) == "concurrency"
-    workers.gates[0].release_request(True)
-    assert workers.try_to_admit(workers.gates[0])
-    workers.gates[0].release_request(True)
-    assert workers.reason(connection=True) == "rate"
+    workers.shared.counters.overload_state.value = GATE_CLOSED
+    assert workers.try_to_open(workers.gates[0])
+    assert workers.try_to_open(workers.gates[1])
 
 
-def test_while_the_gate_is_closed_nothing_is_accepted_or_admitted(new_workers: NewWorkers) -> None:
+def test_while_the_gate_is_closed_no_request_begins(new_workers: NewWorkers) -> None:
     workers = new_workers()
     workers.shared.counters.overload_state.value = GATE_CLOSED
-    assert workers.reason(connection=True) == "overload"
-    assert workers.reason(connection=False) == "overload"
+    assert workers.gates[0].admit() == WAITS_FOR_LOAD
     workers.shared.counters.overload_state.value = GATE_OPEN
-    assert workers.reason(connection=True) is None
-    assert workers.reason(connection=False) is None
+    assert workers.try_to_admit(workers.gates[0])
 
 
 def test_a_worker_that_exits_finishes_what_it_has_while_the_gate_is_closed(
@@ -168,29 +141,27 @@ def test_a_worker_that_exits_finishes_what_it_has_while_the_gate_is_closed(
     workers = new_workers(max_concurrent_requests=1)
     exiting, other = workers.gates
     workers.shared.counters.overload_state.value = GATE_CLOSED
-    waiter = Waiter(workers, exiting, connection=False)
-    until(lambda: registered(workers) == 1)
+    assert not workers.try_to_admit(exiting)
     exiting.ignore_overload()
-    waiter.join(20)
-    assert waiter.result == "in"
-    assert not workers.try_to_admit(exiting)  # the other limits are kept
+    assert workers.is_woken(0)
+    assert workers.try_to_admit(exiting)
+    assert exiting.admit() == WAITS_FOR_REQUEST  # the other limits are kept
     exiting.release_request(True)
     assert not workers.try_to_admit(other)
 
 
-def test_opening_the_gate_wakes_all_threads_that_wait_for_it(
-    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate_module, "OVERLOAD_RECHECK_MS", 60_000)
-    workers = new_workers(3)
-    set_overload_state(workers.shared, workers.wakeups, GATE_CLOSED)
-    waiters = [Waiter(workers, gate, connection=c) for gate in workers.gates for c in (True, False)]
-    until(lambda: registered(workers) == 6)
-    set_overload_state(workers.shared, workers.wakeups, GATE_OPEN)
-    for waiter in waiters:
-        waiter.join(20)
-        assert waiter.result == "in"
-    assert workers.shared.header.closings == 1
+def test_a_worker_runs_as_many_requests_as_it_has_threads(new_workers: NewWorkers) -> None:
+    workers = new_workers(2)
+    gate = Gate(workers.shared, 0, workers.wakeups, threads=2)
+    assert workers.try_to_admit(gate)
+    assert not gate.has_no_thread
+    assert workers.try_to_admit(gate)
+    assert gate.has_no_thread
+    ticket = gate.enqueue(gate.admit())
+    assert workers.shared.slots[0].request_waits_for == WAITS_FOR_THREAD
+    gate.release_request(True)
+    assert workers.is_woken(0)
+    assert gate.admit(ticket) == ADMITTED
 
 
 # -- 3: the rate --
@@ -238,13 +209,12 @@ def test_a_refused_request_is_told_when_there_will_be_room(
     for _ in range(2):
         assert workers.try_to_admit(workers.gates[0])
         clock.now += 1_000_000_000
-    with workers.shared.lock:
-        obstacle = workers.gates[1].obstacle(connection=True)
-    assert obstacle is not None
-    assert obstacle.until == first + WINDOW_NS + 1
-    clock.now = obstacle.until - 1
+    assert workers.gates[1].admit() == WAITS_FOR_RATE
+    free_at = first + WINDOW_NS + 1
+    assert workers.gates[1].retry_after(WAITS_FOR_RATE) == (free_at - clock.now) / 1e9
+    clock.now = free_at - 1
     assert not workers.try_to_admit(workers.gates[1])
-    clock.now = obstacle.until
+    clock.now = free_at
     assert workers.try_to_admit(workers.gates[1])
     assert not workers.try_to_admit(workers.gates[0])
 
@@ -257,14 +227,14 @@ def test_without_a_rate_limit_nothing_is_refused_and_the_last_minute_is_counted(
     assert workers.shared.admitted_in_window() == 5000
 
 
-# -- 5: waiting --
+# -- 5: waiting in order --
 
 
-def registered(workers: Workers) -> int:
-    """How many threads are registered as waiting."""
-    return sum(
-        bool(slot.accept_waits_for) + bool(slot.request_waits_for) for slot in workers.shared.slots
-    )
+def waiting(workers: Workers) -> int:
+    """How much is registered as waiting, by the slots; the counter agrees."""
+    found = sum(slot.waiting for slot in workers.shared.slots)
+    assert workers.shared.header.waiting == found
+    return found
 
 
 def ring(workers: Workers) -> memoryview:
@@ -272,123 +242,196 @@ def ring(workers: Workers) -> memoryview:
     return workers.shared.window._ring
 
 
-def queued(workers: Workers) -> int:
-    """How many threads wait for a request's room."""
-    return sum(slot.queued for slot in workers.shared.slots)
+class Line:
+    """The requests of one worker that wait, as its `Admission` keeps them."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.tickets: list[int] = []
+
+    def enter(self, ticket: int = 0) -> int:
+        """A request comes that cannot run; its ticket."""
+        self.tickets.append(self.gate.enqueue(self.gate.admit(ticket) or WAITS_FOR_TURN, ticket))
+        self.tickets.sort()
+        return self.tickets[-1]
+
+    def admit(self) -> int:
+        """Try to admit the first one."""
+        first, *others = self.tickets
+        code = self.gate.admit(first, others[0] if others else 0)
+        if code == ADMITTED:
+            self.tickets.pop(0)
+        return code
+
+    def leave(self) -> None:
+        """The first one leaves."""
+        self.tickets.pop(0)
+        self.gate.dequeue(self.tickets[0] if self.tickets else 0)
 
 
-@pytest.mark.parametrize("connection", [True, False])
-def test_a_thread_that_waits_goes_on_when_another_worker_gives_room_back(
-    new_workers: NewWorkers, connection: bool
+def test_requests_are_admitted_in_the_order_in_which_they_came_over_all_workers(
+    new_workers: NewWorkers,
 ) -> None:
-    workers = new_workers(max_connections=1, max_concurrent_requests=1)
-    holder, other = workers.gates
-    assert workers.try_to_open(holder) if connection else workers.try_to_admit(holder)
-    waiter = Waiter(workers, other, connection=connection)
-    until(lambda: registered(workers) == 1)
-    if connection:
-        holder.release_connection()
-    else:
-        holder.release_request(True)
-    waiter.join(20)
-    assert waiter.result == "in"
-    assert registered(workers) == 0
-
-
-@pytest.mark.parametrize("connection", [True, False])
-def test_a_wakeup_that_was_lost_costs_no_turn(new_workers: NewWorkers, connection: bool) -> None:
-    workers = new_workers(max_connections=1, max_concurrent_requests=1)
-    holder, other = workers.gates
-    assert workers.try_to_open(holder) if connection else workers.try_to_admit(holder)
-    waiter = Waiter(workers, other, connection=connection)
-    until(lambda: registered(workers) == 1)
-    workers.shared.clear(workers.shared.slots[0])  # as the master does: it wakes nobody
-    waiter.join(20)
-    assert waiter.result == "in"
-
-
-def test_all_threads_that_wait_go_on_one_after_another(new_workers: NewWorkers) -> None:
     workers = new_workers(4, max_concurrent_requests=1)
     assert workers.try_to_admit(workers.gates[0])
-    waiters = [Waiter(workers, gate, connection=False) for gate in workers.gates for _ in range(5)]
-    until(lambda: queued(workers) == 20)
-    assert registered(workers) == 4  # one of each worker looks, whatever their number
+    lines = [Line(gate) for gate in workers.gates]
+    came = [lines[number].enter() for number in (2, 0, 0, 3, 1, 2, 3, 3, 0, 1)]
+    assert came == sorted(came)
+    assert waiting(workers) == 10
+    holder = workers.gates[0]
+    for ticket in came:
+        assert {line.admit() for line in lines if line.tickets} == {WAITS_FOR_REQUEST}
+        holder.release_request(True)
+        first = next(line for line in lines if line.tickets[:1] == [ticket])
+        others = [line for line in lines if line.tickets and line is not first]
+        assert all(line.admit() == WAITS_FOR_TURN for line in others)
+        assert all(gate.admit() == WAITS_FOR_TURN for gate in workers.gates)  # new ones
+        assert first.admit() == ADMITTED
+        holder = first.gate
+    holder.release_request(True)
+    assert waiting(workers) == 0
+    assert workers.try_to_admit(workers.gates[3])
+
+
+def test_room_that_is_given_back_wakes_the_worker_whose_turn_it_is(
+    new_workers: NewWorkers,
+) -> None:
+    workers = new_workers(3, max_concurrent_requests=1)
+    assert workers.try_to_admit(workers.gates[0])
+    second, third = Line(workers.gates[2]), Line(workers.gates[1])
+    second.enter()
+    third.enter()
     workers.gates[0].release_request(True)
-    for _ in range(20):
-        inside = until(lambda: [w for w in waiters if w.result == "in"])
-        assert len(inside) == 1
-        assert workers.shared.running() == 1
-        inside[0].gate.release_request(True)
-        waiters.remove(inside[0])
-    until(lambda: queued(workers) == registered(workers) == 0)
+    assert [workers.is_woken(number) for number in range(3)] == [False, False, True]
+    assert third.admit() == WAITS_FOR_TURN  # and wakes it again
+    assert [workers.is_woken(number) for number in range(3)] == [False, False, True]
+    second.leave()  # there is room still: so it is the next one's turn
+    assert [workers.is_woken(number) for number in range(3)] == [False, True, False]
+    assert third.admit() == ADMITTED
 
 
-def test_a_thread_that_waits_goes_on_when_the_gate_opens(new_workers: NewWorkers) -> None:
-    workers = new_workers()
-    workers.shared.counters.overload_state.value = GATE_CLOSED
-    waiter = Waiter(workers, workers.gates[1], connection=True)
-    until(lambda: registered(workers) == 1)
-    workers.shared.counters.overload_state.value = GATE_OPEN
-    waiter.join(20)
-    assert waiter.result == "in"
+def test_one_that_is_admitted_wakes_the_next_one(new_workers: NewWorkers) -> None:
+    workers = new_workers(3, max_concurrent_requests=2)
+    assert all(workers.try_to_admit(workers.gates[0]) for _ in range(2))
+    lines = [Line(workers.gates[number]) for number in (1, 2)]
+    for line in lines:
+        line.enter()
+    for _ in range(2):
+        workers.gates[0].release_request(True)
+    workers.is_woken(2)
+    assert lines[0].admit() == ADMITTED
+    assert workers.is_woken(2)
+    assert lines[1].admit() == ADMITTED
 
 
-@pytest.mark.parametrize("reason", ["connections", "concurrency", "rate", "overload"])
-def test_a_thread_that_waits_returns_when_told_to_stop(
-    new_workers: NewWorkers, reason: str
+def test_a_worker_that_does_not_take_its_turn_is_passed_over_until_it_does(
+    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers = new_workers(
-        max_connections=1 if reason == "connections" else 100,
-        max_concurrent_requests=1 if reason == "concurrency" else 100,
-        max_requests_per_minute=1 if reason == "rate" else 0,
+    clock = Clock()
+    clock.install(monkeypatch, gate_module, shared_module, window_module)
+    workers = new_workers(3, max_concurrent_requests=1)
+    assert workers.try_to_admit(workers.gates[0])
+    stopped, other = Line(workers.gates[1]), Line(workers.gates[2])
+    for line in (stopped, stopped, other, other, other):
+        line.enter()
+    workers.gates[0].release_request(True)
+    assert other.admit() == WAITS_FOR_TURN
+    clock.now += PATIENCE_NS
+    assert other.admit() == WAITS_FOR_TURN
+    clock.now += 1
+    assert other.admit() == ADMITTED
+    other.gate.release_request(True)
+    assert workers.is_woken(1)  # in case it runs again
+    assert other.admit() == ADMITTED  # at once: that it does not run is known
+    other.gate.release_request(True)
+    assert stopped.admit() == ADMITTED
+    stopped.gate.release_request(True)
+    assert other.admit() == WAITS_FOR_TURN
+
+
+def test_the_requests_of_a_dead_worker_keep_nobody_waiting(new_workers: NewWorkers) -> None:
+    workers = new_workers(2, max_concurrent_requests=1)
+    assert workers.try_to_admit(workers.gates[1])
+    dead, other = Line(workers.gates[0]), Line(workers.gates[1])
+    dead.enter()
+    other.enter()
+    workers.gates[1].release_request(True)
+    workers.shared.clear(workers.shared.slots[0])
+    assert other.admit() == ADMITTED
+    assert waiting(workers) == 0
+
+
+def test_a_request_keeps_its_place_in_another_worker(new_workers: NewWorkers) -> None:
+    workers = new_workers(2, max_concurrent_requests=1)
+    assert workers.try_to_admit(workers.gates[0])
+    here, there = Line(workers.gates[0]), Line(workers.gates[1])
+    ticket = here.enter()
+    there.enter()
+    here.leave()
+    there.enter(ticket)
+    workers.gates[0].release_request(True)
+    assert there.tickets[0] == ticket
+    assert there.admit() == ADMITTED
+
+
+@pytest.mark.parametrize("limit", ["max_concurrent_requests", "max_requests_per_minute"])
+def test_opening_the_gate_wakes_all_that_wait_for_it(new_workers: NewWorkers, limit: str) -> None:
+    workers = new_workers(3, **{limit: 100})
+    set_overload_state(workers.shared, workers.wakeups, GATE_CLOSED)
+    lines = [Line(gate) for gate in workers.gates]
+    for line in lines:
+        line.enter()
+        assert line.admit() == WAITS_FOR_LOAD
+    assert not any(workers.is_woken(number) for number in range(3))
+    set_overload_state(workers.shared, workers.wakeups, GATE_OPEN)
+    assert all(workers.is_woken(number) for number in range(3))
+    assert [line.admit() for line in lines] == [ADMITTED] * 3
+    assert workers.shared.header.closings == 1
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["enter", "admit", "finish", "leave", "die"]), st.integers(0, 2)),
+        max_size=80,
     )
-    if reason == "connections":
-        assert workers.try_to_open(workers.gates[0])
-    elif reason == "overload":
-        workers.shared.counters.overload_state.value = GATE_CLOSED
-    else:
-        assert workers.try_to_admit(workers.gates[0])
-    assert workers.reason(connection=True) == reason
-    waiter = Waiter(workers, workers.gates[1], connection=True)
-    if reason != "rate":
-        until(lambda: registered(workers) == 1)
-    os.eventfd_write(workers.stop, 1)
-    waiter.join(20)
-    assert waiter.result is None
-    assert registered(workers) == 0
-
-
-def test_a_rate_slot_is_taken_when_it_comes_free_and_not_before(
-    monkeypatch: pytest.MonkeyPatch,
+)
+def test_in_any_order_of_events_the_oldest_request_is_the_next(
+    monkeypatch: pytest.MonkeyPatch, operations: list[tuple[str, int]]
 ) -> None:
-    window_ns = 300_000_000
-    monkeypatch.setattr(window_module, "WINDOW_NS", window_ns)
-    workers = Workers(2, max_requests_per_minute=3)
+    monkeypatch.setattr(gate_module, "PATIENCE_NS", 10**15)  # none is passed over
+    workers = Workers(3, max_concurrent_requests=2)
     try:
-        entered: list[int] = []
-        for number in range(9):
-            gate = workers.gates[number % 2]
-            assert enter(workers, gate, gate.admit, connection=False)
-            entered.append(ring(workers)[number % 4])
-            gate.release_request(True)
-        for early, late in zip(entered, entered[3:], strict=False):
-            assert late - early > window_ns
-        # Within 1 ms on an idle machine; on a busy one the best of six must come near.
-        assert min(b - a for a, b in zip(entered, entered[3:], strict=False)) < window_ns + 10**8
+        lines = [Line(gate) for gate in workers.gates]
+        running = [0, 0, 0]
+        for operation, who in operations:
+            line = lines[who]
+            if operation == "enter":
+                line.enter()
+                if running[who] != workers.shared.slots[who].running:  # there was room
+                    running[who] += 1
+                    line.tickets.pop()
+                    line.gate.dequeue(line.tickets[0] if line.tickets else 0)
+            elif operation == "admit" and line.tickets:
+                is_first = line.tickets[0] == min(
+                    min(each.tickets) for each in lines if each.tickets
+                )
+                wanted = ADMITTED if is_first else WAITS_FOR_TURN
+                assert line.admit() == (wanted if sum(running) < 2 else WAITS_FOR_REQUEST)
+                running[who] = workers.shared.slots[who].running
+            elif operation == "finish" and running[who]:
+                running[who] -= 1
+                line.gate.release_request(True)
+            elif operation == "leave" and line.tickets:
+                line.leave()
+            elif operation == "die":
+                workers.shared.clear(workers.shared.slots[who])
+                line.tickets, running[who] = [], 0
+                workers.gates[who].look(0)  # counts anew
+            assert waiting(workers) == sum(len(each.tickets) for each in lines)
+            assert workers.shared.running() == sum(running)
     finally:
         workers.close()
-
-
-def test_waiting_uses_no_processor_time(new_workers: NewWorkers) -> None:
-    workers = new_workers(max_concurrent_requests=1, max_requests_per_minute=1)
-    assert workers.try_to_admit(workers.gates[0])
-    waiter = Waiter(workers, workers.gates[1], connection=False)
-    until(lambda: registered(workers) == 1)
-    used, began = time.process_time(), time.monotonic()
-    select.select([], [], [], 0.5)
-    assert time.process_time() - used < 0.2 * (time.monotonic() - began)
-    os.eventfd_write(workers.stop, 1)
-    waiter.join(20)
 
 
 # -- 6: killed at any instruction --
@@ -397,9 +440,10 @@ def test_waiting_uses_no_processor_time(new_workers: NewWorkers) -> None:
 def one_life(workers: Workers) -> None:
     """Let a client in with its request, run it, and let it out."""
     gate = workers.gates[0]
-    assert enter(workers, gate, gate.take_connection, connection=True)
+    assert gate.take_connection(wait=True)
     gate.accepted()
-    assert enter(workers, gate, gate.admit, connection=False)
+    ticket = gate.enqueue(WAITS_FOR_TURN)
+    assert gate.admit(ticket) == ADMITTED
     gate.release_request(True)
     gate.release_connection()
 
@@ -407,10 +451,10 @@ def one_life(workers: Workers) -> None:
 def kept_life(workers: Workers) -> None:
     """The same without ever waiting, with a second request for which there is no room."""
     gate = workers.gates[0]
-    assert gate.attempt(gate.take_connection, connection=True) is True
+    assert gate.take_connection()
     gate.accepted()
-    assert gate.attempt(gate.admit, connection=False) is True
-    assert isinstance(gate.attempt(gate.admit, connection=False), Obstacle)
+    assert gate.admit() == ADMITTED
+    assert gate.admit() == WAITS_FOR_REQUEST
     gate.release_request(False)
     gate.release_connection()
 
@@ -425,7 +469,6 @@ def assert_unharmed(workers: Workers, admitted_before: int, aged: int = 0) -> No
     """Cleared by the master, a slot holds nothing and the others go on at once."""
     workers.shared.clear(workers.shared.slots[0])
     assert (workers.shared.connections(), workers.shared.running()) == (0, 0)
-    assert registered(workers) == 0
     slot = workers.shared.slots[0]
     assert slot.succeeded + slot.failed == slot.finished == slot.admitted
     window = workers.shared.admitted_in_window()
@@ -439,6 +482,7 @@ def assert_unharmed(workers: Workers, admitted_before: int, aged: int = 0) -> No
         gate.release_request(True)
         gate.release_connection()
     assert not workers.try_to_admit(gate)  # exactly so many: none was counted twice or lost
+    assert waiting(workers) == 0
     assert workers.shared.admitted_in_window() == workers.limits.max_requests_per_minute
     assert time.monotonic() - began < 10
 
@@ -480,9 +524,8 @@ def test_a_process_killed_while_it_finds_no_room_leaks_nothing() -> None:
 
             def reject(workers: Workers = workers) -> None:
                 gate = workers.gates[0]
-                assert isinstance(gate.attempt(gate.take_connection, connection=True), Obstacle)
-                assert isinstance(gate.attempt(gate.admit, connection=False), Obstacle)
-                assert not gate.take_any_connection()
+                assert not gate.take_connection()
+                assert gate.admit() == WAITS_FOR_REQUEST
 
             killed = kill_at(step, reject)
             assert workers.shared.slots[0].full <= 1
@@ -503,19 +546,27 @@ def test_a_process_killed_while_it_waits_leaks_nothing() -> None:
         )
         try:
             assert workers.try_to_open(workers.gates[1])
-            os.eventfd_write(workers.stop, 1)  # so that the child does not wait for long
+            assert workers.try_to_admit(workers.gates[1])
 
             def wait(workers: Workers = workers) -> None:
                 gate = workers.gates[0]
-                assert enter(workers, gate, gate.admit, connection=True) is None
+                assert not gate.take_connection(wait=True)
+                line = Line(gate)
+                line.enter()
+                line.enter()
+                assert line.admit() == WAITS_FOR_REQUEST
+                line.leave()
+                line.leave()
+                gate.stop_waiting_for_connection()
 
             killed = kill_at(step, wait)
+            workers.gates[1].release_request(True)
             workers.gates[1].release_connection()
-            assert_unharmed(workers, admitted_before=0)
+            assert_unharmed(workers, admitted_before=1)
         finally:
             workers.close()
         step += 1
-    assert step > 15
+    assert step > 50
 
 
 @pytest.mark.parametrize("killed", ["sender", "receiver"])
@@ -561,14 +612,18 @@ def test_the_lock_of_a_killed_process_is_free_at_once(new_workers: NewWorkers) -
             while True:
                 signal.pause()
     os.read(read_end, 1)
-    waiter = Waiter(workers, workers.gates[1], connection=True)
-    waiter.join(0.2)
-    held = waiter.is_alive()  # as long as the lock is the child's
+    results: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: results.append(workers.try_to_open(workers.gates[1])), daemon=True
+    )
+    thread.start()
+    thread.join(0.2)
+    held = thread.is_alive()  # as long as the lock is the child's
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    waiter.join(20)
+    thread.join(20)
     assert held
-    assert waiter.result == "in"
+    assert results == [True]
     os.close(read_end)
     os.close(write_end)
 
@@ -603,56 +658,13 @@ def test_totals_are_counted(new_workers: NewWorkers) -> None:
     assert (slot.finished, slot.succeeded, slot.failed) == (3, 2, 1)
 
 
-@pytest.mark.parametrize("connection", [True, False])
-def test_room_given_back_between_a_look_and_the_sleep_is_not_missed(
-    new_workers: NewWorkers, connection: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate_module, "LOST_WAKEUP_MS", 60_000)
-    workers = new_workers(max_concurrent_requests=1)
-    holder, other = workers.gates
-    assert workers.try_to_admit(holder)
-    look, looks = other.obstacle, []
-
-    def look_and_then_lose(*, connection: bool) -> Obstacle | None:
-        obstacle = look(connection=connection)
-        looks.append(obstacle)
-        if len(looks) == 2:  # the first look in line, before anybody is registered
-            holder.release_request(True)
-        return obstacle
-
-    monkeypatch.setattr(other, "obstacle", look_and_then_lose)
-    waiter = Waiter(workers, other, connection=connection)
-    waiter.join(20)
-    assert waiter.result == "in"
-
-
-def test_a_thread_that_accepts_takes_no_wakeup_from_one_that_has_a_request(
-    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate_module, "LOST_WAKEUP_MS", 60_000)
-    workers = new_workers(3, max_concurrent_requests=1)
-    assert workers.try_to_admit(workers.gates[0])
-    acceptor = Waiter(workers, workers.gates[1], connection=True)
-    request = Waiter(workers, workers.gates[2], connection=False)
-    until(lambda: registered(workers) == 2)
-    workers.gates[0].release_request(True)
-    request.join(20)
-    assert request.result == "in"
-    workers.gates[2].release_request(True)
-    acceptor.join(20)
-    assert acceptor.result == "in"
-
-
 def test_wakeups_do_not_pile_up(new_workers: NewWorkers) -> None:
     workers = new_workers()
-    with workers.shared.lock:  # somebody waits, and is slow to wake
-        workers.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
+    workers.gates[1].enqueue(WAITS_FOR_TURN)  # it waits, and is slow to wake
     for _ in range(20):
-        assert workers.try_to_admit(workers.gates[0])
-        workers.gates[0].release_request(True)
-    os.eventfd_read(workers.wakeups[1].request)
-    with pytest.raises(BlockingIOError):
-        os.eventfd_read(workers.wakeups[1].request)
+        workers.gates[0].wake_first()
+    assert workers.is_woken(1)
+    assert not workers.is_woken(1)
 
 
 # -- the counters --
@@ -677,13 +689,12 @@ def test_there_is_room_just_when_all_slots_together_leave_some(
         for operation, who, number in steps:
             gate = workers.gates[who]
             has_request_room = sum(running) < most_running
-            has_room = has_request_room and sum(connections) + sum(reserved) < most
+            has_room = sum(connections) + sum(reserved) < most
             if operation == "open" and not reserved[who]:
                 assert workers.try_to_open(gate) == has_room
                 connections[who] += has_room
             elif operation == "reserve" and not reserved[who]:
-                found = gate.attempt(gate.take_connection, connection=True)
-                assert isinstance(found, Obstacle) != has_room
+                assert gate.take_connection() == has_room
                 reserved[who] = int(has_room)
             elif operation == "nobody" and reserved[who]:
                 gate.release_connection()
@@ -725,33 +736,15 @@ def test_there_is_room_just_when_all_slots_together_leave_some(
         workers.close()
 
 
-def test_a_thread_in_a_slot_that_was_not_used_before_is_woken(
-    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate_module, "LOST_WAKEUP_MS", 60_000)
+def test_a_worker_in_a_slot_that_was_not_used_before_is_woken(new_workers: NewWorkers) -> None:
     workers = new_workers(3, max_concurrent_requests=2)
     workers.shared.header.slots_used = 2
     assert workers.try_to_admit(workers.gates[0])  # it has seen two slots
     workers.shared.header.slots_used = 3
     assert workers.try_to_admit(workers.gates[2])
-    waiter = Waiter(workers, workers.gates[2], connection=False)
-    until(lambda: registered(workers) == 1)
+    Line(workers.gates[2]).enter()
     workers.gates[0].release_request(True)
-    waiter.join(20)
-    assert waiter.result == "in"
-
-
-def test_a_thread_that_was_killed_while_it_waited_is_counted_no_longer(
-    new_workers: NewWorkers,
-) -> None:
-    workers = new_workers()
-    waiting = workers.shared.counters.waiting
-    with waiting.get_lock():
-        workers.gates[1]._publish(WAITS_FOR_REQUEST, connection=False)
-        assert waiting.value == 1
-    workers.shared.clear(workers.shared.slots[1])
-    assert workers.try_to_admit(workers.gates[0])
-    assert waiting.value == 0
+    assert workers.is_woken(2)
 
 
 def test_room_of_a_dead_worker_is_there_for_a_client_that_is_only_to_be_told(
@@ -760,7 +753,7 @@ def test_room_of_a_dead_worker_is_there_for_a_client_that_is_only_to_be_told(
     workers = new_workers(max_connections=1)
     assert workers.try_to_open(workers.gates[0])
     workers.shared.clear(workers.shared.slots[0])
-    assert workers.gates[1].take_any_connection()
+    assert workers.gates[1].take_connection()
 
 
 def test_a_master_killed_while_it_clears_a_slot_leaks_no_room() -> None:

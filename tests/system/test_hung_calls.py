@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -217,14 +218,17 @@ def test_a_request_that_found_no_room_in_its_clients_time_is_not_run(
     event, stamps = daemon.folder / "runs", daemon.folder / "stamps"
     with Framed(daemon.path) as waits, ThreadPoolExecutor(1) as pool:
         assert waits.call("test", "ping") is not None
-        running = pool.submit(one_shot, daemon.path, "probe", "span", [1.5, str(event)])
+        running = pool.submit(one_shot, daemon.path, "probe", "span", [3, str(event)])
         until(event.exists)
         waits.send("probe", "stamp", [str(stamps)], timeout=0.5)
         reply = waits.receive()
+        assert not running.done()  # it is told in its time
+        assert waits.call("test", "ping") is not None
         assert running.result()["success"]
     assert reply is not None
     assert reply["error_type"] == "RequestTimeout"
-    assert reply["error"].endswith("the call was not run")
+    waited = r"The call was not run: it waited \d\.\d s for limits\.max_concurrent_requests"
+    assert re.fullmatch(waited, reply["error"])
     assert not stamps.exists()
 
 

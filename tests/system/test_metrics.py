@@ -115,14 +115,14 @@ def found_at(daemon: Daemon) -> float:
 
 def test_totals_stay_when_a_worker_dies_and_at_a_reload(daemon: Daemon) -> None:
     for _ in range(4):
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     os.kill(daemon.workers()[0], signal.SIGKILL)
     until(lambda: numbers(daemon)["gate"]["worker_deaths"] == 1)
     daemon.reload()
     found = scrape(daemon)
     assert found("generation") == 2
     assert found("requests_total", outcome="succeeded") == 4
-    assert found("function_calls_total", module="test", function="ping") == 4
+    assert found("function_calls_total", module="test", function="echo") == 4
 
 
 def test_it_answers_while_the_gate_is_closed(new_daemon: NewDaemon) -> None:
@@ -165,7 +165,7 @@ def names(report: Any) -> Any:
 
 
 def test_as_json_it_is_the_object_of_system_metrics(daemon: Daemon) -> None:
-    daemon.call("test", "ping")
+    daemon.call("test", "echo", True)
     asked = daemon.metrics()
     del asked["module_status"]  # the master has no modules
     done = daemon.command("metrics", "--json")

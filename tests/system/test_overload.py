@@ -50,7 +50,7 @@ def one_shot_call(daemon: Daemon, function: str, params: list[Any]) -> Iterator[
 
 
 def succeeds(client: Framed) -> bool:
-    reply = client.call("test", "ping")
+    reply = client.call("test", "echo", True)
     return reply is not None and reply["success"]
 
 
@@ -142,7 +142,7 @@ def test_a_worker_that_holds_the_limit_alone_is_named_with_its_functions(
     daemon.call("probe", "hoard", [LIMIT_MB + 20])
     (line,) = until(lambda: lines(daemon, "is retired"))
     assert re.search(r"it holds \d+\.\dMB alone, its last functions were probe\.hoard$", line)
-    daemon.call("test", "ping")
+    daemon.call("test", "echo", True)
 
 
 def test_memory_that_is_no_workers_keeps_the_gate_closed_and_is_logged(
@@ -156,7 +156,7 @@ def test_memory_that_is_no_workers_keeps_the_gate_closed_and_is_logged(
     assert not lines(daemon, "is retired")
     assert "note: memory is over its limit while no request runs" in daemon.command("status").stdout
     with connect(daemon.path) as client:
-        client.sendall(b'{"module": "test", "function": "ping"}')
+        client.sendall(b'{"module": "test", "function": "echo"}')
         assert waiting(daemon, client)
     assert daemon.stop() == 0
 
@@ -183,11 +183,11 @@ def test_a_program_that_outlives_its_retired_worker_is_ended_and_no_other_worker
 ) -> None:
     daemon = new_daemon(SMALL).run()
     for _ in range(12):  # so that each worker has run something
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     before = set(daemon.workers())
     pid = daemon.call("probe", "start_hoarder", [LIMIT_MB + 20])
     until(lambda: not psutil.pid_exists(pid), 40, "the end of the program")
-    assert daemon.call("test", "ping")
+    assert daemon.call("test", "echo", True)
     until(lambda: daemon.metrics()["gate"]["verdict"] == "open")
     assert len(lines(daemon, "is retired")) == 1
     (line,) = lines(daemon, "left by a worker that has ended, is ended")
@@ -208,7 +208,7 @@ def test_an_old_worker_that_holds_most_has_to_hurry(new_daemon: NewDaemon) -> No
         hoarder.send("probe", "span", [60, str(event)])
         until(event.exists)
         daemon.reload()
-        assert daemon.call("test", "ping")
+        assert daemon.call("test", "echo", True)
         daemon.call("probe", "hoard", [LIMIT_MB - 15])
         until(lambda: lines(daemon, rf"\(pid {reply['result']}\) has 1 s left to leave: memory"))
         with pytest.raises((EOFError, OSError)):
@@ -226,10 +226,10 @@ def test_a_client_that_waits_for_the_rate_in_a_retired_worker_gets_no_shutdown_e
     ).run()
     with connect(daemon.path, timeout=60) as late:
         until(lambda: daemon.status()["gate"]["connections"] == 1)  # it is accepted
-        daemon.call("test", "ping")
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
+        daemon.call("test", "echo", True)
         daemon.call("probe", "hoard", [150])
-        late.sendall(b'{"module": "test", "function": "ping"}')
+        late.sendall(b'{"module": "test", "function": "echo"}')
         reply = reply_of(late)
     assert (reply["error_type"], reply["retry_after"]) == ("Overloaded", 1.0)
     assert "shutting down" not in reply["error"]
@@ -289,7 +289,7 @@ def test_clients_that_wait_for_the_rate_are_logged(new_daemon: NewDaemon) -> Non
         "workers = 2\nlimits = {max_requests_per_minute = 20, sample_interval = 0.1}"
     ).run()
     for _ in range(17):
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     until(lambda: lines(daemon, r"Request rate 17/min approaching limit 20/min"))
     with contextlib.ExitStack() as stack:
         for _ in range(9):
@@ -316,10 +316,10 @@ def test_full_and_many_connections_are_logged_in_the_documents_words(
     daemon = new_daemon("workers = 2\nlimits = {max_connections = 10, sample_interval = 0.1}").run()
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(Framed(daemon.path)).call("test", "ping")
+            stack.enter_context(Framed(daemon.path)).call("test", "echo", True)
         until(lambda: lines(daemon, r"\[INFO\] Elevated connection count: 3 active connections\."))
         for _ in range(7):
-            stack.enter_context(Framed(daemon.path)).call("test", "ping")
+            stack.enter_context(Framed(daemon.path)).call("test", "echo", True)
         until(
             lambda: lines(
                 daemon,
@@ -348,20 +348,20 @@ def test_a_client_without_room_for_its_request_is_rejected_at_once(new_daemon: N
         one_shot_call(daemon, "span", [30, str(event)]) as running,
     ):
         until(event.exists)
-        reply = kept.call("test", "ping", request_id="r7")
+        reply = kept.call("test", "echo", request_id="r7")
         assert reply is not None
         # The kept connection was not admitted either, for the same reason.
         assert (reply["success"], reply["error_type"]) == (False, "Overloaded")
         assert (reply["request_id"], reply["retry_after"]) == ("r7", 0.1)
         assert waiting(daemon, running, 0)
-        refused = one_shot(daemon.path, "test", "ping", request_id="r8")
+        refused = one_shot(daemon.path, "test", "echo", request_id="r8")
         assert (refused["error_type"], refused["request_id"]) == ("Overloaded", "r8")
         assert "limits.max_concurrent_requests" in refused["error"]
         with Framed(daemon.path) as late:
-            reply = late.call("test", "ping", request_id="r9")
+            reply = late.call("test", "echo", request_id="r9")
             assert reply is not None
             assert (reply["error_type"], reply["request_id"]) == ("Overloaded", "r9")
-            assert late.receive() is None
+            assert late.call("test", "ping") is not None
         daemon.stop(signal.SIGQUIT)
 
 
@@ -369,11 +369,11 @@ def test_a_kept_connection_goes_on_after_a_rejection(new_daemon: NewDaemon) -> N
     daemon = new_daemon(REJECTING + "limits.max_concurrent_requests = 1").run()
     event = daemon.folder / "runs"
     with Framed(daemon.path) as kept:
-        assert kept.call("test", "ping")
+        assert kept.call("test", "echo", True)
         with one_shot_call(daemon, "span", [1.0, str(event)]) as running:
             until(event.exists)
-            kept.send("test", "ping", request_id="r1")
-            kept.send("test", "ping", request_id="r2")
+            kept.send("test", "echo", request_id="r1")
+            kept.send("test", "echo", request_id="r2")
             for name in ("r1", "r2"):
                 reply = kept.receive()
                 assert reply is not None
@@ -386,8 +386,8 @@ def test_a_kept_connection_goes_on_after_a_rejection(new_daemon: NewDaemon) -> N
 def test_the_rate_says_when_to_come_again(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(REJECTING + "limits.max_requests_per_minute = 3").run()
     for _ in range(3):
-        daemon.call("test", "ping")
-    reply = one_shot(daemon.path, "test", "ping")
+        daemon.call("test", "echo", True)
+    reply = one_shot(daemon.path, "test", "echo")
     assert reply["error_type"] == "Overloaded"
     assert 30 < reply["retry_after"] <= 60
 
@@ -399,7 +399,7 @@ def test_more_clients_than_connections_are_turned_away_and_counted(new_daemon: N
         for client in kept:
             assert succeeds(client)
         with ThreadPoolExecutor(20) as pool:
-            replies = list(pool.map(lambda _: one_shot(daemon.path, "test", "ping"), range(100)))
+            replies = list(pool.map(lambda _: one_shot(daemon.path, "test", "echo"), range(100)))
         assert {reply["error_type"] for reply in replies} == {"Overloaded"}
         reply = kept[0].call("system", "stats")
         assert reply is not None
@@ -409,7 +409,7 @@ def test_more_clients_than_connections_are_turned_away_and_counted(new_daemon: N
         reply = kept[0].call("system", "metrics")
         assert reply is not None
         assert reply["result"]["gate"]["overloaded"]["connections"] == 100
-    until(lambda: one_shot(daemon.path, "test", "ping")["success"])
+    until(lambda: one_shot(daemon.path, "test", "echo")["success"])
 
 
 def test_one_worker_whose_connections_are_all_taken_turns_away_too(new_daemon: NewDaemon) -> None:
@@ -418,7 +418,7 @@ def test_one_worker_whose_connections_are_all_taken_turns_away_too(new_daemon: N
         assert succeeds(first)
         assert succeeds(second)
         for _ in range(5):
-            assert one_shot(daemon.path, "test", "ping")["error_type"] == "Overloaded"
+            assert one_shot(daemon.path, "test", "echo")["error_type"] == "Overloaded"
 
 
 def test_a_client_that_never_has_more_connections_than_allowed_is_never_turned_away(
@@ -428,7 +428,7 @@ def test_a_client_that_never_has_more_connections_than_allowed_is_never_turned_a
         REJECTING + "limits.max_connections = 1\nlimits.max_requests_per_minute = 0"
     ).run()
     for _ in range(500):
-        assert one_shot(daemon.path, "test", "ping")["success"]
+        assert one_shot(daemon.path, "test", "echo")["success"]
 
 
 def test_a_client_that_is_slow_to_speak_does_not_keep_others_from_being_turned_away(
@@ -436,10 +436,10 @@ def test_a_client_that_is_slow_to_speak_does_not_keep_others_from_being_turned_a
 ) -> None:
     daemon = new_daemon(REJECTING + "limits.max_connections = 1").run()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Framed(daemon.path)).call("test", "ping")
+        stack.enter_context(Framed(daemon.path)).call("test", "echo", True)
         for _ in range(20):
             stack.enter_context(connect(daemon.path))
-        assert one_shot(daemon.path, "test", "ping")["error_type"] == "Overloaded"
+        assert one_shot(daemon.path, "test", "echo")["error_type"] == "Overloaded"
         large = {"module": "probe", "function": "echo", "params": {"x": "y" * 5_000_000}}
         with connect(daemon.path) as client:
             # It sends on after the answer, and must find it all the same.
@@ -468,9 +468,9 @@ def test_connections_that_say_nothing_are_closed_after_stale_timeout(
         assert silent.recv(1) == b""
     # A kept connection may rest between two requests for idle_timeout.
     with Framed(daemon.path) as kept:
-        assert kept.call("test", "ping")
+        assert kept.call("test", "echo", True)
         time.sleep(1.0)
-        assert kept.call("test", "ping")
+        assert kept.call("test", "echo", True)
 
 
 def test_cleanup_closes_stale_connections_of_all_workers_at_once(new_daemon: NewDaemon) -> None:
@@ -478,7 +478,7 @@ def test_cleanup_closes_stale_connections_of_all_workers_at_once(new_daemon: New
     with contextlib.ExitStack() as stack:
         resting = [stack.enter_context(Framed(daemon.path)) for _ in range(8)]
         for client in resting:
-            assert client.call("test", "ping")
+            assert client.call("test", "echo", True)
 
         def all_stale() -> bool:
             report = daemon.call("system", "connections")
@@ -558,7 +558,7 @@ def test_a_daemon_that_was_stopped_for_a_while_draws_no_wrong_conclusions(
     time.sleep(3)
     for pid in tree:
         psutil.Process(pid).resume()
-    assert daemon.call("test", "ping")
+    assert daemon.call("test", "echo", True)
     until(lambda: daemon.call("system", "health")["overall_status"] == "healthy")
     assert not lines(daemon, "VIOLATION|retired|died")
     assert sorted(daemon.workers()) == sorted(tree[1:])
@@ -575,7 +575,7 @@ def test_status_says_that_the_gate_is_closed_and_why(new_daemon: NewDaemon) -> N
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(one_shot_call(daemon, "worker_pid", []))
-        found = until(lambda: (s := daemon.status())["gate"]["waiting_clients"] == 3 and s)
+        found = until(lambda: (s := daemon.status())["gate"]["waiting_requests"] == 3 and s)
         assert "  3 clients wait for room\n" in daemon.command("status").stdout
         (violation,) = found["resource_status"]["violations"]
         assert re.fullmatch(r"Memory usage \d+\.\dMB exceeds limit 100MB", violation)

@@ -108,7 +108,7 @@ def test_it_shows_the_load_the_workers_the_functions_and_the_errors(
     daemon: Daemon, top: Top
 ) -> None:
     for _ in range(3):
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     assert not one_shot(daemon.path, "probe", "fail", ["on purpose"])["success"]
     terminal = top(daemon)
     terminal.shows(rf"^cpanbridged \S+  running  pid {daemon.pid}  generation 1  up 0h ")
@@ -120,7 +120,7 @@ def test_it_shows_the_load_the_workers_the_functions_and_the_errors(
     terminal.shows(r"^\d+\.\d calls/s, 0\.0 failed/s  p50 \S+ m?s  p95 .* total 4")
     for pid in daemon.workers():
         terminal.shows(rf"^ +[01] +{pid} +1 +\d+\.\dMB +0 +0 +0 +\d+ +\S+  serves")
-    terminal.shows(r"^test\.ping +3 +\S+ +\S+ +\S+ +0\s")
+    terminal.shows(r"^test\.echo +3 +\S+ +\S+ +\S+ +0\s")
     terminal.shows(r"^probe\.fail +1 +\S+ +\S+ +\S+ +1\s")
     terminal.shows(r"^\d\d:\d\d:\d\d  probe\.fail  on purpose")
 
@@ -167,13 +167,13 @@ def test_it_is_redrawn_when_the_terminal_is_resized(shared_daemon: Daemon, top: 
 def test_the_keys_t_and_c_order_the_functions(daemon: Daemon, top: Top) -> None:
     daemon.call("probe", "nap", [0.3])
     for _ in range(5):
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     terminal = top(daemon, "--interval", "3600")
-    terminal.shows(r"^probe\.nap [^^]*\ntest\.ping")
+    terminal.shows(r"^probe\.nap [^^]*\ntest\.echo")
     terminal.type(b"c")
-    terminal.shows(r"^test\.ping [^^]*\nprobe\.nap")
+    terminal.shows(r"^test\.echo [^^]*\nprobe\.nap")
     terminal.type(b"t")
-    terminal.shows(r"^probe\.nap [^^]*\ntest\.ping")
+    terminal.shows(r"^probe\.nap [^^]*\ntest\.echo")
 
 
 def test_throughput_is_that_since_the_last_sample(shared_daemon: Daemon, top: Top) -> None:
@@ -182,7 +182,7 @@ def test_throughput_is_that_since_the_last_sample(shared_daemon: Daemon, top: To
     terminal.shows(r"^0\.0 calls/s")
 
     def called() -> re.Match[str] | None:
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
         return re.search(r"^[1-9]\d*\.\d calls/s", terminal.screen(), re.MULTILINE)
 
     until(called)
@@ -272,14 +272,14 @@ def test_it_shows_a_daemon_whose_workers_are_all_stopped(shared_daemon: Daemon, 
 
 def test_once_prints_one_screen_and_needs_no_terminal(daemon: Daemon) -> None:
     for _ in range(3):
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     for number in range(12):
         one_shot(daemon.path, "probe", "fail", [str(number)])
     done = daemon.command("top", "--once", "--interval", "0.1")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert "\ngate open for " in done.stdout
-    assert "\ntest.ping " in done.stdout
+    assert "\ntest.echo " in done.stdout
     assert len(re.findall(r"^\d\d:\d\d:\d\d  probe\.fail ", done.stdout, re.MULTILINE)) == 12
 
 

@@ -56,7 +56,7 @@ def test_the_small_host_retires_a_worker_that_leaks(new_daemon: NewDaemon) -> No
     daemon = new_daemon("workers = 2\nlimits.memory_grace = 1", **SMALL).run()
     pid = daemon.call("probe", "hoard", [250])
     until(lambda: pid not in daemon.workers(), what="the retirement")
-    assert daemon.call("test", "ping")
+    assert daemon.call("test", "echo", True)
     assert "RESOURCE VIOLATION: ['Memory usage" in daemon.log()
 
 
@@ -65,9 +65,9 @@ def test_on_the_test_host_the_eleventh_call_waits_and_the_log_says_so(
 ) -> None:
     daemon = new_daemon("workers = 2", **TEST).run()
     for _ in range(10):
-        daemon.call("test", "ping")
+        daemon.call("test", "echo", True)
     with connect(daemon.path) as client:
-        client.sendall(b'{"module": "test", "function": "ping"}')
+        client.sendall(b'{"module": "test", "function": "echo"}')
         began = time.monotonic()
         until(lambda: daemon.log().count("VIOLATION: ['Request rate 11/min") == 3, 30)
         assert time.monotonic() - began > 5
@@ -79,7 +79,7 @@ def test_on_the_test_host_the_eleventh_call_is_rejected_with_a_time_to_retry(
 ) -> None:
     daemon = new_daemon("workers = 2", CPAN_BRIDGE_OVERLOAD="reject", **TEST).run()
     for _ in range(10):
-        daemon.call("test", "ping")
-    reply = one_shot(daemon.path, "test", "ping")
+        daemon.call("test", "echo", True)
+    reply = one_shot(daemon.path, "test", "echo")
     assert reply["error_type"] == "Overloaded"
     assert 0 < reply["retry_after"] <= 60

@@ -1,13 +1,15 @@
 """Accepting clients: what the leading thread of a worker does.
 
-A client is accepted only while the gate has room for its connection and a request: room is taken
-under the gate's lock, and the client accepted into it. Most clients have sent their request by
-then, so it is read at once, and the thread knows what it has before another thread is woken.
-Clients that have room already (`ready_clients.py`) are served in turn with those that wait in the
-listen queue.
+A client is accepted only while the gate has room for its connection: room is taken under the
+gate's lock, and the client accepted into it. Most clients have sent their request by then, so it is
+read at once, and the thread knows what it has before another thread is woken. Clients that have
+room already (`ready_clients.py`) are served in turn with those that wait in the listen queue.
 
-With `overload = "reject"` a client is accepted in any case, and handed to the rejecter when there
-is no room for it.
+A worker that runs as many requests as it may leaves clients to the others, but accepts those that
+none has accepted for a while: one of them may only want to know whether the daemon lives.
+
+With `overload = "reject"` a client is accepted in any case, and handed to the rejecter when all
+connections are taken.
 """
 
 import logging
@@ -18,8 +20,7 @@ from enum import Enum
 from socket import SocketType
 from typing import Generic, TypeVar
 
-from cpanbridge.supervisor.gate import Gate, Obstacle
-from cpanbridge.supervisor.memory.fields import WAITS_FOR_CONNECTION
+from cpanbridge.supervisor.gate import LOST_WAKEUP_SECONDS, Gate
 from cpanbridge.supervisor.system.exhaustion import is_exhausted
 from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.listen_queue import ListenQueue
@@ -36,6 +37,7 @@ MOST_IN_A_ROW = 8  # clients from one side, before the other side is tried
 SOME_ON_THEIR_WAY = 2
 HOLD_SECONDS = 0.001
 EXHAUSTED_SECONDS = 0.1
+CROWDED_SECONDS = 0.1  # between two looks at what other workers have not accepted
 COMPLAIN_SECONDS = 60.0
 # How often to try for a connection's room before the first client is rejected: a client that has
 # read its reply may connect again before the worker that replied has given the room back.
@@ -51,6 +53,8 @@ class _Outcome(Enum):
     NONE_WAITS = "none waits"
     AGAIN = "something else has to be done first, or the last one was rejected"
     HELD_BACK = "the last ones are on their way to other workers"
+    FULL = "all connections are taken"
+    CROWDED = "this worker has no thread for its request; another one may have"
     EXHAUSTED = "one waits, and there is no descriptor, memory or place for it"
 
 
@@ -85,6 +89,7 @@ class Acceptor(Generic[C]):
         self._outcome = _Outcome.AGAIN
         self._claimed = -1  # how many clients had been claimed when accepting was last held back
         self._rejects = False  # since there was room last
+        self._left_until = 0.0  # clients are left to others, CLOCK_MONOTONIC seconds
         self._complained = -COMPLAIN_SECONDS
         self._is_told_to_shut = self._is_closed = False
         self.is_shut = False  # no thread is about to accept a client
@@ -117,14 +122,21 @@ class Acceptor(Generic[C]):
         if self._is_told_to_shut:
             self.is_shut = True
             ready.wait()
-        elif self._outcome is _Outcome.NONE_WAITS:
+        elif self._outcome is _Outcome.NONE_WAITS and not self._gate.has_no_thread:
             exclusive = not self._may_be_held_up()
-            self._accepts_first = self._listen_queue.wait(exclusive=exclusive)
+            seconds = ready.seconds()
+            self._accepts_first = self._listen_queue.wait(seconds, exclusive=exclusive)
         elif self._outcome is _Outcome.HELD_BACK:
             ready.wait(HOLD_SECONDS)
-        else:
+        elif self._outcome is _Outcome.FULL:
+            ready.wait(LOST_WAKEUP_SECONDS)
+        elif self._outcome is _Outcome.EXHAUSTED:
             self._listen_queue.leave_to_others()
             ready.wait(EXHAUSTED_SECONDS)
+        else:
+            if self._listen_queue.woken:
+                self.leave_to_others()
+            ready.wait(CROWDED_SECONDS)
 
     def _next_ready(self) -> Arrival[C] | None:
         try:
@@ -140,11 +152,15 @@ class Acceptor(Generic[C]):
         self._outcome = _Outcome.AGAIN
         self._ready.was_woken = False
         if self._is_told_to_shut:
+            self._gate.stop_waiting_for_connection()
             self.is_shut = True
             self._outcome = _Outcome.NONE_WAITS
             return None
         if self._holds_back():
             self._outcome = _Outcome.HELD_BACK
+            return None
+        if self._leaves_to_others():
+            self._outcome = _Outcome.CROWDED
             return None
         descriptor = self._accept_or_reject() if self._rejecter else self._accept_when_room()
         if descriptor is None:
@@ -156,7 +172,7 @@ class Acceptor(Generic[C]):
             return Arrival(descriptor, number, None, None)
         except OSError:
             return Arrival(descriptor, number, b"", None)  # it has left already
-        return Arrival(descriptor, number, data, self._prepare(data, None))
+        return Arrival(descriptor, number, data, self._prepare(data, None, 0))
 
     def _holds_back(self) -> bool:
         """Whether to wait a moment for the owners of the clients that are on their way.
@@ -169,14 +185,21 @@ class Acceptor(Generic[C]):
         self._claimed = handoffs.claimed
         return True
 
+    def _leaves_to_others(self) -> bool:
+        """Whether clients are left to other workers, because this one has no thread for them."""
+        if not self._gate.has_no_thread:
+            self._left_until = 0.0
+            return False
+        now = time.monotonic()
+        if not self._left_until:
+            self._left_until = now + CROWDED_SECONDS
+        return now < self._left_until
+
     def _accept_when_room(self) -> int | None:
-        gate = self._gate
-        if gate.attempt(gate.take_connection, connection=True) is not True:
+        if not self._gate.take_connection():
             self._handoffs.settle()  # clients that others have claimed may be what takes the room
-            if self._ready.pending:
-                return None
-            stop = self._ready.epoll.fileno()
-            if gate.wait_and_take(gate.take_connection, stop, connection=True) is None:
+            if not self._gate.take_connection(wait=True):
+                self._outcome = _Outcome.FULL
                 return None
         return self._accept_into_room()
 
@@ -193,32 +216,24 @@ class Acceptor(Generic[C]):
     def _accept_or_reject(self) -> int | None:
         assert self._rejecter is not None
         if not self._rejecter.can_take():
-            if self._gate.attempt(self._gate.take_connection, connection=True) is True:
-                return self._accept_into_room()
-            self._outcome = _Outcome.EXHAUSTED
-            return None
+            return self._accept_when_room()
         descriptor = self._accept_one()
-        if descriptor is None:
-            return None
-        obstacle = self._lasting_obstacle()
-        if obstacle is None:
+        if descriptor is None or self._takes_room_soon():
             return descriptor
-        client = SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
-        self._rejecter.take(client, obstacle)
+        self._rejecter.take(SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor))
         return None
 
-    def _lasting_obstacle(self) -> Obstacle | None:
-        """What keeps a client out for more than a moment; None: its room is taken."""
-        tries_left = 1 if self._rejects else TRIES_BEFORE_REJECTING
-        while True:
-            outcome = self._gate.attempt(self._gate.take_connection, connection=True)
-            self._rejects = isinstance(outcome, Obstacle)
-            if not isinstance(outcome, Obstacle):
-                return None
-            tries_left -= 1
-            if not tries_left or outcome.waits_for != WAITS_FOR_CONNECTION:
-                return outcome
+    def _takes_room_soon(self) -> bool:
+        """Take room for a client; False when there is none for more than a moment."""
+        tries = 1 if self._rejects else TRIES_BEFORE_REJECTING
+        while not self._gate.take_connection():
+            tries -= 1
+            if not tries:
+                self._rejects = True
+                return False
             time.sleep(TRY_SECONDS)
+        self._rejects = False
+        return True
 
     def _accept_one(self) -> int | None:
         """A waiting client's descriptor."""
@@ -226,6 +241,7 @@ class Acceptor(Generic[C]):
             descriptor = self._listen_queue.accept()
             if descriptor is None:
                 self._outcome = _Outcome.NONE_WAITS
+                self._left_until = 0.0
             return descriptor
         except OSError as error:
             if not is_exhausted(error):
@@ -254,10 +270,11 @@ class Acceptor(Generic[C]):
         """A ready client is there of whom no descriptor tells. Called in the main thread."""
         self._ready.wake()
 
-    def no_thread_left(self) -> None:
-        """All threads serve, so none accepts: wake the others if only this worker was woken.
+    def leave_to_others(self) -> None:
+        """This worker does not accept for now: wake the others if only this one was woken.
 
-        Called in the thread that begins to serve, or in the main thread.
+        Called in the leading thread; in the thread that begins to serve, or the main thread, when
+        no thread leads.
         """
         self._listen_queue.will_not_accept()
         if self._listen_queue.woken:
@@ -281,7 +298,7 @@ class Acceptor(Generic[C]):
         the main thread, when no thread leads any more.
         """
         while time.monotonic() < until:
-            if self._gate.take_any_connection():
+            if self._gate.take_connection():
                 descriptor = self._accept_into_room()
                 if descriptor is None:
                     return None

@@ -20,6 +20,7 @@ Called by the threads that serve clients.
 
 import random
 import threading
+import time
 
 from cpanbridge.supervisor.memory.fields import Slot
 from cpanbridge.supervisor.memory.layout import Shared
@@ -35,13 +36,11 @@ _MORE = 2
 class Balancer:
     """One worker's part in it. Times are CLOCK_MONOTONIC seconds."""
 
-    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing, threads: int) -> None:
-        """`threads` is how many a worker has; 0: as many as its calls need."""
+    def __init__(self, shared: Shared, slot: int, outgoing: Outgoing) -> None:
         self._shared = shared
         self._number = slot
         self._slot = shared.slots[slot]
         self._outgoing = outgoing
-        self._threads = threads
         # Not the modules' generator: a module that calls random.seed must get what that promises.
         self._random = random.Random(slot)
         self._lock = threading.Lock()
@@ -67,11 +66,25 @@ class Balancer:
         fewer = [owner for has, owner in others if has <= kept - _MORE]
         return self._random.choice(fewer) if fewer else None
 
-    def _takes(self, slot: Slot) -> bool:
+    def worker_with_a_thread(self, *, many: bool) -> Owner | None:
+        """The worker that a request is to be handed to which waits here, if there is one.
+
+        Without `many` one at a time is on its way.
+        """
+        if time.monotonic() < self.next_check or (self._outgoing.count and not many):
+            return None
+        free = [
+            (slot.running + slot.queued, number)
+            for number, slot in enumerate(self._shared.used_slots)
+            if number != self._number and self._takes(slot, any_generation=True)
+        ]
+        return self._shared.owner(min(free)[1]) if free else None
+
+    def _takes(self, slot: Slot, *, any_generation: bool = False) -> bool:
         """Whether a worker has the same modules, being of this generation, and a thread left."""
-        if self._threads and slot.running >= self._threads:
+        if slot.threads and slot.running >= slot.threads:
             return False
-        return slot.is_staying and bool(slot.generation == self._slot.generation)
+        return slot.is_staying and (any_generation or slot.generation == self._slot.generation)
 
     def was_not_taken(self, now: float) -> None:
         """A connection was returned."""

@@ -80,15 +80,15 @@ class ListenQueue:
             each.close()
         self._listeners = list(self._known)
 
-    def wait(self, *, exclusive: bool) -> bool:
-        """Wait for a client, or until `internal` is readable; whether to accept first.
+    def wait(self, seconds: float | None, *, exclusive: bool) -> bool:
+        """Wait for a client, for `internal`, or so many seconds; whether to accept first.
 
         With `exclusive` the kernel may wake another worker for a client instead of this one.
         """
-        events = (self._exclusive if exclusive else self._always).poll()
+        events = (self._exclusive if exclusive else self._always).poll(seconds)
         internal = any(descriptor == self._internal.fileno() for descriptor, _ in events)
         self.woken = self.woken or len(events) > internal
-        if exclusive and not internal and self._is_not_needed():
+        if exclusive and events and not internal and self._is_not_needed():
             self._internal.poll(AWAY_SECONDS)
             return False
         return self.woken

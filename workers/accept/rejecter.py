@@ -1,9 +1,9 @@
 """Rejecting clients with an answer, with `overload = "reject"`.
 
-A client that finds no room is accepted all the same, only to be told `Overloaded` in the form that
-it speaks, and closed. The gate does not count it as a connection: it never has a request, its time
-is short, and a worker has `MOST_REJECTED` of them at most. Further ones wait in the listen queue;
-while there are any, a client that sends nothing is closed sooner.
+A client that finds all connections taken is accepted all the same, only to be told `Overloaded` in
+the form that it speaks, and closed. The gate does not count it as a connection: it never has a
+request, its time is short, and a worker has `MOST_REJECTED` of them at most. Further ones wait in
+the listen queue; while there are any, a client that sends nothing is closed sooner.
 
 One thread serves all of them and never waits for one.
 """
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from socket import SocketType
 
-from cpanbridge.supervisor.gate import MOST_REJECTED, Obstacle
+from cpanbridge.supervisor.gate import MOST_REJECTED
 from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.own_threads import OwnThread
 from cpanbridge.workers.protocol.framing import NO_MORE_REQUESTS, is_framed, to_frame, whole_frame
@@ -33,17 +33,16 @@ READ_SIZE = 65536
 
 LOGGER = logging.getLogger("cpanbridge.worker")
 
-Answer = Callable[[Obstacle, str | None], bytes]
+Answer = Callable[[str | None], bytes]
 
 
 class _RejectedClient:
     """A client that is to be answered and closed."""
 
-    def __init__(self, client: SocketType, obstacle: Obstacle) -> None:
+    def __init__(self, client: SocketType) -> None:
         client.setblocking(False)
         self.socket = client
         self._since = time.monotonic()
-        self._obstacle = obstacle
         self._answered = False
 
     def until(self, crowded: bool) -> float:
@@ -75,13 +74,13 @@ class _RejectedClient:
 
     def _reply(self, data: bytes, answer: Answer) -> bytes:
         if not is_framed(data):
-            return to_ascii(answer(self._obstacle, request_id_in(data)))
-        reply = answer(self._obstacle, request_id_in(whole_frame(data) or b""))
+            return to_ascii(answer(request_id_in(data)))
+        reply = answer(request_id_in(whole_frame(data) or b""))
         return to_frame(reply) + NO_MORE_REQUESTS
 
 
 class Rejecter:
-    """Takes clients from the leading thread. `answer` makes the reply."""
+    """Takes clients from the leading thread. `answer` makes the reply to a request's id."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -109,11 +108,11 @@ class Rejecter:
     def _is_crowded(self) -> bool:
         return self._rejected >= MOST_REJECTED
 
-    def take(self, client: SocketType, obstacle: Obstacle) -> None:
+    def take(self, client: SocketType) -> None:
         """Answer a client and close it. `can_take` was true."""
         with self._lock:
             self._rejected += 1
-        self._arrivals.put(_RejectedClient(client, obstacle))
+        self._arrivals.put(_RejectedClient(client))
         os.eventfd_write(self._wake, 1)
 
     def wait_until_empty(self, seconds: float) -> None:

@@ -51,6 +51,8 @@ class ClientSocket(msgspec.Struct, eq=False):
     # Read by `ConnectionDrainer`, in the main thread, for the stale and idle timeouts.
     quiet_since: int = 0  # CLOCK_MONOTONIC nanoseconds; 0: the daemon does not wait for the client
     idle: bool = False  # between two requests; no thread serves it
+    # Read there when the worker drains: its request waits for room, and may be handed over.
+    waits: bool = False
 
     in_keep_alive: bool = False  # it was idle before, so `KeepAlive` may watch it; written there
     released: bool = False  # `CallTimeouts` has given its connection's room back, under its lock

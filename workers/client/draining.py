@@ -83,10 +83,10 @@ class ConnectionDrainer:
     def paused(self, client: ClientSocket) -> Iterator[bool]:
         """Hold the lock, so that no input is ended while a client is prepared for a hand-off.
 
-        Yields whether that may be: its input has not ended, and the worker does not drain.
+        Yields whether that may be: its input has not ended.
         """
         with self._lock:
-            yield not (self.exiting or client.input_ended)
+            yield not client.input_ended
 
     def stays(self, client: ClientSocket) -> bool:
         """Whether a connection goes on in a worker that drains."""
@@ -102,7 +102,7 @@ class ConnectionDrainer:
         with self._lock:
             self.exiting = True
             for client in self._framed | self._one_shot:
-                if client.transfer is None and not self.stays(client):
+                if client.transfer is None and not client.waits and not self.stays(client):
                     client.end_input()
         os.eventfd_write(self.drains, 1)  # last: a thread that it wakes must find why
 

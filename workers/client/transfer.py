@@ -22,6 +22,7 @@ class MovingClient(NamedTuple):
     accepted_at: int  # when it was accepted, CLOCK_MONOTONIC nanoseconds
     requests: int  # that it has made so far
     arrived: float  # when the request in `data` did, CLOCK_MONOTONIC seconds
+    ticket: int  # with which it has waited at the gate; 0: it has not
     input_may_have_ended: bool  # a worker that had it may have shut down the receiving side
 
 

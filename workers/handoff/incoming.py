@@ -6,11 +6,12 @@ import os
 from collections import deque
 from collections.abc import Sequence
 
-from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim
 from cpanbridge.supervisor.memory.handoff_sockets import MOST_DESCRIPTORS
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.workers.client.spare_descriptors import spare
 from cpanbridge.workers.client.transfer import MovingClient
 from cpanbridge.workers.handoff.message import (

@@ -33,8 +33,8 @@ from cpanbridge.workers.client.transfer import MovingClient
 # A message must be smaller than the least buffer that a system gives a socket.
 MOST_INLINE = 16384
 # The receiver's incarnation, the sender's slot and claim, when the client was accepted, its
-# requests so far, when this one arrived, and the flags below.
-HEADER = struct.Struct("=qqqqqqdB")
+# requests so far, when this one arrived, its ticket, and the flags below.
+HEADER = struct.Struct("=qqqqqqdqB")
 IN_MEMORY = 1  # what was read is in a memfd
 INPUT_ENDED = 2  # perhaps: see MovingClient
 _RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -49,7 +49,7 @@ class RawMessage(NamedTuple):
     incarnation: int  # of the worker that it is meant for
     sender: int  # its slot
     claim: Claim
-    history: tuple[int, int, float]  # see HEADER
+    history: tuple[int, int, float, int]  # see HEADER
     flags: int
     data: bytes  # what was read of the client, if it is not in a memfd
 
@@ -80,7 +80,7 @@ def receive(queue: socket.socket) -> RawMessage | None:
     except BlockingIOError:
         return None
     descriptors = descriptors_in(ancillary)
-    incarnation, sender, position, number, accepted_at, requests, arrived, flags = (
+    incarnation, sender, position, number, accepted_at, requests, arrived, ticket, flags = (
         HEADER.unpack_from(data)
     )
     expected = 2 if flags & IN_MEMORY else 1
@@ -90,7 +90,7 @@ def receive(queue: socket.socket) -> RawMessage | None:
         incarnation=incarnation,
         sender=sender,
         claim=Claim(position, number),
-        history=(accepted_at, requests, arrived),
+        history=(accepted_at, requests, arrived, ticket),
         flags=flags,
         data=data[HEADER.size :],
     )

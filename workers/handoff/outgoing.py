@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from cpanbridge.supervisor.gate import Wakeups, wake
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.handoff_claims import Claim, ClaimIssuer
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups, wake
 from cpanbridge.supervisor.system.exhaustion import is_exhausted
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.transfer import ReturnReason, Transfer
@@ -138,12 +138,13 @@ class Outgoing:
         return not self._shared.is_there(transfer.receiver)
 
     def _send(self, client: ClientSocket, transfer: Transfer, claim: Claim) -> None:
-        _, data, accepted_at, requests, arrived, input_may_have_ended = transfer.moving
+        _, data, accepted_at, requests, arrived, ticket, input_may_have_ended = transfer.moving
         owner = transfer.receiver
         is_large = len(data) > MOST_INLINE
         flags = (IN_MEMORY if is_large else 0) | (INPUT_ENDED if input_may_have_ended else 0)
         head = HEADER.pack(
-            *(owner.incarnation, self._slot, *claim), *(accepted_at, requests, arrived, flags)
+            *(owner.incarnation, self._slot, *claim),
+            *(accepted_at, requests, arrived, ticket, flags),
         )
         queue = self._queue(owner.slot)
         if not is_large:

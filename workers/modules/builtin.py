@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.gate import Wakeups, wake_main_threads
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups, wake_main_threads
 from cpanbridge.supervisor.reports import connections, health, reports
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.workers.client.client_socket import ClientSocket
@@ -72,7 +72,7 @@ def built_in(
         "shutdown": _plain(shutdown, for_owner=True),
     }
     return {
-        "test": Exposed(test, None, takes_request=True),
+        "test": Exposed(test, None, takes_request=True, ping="ping"),
         "system": Exposed(system, None, takes_request=True),
     }
 

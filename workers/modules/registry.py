@@ -31,6 +31,7 @@ class Exposed(NamedTuple):
     request_timeout: float = 0.0  # seconds that a call may take; 0: any time
     affinity: Affinity = "none"
     lenient: bool = False  # its results may lose what JSON cannot carry
+    ping: str | None = None  # the function that asks whether the daemon lives
 
 
 class Target(msgspec.Struct, eq=False):
@@ -43,6 +44,7 @@ class Target(msgspec.Struct, eq=False):
     # worker that has the state of the module with this number.
     owned_as: int | None
     lenient: bool = False  # as in Exposed
+    is_ping: bool = False  # it only asks whether the daemon lives: no limit counts it
     number: int = -1  # its index in the daemon's table of names; -1: not called in this worker
     _slow_share: float = 0.5  # of its calls, an exponential moving average
 
@@ -82,7 +84,8 @@ class Registry:
             owned_as = _owned_as(name, module.affinity)
             rules = module.takes_request, module.request_timeout, owned_as, module.lenient
             self._targets[name] = {
-                called: Target(function, *rules) for called, function in module.functions.items()
+                called: Target(function, *rules, is_ping=module.ping == called)
+                for called, function in module.functions.items()
             }
 
     def find(self, request: Request) -> Target:

@@ -7,19 +7,28 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from cpanbridge.supervisor.config import Settings
-from cpanbridge.supervisor.gate import Gate, Obstacle
-from cpanbridge.supervisor.memory.connection_table import WAITING, ConnectionTableWriter
-from cpanbridge.supervisor.memory.fields import CONCURRENCY, CONNECTIONS, OVERLOAD, RATE
+from cpanbridge.supervisor.memory.connection_table import ConnectionTableWriter
+from cpanbridge.supervisor.memory.fields import (
+    ADMITTED,
+    CONCURRENCY,
+    CONNECTIONS,
+    OVERLOAD,
+    RATE,
+    REASON_OF,
+    THREADS,
+    WAITS_FOR_CONNECTION,
+    WAITS_FOR_THREAD,
+    WAITS_FOR_TURN,
+)
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.workers.accept.admission import Admission, MustWait
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
-from cpanbridge.workers.client.draining import Draining
 from cpanbridge.workers.modules import registry
 from cpanbridge.workers.modules.registry import Registry, Target
 from cpanbridge.workers.protocol import framing, replies, results
@@ -37,6 +46,7 @@ class Call(msgspec.Struct):
     request: Request
     target: Target
     arrived: float  # CLOCK_MONOTONIC seconds
+    ticket: int = 0  # with which it has waited at the gate; 0: it has not
 
 
 _TRY_AGAIN_SECONDS = 1.0
@@ -47,6 +57,13 @@ _OBSTACLES = {
     CONCURRENCY: "all requests that may run are running (limits.max_concurrent_requests)",
     RATE: "this minute's requests are used up (limits.max_requests_per_minute)",
 }
+_WAITED_FOR = {
+    OVERLOAD: "the daemon to use less memory or CPU (limits.max_memory_mb, limits.max_cpu_percent)",
+    CONCURRENCY: "limits.max_concurrent_requests",
+    RATE: "limits.max_requests_per_minute",
+    THREADS: "a thread of its worker (threads)",
+    None: "its turn",
+}
 
 
 @dataclass(eq=False)
@@ -54,31 +71,35 @@ class Calls:
     """Runs the requests of one worker's connections."""
 
     settings: Settings
-    worker: int
     shared: Shared
-    gate: Gate
+    admission: Admission[Call]
     registry: Registry
     timeouts: CallTimeouts
+    statistics: StatisticsWriter
 
     def __post_init__(self) -> None:
+        self.worker = self.timeouts.worker
         statistics = self.shared.statistics[self.worker]
         self.connection_table = ConnectionTableWriter(statistics.connection_table)
-        self._statistics = StatisticsWriter(self.shared, self.worker)
-        self._security_log = SecurityLog(self.worker, self._statistics)
+        self._security_log = SecurityLog(self.worker, self.statistics)
         self._pid = os.getpid()
 
-    def prepare(self, data: bytes, arrived: float | None) -> Call | None:
+    def prepare(self, data: bytes, arrived: float | None, ticket: int) -> Call | None:
         """The call in a client's first bytes, or in those of a framed client's next request.
 
-        `arrived` is when they did (CLOCK_MONOTONIC seconds), if another worker has read them. None
-        when the request is incomplete or cannot run: `resolve` decodes it again, to say why.
+        `arrived` is when they did (CLOCK_MONOTONIC seconds), if another worker has read them, and
+        `ticket` that with which the request has waited there. None when the request is incomplete
+        or cannot run: `resolve` decodes it again, to say why.
         """
         if not data:
             return None
         message = framing.whole_frame(data) if framing.is_framed(data) else data
         if message is None or len(message) > self.settings.limits.max_request_size:
             return None
-        return self._find_if_valid(message, arrived)
+        call = self._find_if_valid(message, arrived)
+        if call is not None:
+            call.ticket = ticket
+        return call
 
     def resolve(self, data: bytes) -> Call:
         """The call in a complete request's bytes. Raises Refusal that says what is wrong."""
@@ -95,35 +116,43 @@ class Calls:
     def _find(self, request: Request, arrived: float | None) -> Call:
         return Call(request, self.registry.find(request), arrived or time.monotonic())
 
-    def admit(
-        self, call: Call, client: ClientSocket, stop: int, step_aside: Callable[[], None]
-    ) -> None:
-        """Wait until a request may run, and count it as running.
+    def admit(self, call: Call, client: ClientSocket) -> None:
+        """Count a request as running, if it may run now.
 
-        `step_aside` is called before it waits. Raises, and the request is not run: Draining when
-        the descriptor `stop` is readable first; Refusal (RequestTimeout) when the request's own
-        timeout is over, or with `overload = "reject"` (Overloaded) when there is no room now;
-        ConnectionResetError when the client has disconnected.
+        Raises, and the request is not run or charged: MustWait when there is no room for it;
+        Refusal (RequestTimeout) when the request's own timeout is over, or with `overload =
+        "reject"` (Overloaded) when there is no room; ConnectionResetError when the client has
+        disconnected.
         """
         if syscalls.has_hung_up(client.descriptor):
             raise ConnectionResetError
-        gate = self.gate
-        outcome = gate.attempt(gate.admit, connection=False)
-        if outcome is True:
+        if call.request.timeout is not None and _time_left(call) <= 0:
+            raise self._too_late(call)
+        code = self.admission.admit(call.ticket)
+        if code == ADMITTED:
             return
-        if self.settings.overload == "reject" and isinstance(outcome, Obstacle):
-            raise _overloaded(outcome, call.request.request_id)
-        self.connection_table.is_doing(client.entry, WAITING)
-        step_aside()
-        if not gate.wait_and_take(gate.admit, stop, connection=False):
-            raise Draining
-        late = call.request.timeout is not None and _time_left(call) <= 0
-        if late or syscalls.has_hung_up(client.descriptor):
-            gate.release_request(succeeded=False)
-            if not late:
-                raise ConnectionResetError
-            message = "There was no room within the request's timeout; the call was not run"
-            raise Refusal("RequestTimeout", message, call.request.request_id)
+        waits = self.settings.overload == "wait" or code in (WAITS_FOR_THREAD, WAITS_FOR_TURN)
+        if waits or call.ticket:
+            raise MustWait(code)
+        raise self._overloaded(code, call.request.request_id)
+
+    def ping(self, call: Call, client: ClientSocket) -> bytes:
+        """The reply to `test.ping`, which asks for no more than whether the daemon lives."""
+        started = time.monotonic_ns()
+        self.statistics.pinged()
+        result, error = registry.call(call.target, call.request, client)
+        if error is not None:
+            return self._failure(call.request, error, str(error))
+        ended = time.monotonic_ns()
+        self.connection_table.ran(client.entry, ended)
+        return replies.encode_success(call.request, result, (ended - started) / 1e6, self.worker)
+
+    def _too_late(self, call: Call) -> Refusal:
+        """The refusal of a call whose own timeout was over before there was room for it."""
+        waited = time.monotonic() - call.arrived
+        reason = _WAITED_FOR[self.admission.reason if call.ticket else None]
+        message = f"The call was not run: it waited {waited:.1f} s for {reason}"
+        return Refusal("RequestTimeout", message, call.request.request_id)
 
     def run(self, call: Call, client: ClientSocket) -> bytes:
         """Run an admitted request and return the reply. Its room is given back in any case.
@@ -173,10 +202,10 @@ class Calls:
                 problem = "it took longer than its request_timeout"
             duration_ns = ended - started
             if problem is not None:
-                self._statistics.error(function, duration_ns, problem)
-            self._statistics.ran(function, problem is None, duration_ns, ended)
+                self.statistics.error(function, duration_ns, problem)
+            self.statistics.ran(function, problem is None, duration_ns, ended)
             if not answered:  # else CallTimeouts has given its room back
-                self.gate.release_request(problem is None)
+                self.admission.release(problem is None)
             self.connection_table.ran(client.entry, ended)
             target.took(duration_ns)
             if answered:
@@ -210,10 +239,10 @@ class Calls:
         self._security_log.record(refusal, client)
         return self._refused(refusal)
 
-    def reject(self, obstacle: Obstacle, request_id: str | None) -> bytes:
-        """The same for a client that is not accepted as a connection."""
-        self._statistics.rejected()
-        return self._refused(_overloaded(obstacle, request_id))
+    def reject(self, request_id: str | None) -> bytes:
+        """The same for a client that is not accepted, because all connections are taken."""
+        self.statistics.rejected()
+        return self._refused(self._overloaded(WAITS_FOR_CONNECTION, request_id))
 
     def not_run(self, *, daemon_ends: bool) -> bytes:
         """The same for a request that is not run because the daemon ends.
@@ -228,23 +257,22 @@ class Calls:
         refusal.retry_after = _TRY_AGAIN_SECONDS
         return self._refused(refusal)
 
+    def _overloaded(self, waits_for: int, request_id: str | None) -> Refusal:
+        """There is no room, and with `overload = "reject"` clients do not wait for it."""
+        reason = REASON_OF[waits_for]
+        retry_after = round(self.admission.retry_after(waits_for), 3)
+        message = (
+            f"No room: {_OBSTACLES[reason]}; the call was not run, try again in {retry_after:g} s"
+        )
+        refusal = Refusal("Overloaded", message, request_id)
+        refusal.reason, refusal.retry_after = reason, retry_after
+        return refusal
+
     def _refused(self, refusal: Refusal) -> bytes:
-        self._statistics.refused()
+        self.statistics.refused()
         if refusal.reason is not None:
-            self._statistics.overloaded(refusal.reason)
+            self.statistics.overloaded(refusal.reason)
         return replies.encode_failure(refusal)
-
-
-def _overloaded(obstacle: Obstacle, request_id: str | None) -> Refusal:
-    """There is no room, and with `overload = "reject"` clients do not wait for it."""
-    retry_after = round(obstacle.retry_after, 3)
-    message = (
-        f"No room: {_OBSTACLES[obstacle.reason]}; the call was not run, "
-        f"try again in {retry_after:g} s"
-    )
-    refusal = Refusal("Overloaded", message, request_id)
-    refusal.reason, refusal.retry_after = obstacle.reason, retry_after
-    return refusal
 
 
 def _time_left(call: Call) -> float:

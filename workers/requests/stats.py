@@ -62,6 +62,19 @@ class StatisticsWriter:
         with self._lock:
             self._slot.overloaded[REASONS.index(reason)] += 1
 
+    def pinged(self) -> None:
+        """Count a ping, which is no request."""
+        with self._lock:
+            self._slot.pings += 1
+
+    def waited(self, reason: str, duration_ns: int) -> None:
+        """Record that a request has waited for so long; for the reason see `fields.REASONS`."""
+        number = REASONS.index(reason)
+        with self._lock:
+            self._slot.waits[number] += 1
+            self._slot.waited_ns[number] += duration_ns
+            self._statistics.waits[number].add(duration_ns, True, time.monotonic_ns())
+
     def rejected(self) -> None:
         """Count a client that is answered Overloaded instead of being accepted."""
         with self._lock:

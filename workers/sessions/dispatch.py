@@ -47,7 +47,7 @@ class Dispatcher:
         requests = self._connection_table.requests(client.entry)
         return MovingClient(
             *(client.descriptor, data, client.accepted_at, requests),
-            *(call.arrived, input_may_have_ended),
+            *(call.arrived, call.ticket, input_may_have_ended),
         )
 
     def send(self, client: ClientSocket) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cpanbridge.supervisor.memory.owners import Owner
 from cpanbridge.workers.accept.balancing import TAKE_SECONDS, Balancer
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import ConnectionDrainer
@@ -28,6 +29,7 @@ class Placement:
     balancer: Balancer
     dispatcher: Dispatcher
     drainer: ConnectionDrainer
+    has_no_thread: Callable[[], bool]  # as many requests run here as may
 
     def enter(
         self, call: Call, client: ClientSocket, data: Callable[[], bytes], stop: int
@@ -41,7 +43,11 @@ class Placement:
             session = self.affinity.join(call, client, data, stop)
             run_in(session)
             return session
-        if client.framed:
+        if client.transfer is not None:
+            self._go_on_here(client)
+        elif call.ticket and (self.drainer.exiting or self.has_no_thread()):
+            self._pass_on(call, client, data())
+        elif client.framed:
             self._spread(call, client, data)
         return None
 
@@ -53,11 +59,6 @@ class Placement:
     def _spread(self, call: Call, client: ClientSocket, data: Callable[[], bytes]) -> None:
         """Hand a kept connection to a worker that has fewer. Raises HandedOver when it is."""
         balancer = self.balancer
-        if client.transfer is not None:
-            client.transfer = None
-            client.duplicated = True  # it may be in the queue still
-            balancer.was_not_taken(time.monotonic())
-            return
         if not client.in_keep_alive or call.arrived < balancer.next_check or self.drainer.exiting:
             return
         request = data()
@@ -66,8 +67,22 @@ class Placement:
         if self.sessions.is_live(client.process):
             return
         owner = balancer.worker_with_fewer(call.arrived, self.drainer.kept)
-        if owner is None:
-            return
+        if owner is not None:
+            self._send(call, client, request, owner)
+
+    def _pass_on(self, call: Call, client: ClientSocket, data: bytes) -> None:
+        """Hand a request that waits to a worker that may run it sooner. Raises HandedOver."""
+        owner = self.balancer.worker_with_a_thread(many=self.drainer.exiting)
+        if owner is not None:
+            self._send(call, client, data, owner)
+
+    def _go_on_here(self, client: ClientSocket) -> None:
+        """A client was returned."""
+        client.transfer = None
+        client.duplicated = True  # it may be in the queue still
+        self.balancer.was_not_taken(time.monotonic())
+
+    def _send(self, call: Call, client: ClientSocket, request: bytes, owner: Owner) -> None:
         with self.drainer.paused(client) as may_go:
             if not may_go:
                 return

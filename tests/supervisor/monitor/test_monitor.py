@@ -17,7 +17,7 @@ from conftest import close_wakeups
 from cpanbridge.supervisor import gate as gate_module
 from cpanbridge.supervisor.cgroup import Memory, Processors
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory import layout as shared_module
 from cpanbridge.supervisor.memory import rate_window as window_module
 from cpanbridge.supervisor.memory.fields import (
@@ -34,6 +34,7 @@ from cpanbridge.supervisor.memory.fields import (
 )
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.monitor import cgroup_memory
 from cpanbridge.supervisor.monitor import monitor as monitor_module
 from cpanbridge.supervisor.monitor.monitor import Monitor

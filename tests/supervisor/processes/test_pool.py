@@ -14,10 +14,10 @@ import pytest
 from conftest import close_wakeups
 
 from cpanbridge.supervisor.config import Limits, Settings
-from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.fields import COMMAND_RETIRE
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.processes.context import (
     Mains,
     TemplateContext,

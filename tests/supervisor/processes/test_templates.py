@@ -14,8 +14,8 @@ import pytest
 from conftest import close_wakeups
 
 from cpanbridge.supervisor.config import Limits, Module, Settings
-from cpanbridge.supervisor.gate import Wakeups
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.processes.context import (
     Imports,
     Mains,

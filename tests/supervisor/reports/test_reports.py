@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from cpanbridge.supervisor.config import Limits, Settings
-from cpanbridge.supervisor.gate import Gate, Wakeups, set_overload_state
+from cpanbridge.supervisor.gate import Gate, set_overload_state
 from cpanbridge.supervisor.memory.connection_table import IDLE, ConnectionTableWriter
-from cpanbridge.supervisor.memory.fields import GATE_CLOSED, WAITS_FOR_RATE
+from cpanbridge.supervisor.memory.fields import ADMITTED, GATE_CLOSED, WAITS_FOR_RATE
 from cpanbridge.supervisor.memory.function_stats import OTHERS
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.overload_state import MEGABYTE, SCALE, Kind
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.supervisor.reports import reports, totals
 from cpanbridge.supervisor.reports.connections import connections as system_connections
 from cpanbridge.supervisor.reports.reports import RECENT
@@ -51,13 +52,13 @@ class Works:
     def connect(self, worker: int) -> int:
         """A client is accepted; returns its entry in the connection table."""
         gate = self.gates[worker]
-        assert gate.attempt(gate.take_connection, connection=True) is True
+        assert gate.take_connection()
         return self.tables[worker].enter(gate.accepted(), time.monotonic_ns())
 
     def begin(self, worker: int, entry: int) -> None:
         """Its request begins to run."""
         gate = self.gates[worker]
-        assert gate.attempt(gate.admit, connection=False) is True
+        assert gate.admit() == ADMITTED
         self.tables[worker].runs(entry, 0, 0, None)
 
     def number_of(self, name: str) -> int:
@@ -274,6 +275,11 @@ METRICS = {
         "waiting_doors": int,
         "waiting_requests": int,
         "overloaded": dict.fromkeys(("verdict", "connections", "concurrency", "rate"), int),
+        "pings": int,
+        "waited": {
+            reason: {"count": int, "seconds": float, "p50": float, "p99": float}
+            for reason in ("verdict", "concurrency", "rate", "threads")
+        },
         "worker_deaths": int,
         "workers_retired_for_memory": int,
     },

@@ -18,11 +18,13 @@ from plain_client import until
 from running_out import no_descriptors
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Obstacle, Wakeups
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.listener_box import ListenerBox
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.workers.accept import listen_queue
 from cpanbridge.workers.accept.acceptor import MOST_IN_A_ROW, Acceptor
+from cpanbridge.workers.accept.admission import Admission
 from cpanbridge.workers.accept.listen_queue import TIMES_IN_A_ROW, ListenQueue
 from cpanbridge.workers.accept.listeners import Listeners
 from cpanbridge.workers.accept.ready_clients import ReadyClients
@@ -45,7 +47,11 @@ class Worker:
         self.gate = Gate(self.shared, 0, self.wakeups)
         self.outgoing = self.no_clients()
         self.ready: ReadyClients[None] = ReadyClients(
-            self.no_clients(), self.outgoing, self.keep_alive, lambda data, arrived: None
+            self.no_clients(),
+            self.outgoing,
+            self.keep_alive,
+            Admission(self.gate, self.wakeups[0].room, lambda *_: None, lambda: False),
+            lambda *_: None,
         )
         inherited = Listeners(listeners, ListenerBox(-1, -1), self.shared)
         self.queue = ListenQueue(inherited, self.ready.epoll, self.shared, 0, self.gate)
@@ -53,7 +59,7 @@ class Worker:
             self.queue,
             self.ready,
             self.gate,
-            lambda data, arrived: None,
+            lambda *_: None,
             lambda: self.may_be_held_up,
             rejecter,
         )
@@ -221,48 +227,24 @@ def test_a_worker_that_was_woken_and_whose_threads_all_serve_wakes_the_others(
     with theirs, contextlib.ExitStack() as stack:
         wait = worker.queue.wait
 
-        def both_come(*, exclusive: bool) -> bool:
+        def both_come(seconds: float | None, *, exclusive: bool) -> bool:
             stack.enter_context(connect(listener))
             if why == "no room":
-                assert worker.gate.take_any_connection()
+                assert worker.gate.take_connection()
             else:
                 worker.outgoing.on_their_way = 2
-            woken = wait(exclusive=exclusive)
+            woken = wait(seconds, exclusive=exclusive)
             theirs.send(b"x")
             return woken
 
         worker.queue.wait = both_come  # type: ignore[method-assign]
         assert worker.next_of_kind() == "kept"
         assert not worker.other_was_woken()
-        worker.acceptor.no_thread_left()
+        worker.acceptor.leave_to_others()
         assert worker.other_was_woken()
-        worker.acceptor.no_thread_left()
+        worker.acceptor.leave_to_others()
         assert not worker.other_was_woken()  # once for each time that it was woken
     client.close()
-
-
-def test_a_worker_that_is_asked_to_check_tries_to_accept_before_it_sleeps(
-    new_worker: NewWorker, listener: socket.socket
-) -> None:
-    """Asked while it waits at the gate; then there is room, and nothing wakes it again."""
-    worker = new_worker([listener], max_connections=1)
-    worker.queue._exclusive = select.epoll()  # the kernel wakes another worker
-    worker.queue._exclusive.register(worker.ready.epoll, select.EPOLLIN)
-    assert worker.gate.take_any_connection()
-    find = worker.ready.next
-
-    def room_comes(*_: object) -> Any:
-        found = find()
-        if worker.shared.connections():
-            worker.gate.release_connection()
-        return found
-
-    worker.ready.next = room_comes  # type: ignore[method-assign]
-    worker.lead()
-    until(lambda: worker.shared.counters.waiting.value == 1)
-    with connect(listener):
-        worker.acceptor.check_listen_queue()
-        until(lambda: worker.arrivals)
 
 
 def test_a_lone_client_is_left_to_the_worker_that_is_awake(
@@ -434,14 +416,14 @@ class Rejecter:
     """Keeps what it is given."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[Any, Obstacle]] = []
+        self.taken: list[Any] = []
         self.has_place = True
 
     def can_take(self) -> bool:
         return self.has_place
 
-    def take(self, client: Any, obstacle: Obstacle) -> None:
-        self.taken.append((client, obstacle))
+    def take(self, client: Any) -> None:
+        self.taken.append(client)
 
 
 def test_a_client_without_room_goes_to_the_rejecter_and_takes_none(
@@ -454,9 +436,8 @@ def test_a_client_without_room_goes_to_the_rejecter_and_takes_none(
         assert first is not None
         worker.lead()
         until(lambda: rejecter.taken)
-        ((client, obstacle),) = rejecter.taken
+        (client,) = rejecter.taken
         client.close()
-        assert obstacle.reason == "connections"
         assert worker.shared.connections() == 1
         os.close(first.descriptor)
         worker.gate.release_connection()
@@ -482,16 +463,16 @@ def test_a_client_that_connects_just_before_room_is_given_back_is_not_rejected(
 ) -> None:
     rejecter = Rejecter()
     worker = new_worker([listener], rejecter, max_connections=1)
-    assert worker.gate.take_any_connection()
-    attempt, tries = worker.gate.attempt, []
+    assert worker.gate.take_connection()
+    take, tries = worker.gate.take_connection, []
 
-    def give_back_after_two(take: Any, *, connection: bool) -> Any:
-        tries.append(attempt(take, connection=connection))
+    def give_back_after_two() -> bool:
+        tries.append(take())
         if len(tries) == 2:
             worker.gate.release_connection()
         return tries[-1]
 
-    monkeypatch.setattr(worker.gate, "attempt", give_back_after_two)
+    monkeypatch.setattr(worker.gate, "take_connection", give_back_after_two)
     with connect(listener):
         assert worker.next_of_kind() == "accepted"
     assert len(tries) == 3
@@ -505,7 +486,7 @@ def test_a_thread_that_waits_for_room_sees_that_it_is_to_shut(
     new_worker: NewWorker, listener: socket.socket
 ) -> None:
     worker = new_worker([listener], max_connections=1)
-    assert worker.gate.take_any_connection()
+    assert worker.gate.take_connection()
     worker.lead()
     until(lambda: worker.shared.counters.waiting.value == 1)
     worker.acceptor.shut()

@@ -22,14 +22,14 @@ KEPT = 10
 class Workers:
     """Four workers, the first of which keeps connections, while the others have no client."""
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self) -> None:
         self.shared = Shared.create(4, Limits())
         self.slots = self.shared.slots
         for slot in self.slots:
             slot.serves = 1
         self.slots[0].opened = KEPT
         self.outgoing = SimpleNamespace(count=0)
-        self.balancer = Balancer(self.shared, 0, cast(Any, self.outgoing), threads)
+        self.balancer = Balancer(self.shared, 0, cast(Any, self.outgoing))
 
     def ask(self) -> Owner | None:
         """As soon as it is worth while to ask."""

@@ -15,19 +15,16 @@ from plain_client import read_to_end, request, until
 from running_out import no_descriptors, no_threads
 
 from cpanbridge.supervisor.gate import MOST_REJECTED as PLACES
-from cpanbridge.supervisor.gate import Obstacle
-from cpanbridge.supervisor.memory.fields import WAITS_FOR_CONNECTION, WAITS_FOR_RATE
 from cpanbridge.workers.accept import rejecter as turnstile_module
 from cpanbridge.workers.accept.rejecter import Rejecter
 
-FULL = Obstacle("connections", WAITS_FOR_CONNECTION)
 NO_MORE_REQUESTS = struct.pack(">I", 0)
 FOREVER = 600.0
 
 
-def answer(obstacle: Obstacle, request_id: str | None) -> bytes:
+def answer(request_id: str | None) -> bytes:
     """As the worker's, and not ASCII."""
-    told = {"error": f"no room: {obstacle.reason} \u2603", "request_id": request_id}
+    told = {"error": "no room \u2603", "request_id": request_id}
     return json.dumps(told, ensure_ascii=False).encode()
 
 
@@ -38,7 +35,7 @@ class Exit:
         self.rejecter = Rejecter(answer)
         self.ends: list[socket.socket] = []
 
-    def client(self, obstacle: Obstacle = FULL, data: bytes = b"") -> socket.socket:
+    def client(self, data: bytes = b"") -> socket.socket:
         """The client's end of a connection that was turned away."""
         ours, theirs = socket.socketpair()
         ours.settimeout(60)
@@ -46,7 +43,7 @@ class Exit:
             ours.sendall(data)
         self.ends.append(ours)
         self.rejecter.can_take()  # which starts its thread
-        self.rejecter.take(theirs, obstacle)
+        self.rejecter.take(theirs)
         return ours
 
     @property
@@ -91,20 +88,13 @@ def unframed(reply: bytes) -> dict[str, Any]:
 def test_a_one_shot_client_is_told_with_its_request_id(way_out: Exit) -> None:
     client = way_out.client(data=one_shot("r-1"))
     told = decoded(read_to_end(client))
-    assert told == {"error": "no room: connections \u2603", "request_id": "r-1"}
+    assert told == {"error": "no room \u2603", "request_id": "r-1"}
 
 
 def test_a_framed_client_is_told_with_its_request_id(way_out: Exit) -> None:
     client = way_out.client(data=frame(one_shot("r-2")) + frame(one_shot("r-3")))
     told = unframed(read_to_end(client))
-    assert told == {"error": "no room: connections \u2603", "request_id": "r-2"}
-
-
-def test_each_is_told_what_kept_it_out(way_out: Exit) -> None:
-    rate = Obstacle("rate", WAITS_FOR_RATE, 10**18)
-    clients = [way_out.client(o, one_shot("r")) for o in (FULL, rate)]
-    told = [decoded(read_to_end(client))["error"] for client in clients]
-    assert told == ["no room: connections \u2603", "no room: rate \u2603"]
+    assert told == {"error": "no room \u2603", "request_id": "r-2"}
 
 
 @pytest.mark.parametrize(
@@ -260,7 +250,7 @@ def test_a_client_is_answered_without_a_descriptor_left(way_out: Exit) -> None:
     with ours, no_descriptors():
         ours.sendall(one_shot("a"))
         assert way_out.rejecter.can_take()
-        way_out.rejecter.take(theirs, FULL)
+        way_out.rejecter.take(theirs)
         assert decoded(read_to_end(ours))["request_id"] == "a"
 
 

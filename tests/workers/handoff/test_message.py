@@ -16,11 +16,12 @@ from killing import kill_at
 from running_out import no_descriptors
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory import handoff_sockets
 from cpanbridge.supervisor.memory.connection_table import ConnectionTableWriter
 from cpanbridge.supervisor.memory.handoff_claims import CLAIMS
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.transfer import MovingClient, ReturnReason, Transfer
 from cpanbridge.workers.handoff import incoming, outgoing
@@ -51,7 +52,7 @@ class Connection(NamedTuple):
         shared.slots[SENDER].opened += 1
         shared.header.connections += 1
         client = ClientSocket(self.near.fileno(), 0, _socket=self.near)
-        moving = MovingClient(self.near.fileno(), data, 123, 4, 5.5, input_may_have_ended)
+        moving = MovingClient(self.near.fileno(), data, 123, 4, 5.5, 6, input_may_have_ended)
         client.transfer = Transfer(moving, shared.owner(RECEIVER), until, known=True)
         return client
 
@@ -128,7 +129,7 @@ def test_a_client_arrives_with_all_that_is_known_of_it(
     found = workers.incoming.next()
     assert found is not None
     moving, number = found
-    assert moving[1:] == (data, 123, 4, 5.5, input_may_have_ended)
+    assert moving[1:] == (data, 123, 4, 5.5, 6, input_may_have_ended)
     assert number == 1
     workers.outgoing.settle()
     assert workers.taken == [client]

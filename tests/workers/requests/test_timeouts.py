@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.gate import Gate, Wakeups
+from cpanbridge.supervisor.gate import Gate
 from cpanbridge.supervisor.memory.layout import Shared
+from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.workers.protocol.requests import Request
 from cpanbridge.workers.requests.timeouts import CallTimeouts, Running
 
