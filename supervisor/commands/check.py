@@ -14,9 +14,11 @@ import psutil
 
 from cpanbridge.supervisor.commands import common, trial
 from cpanbridge.supervisor.config import Loaded, OperatorError, Settings
+from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.listener import ListenError
 from cpanbridge.supervisor.system import privileges
+from cpanbridge.supervisor.wording import explain
 
 
 class CheckError(OperatorError):
@@ -28,11 +30,12 @@ def examine(loaded: Loaded) -> list[str]:
     settings = loaded.settings
     problems: list[str] = []
     lines = [f"note: {warning}" for warning in loaded.warnings]
-    with _collected(problems):
-        lines += trial.try_in_child(lambda _: _look_at_paths(settings))
-    lines += [f"sockets: {', '.join(settings.sockets)}", f"workers: {settings.worker_count}"]
-    with _collected(problems):
-        lines += trial.try_in_child(partial(_look_at_modules, settings))
+    with client.shown_progress() as show:
+        with _collected(problems):
+            lines += trial.try_in_child(lambda _: _look_at_paths(settings), show)
+        lines += [f"sockets: {', '.join(settings.sockets)}", f"workers: {settings.worker_count}"]
+        with _collected(problems):
+            lines += trial.try_in_child(partial(_look_at_modules, settings), show)
     if problems:
         raise CheckError(*dict.fromkeys(problems))
     return lines
@@ -144,8 +147,10 @@ def _cannot_write(path: str) -> str:
     folder = os.path.dirname(path)
     if os.path.isdir(path):
         return "is a folder"
-    if not os.path.isdir(folder):
-        return f"the folder {folder} does not exist"
+    try:
+        os.stat(f"{folder}/")
+    except OSError as error:
+        return f"the folder {folder}: {explain(error)}"
     if os.path.exists(path):
         return "" if os.access(path, os.W_OK) else f"{_who()} may not write to it"
     may = os.access(folder, os.W_OK | os.X_OK)

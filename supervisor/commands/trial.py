@@ -14,7 +14,9 @@ import socket
 import sysconfig
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, NoReturn
 
 import msgspec
@@ -22,12 +24,14 @@ import psutil
 
 from cpanbridge.supervisor.commands.common import CommandError
 from cpanbridge.supervisor.config import OperatorError
+from cpanbridge.supervisor.control.client import Show
 from cpanbridge.supervisor.processes import spawner
 from cpanbridge.supervisor.system.log_text import describe_exit, printable
 from cpanbridge.supervisor.wording import explain_with_path
 
 _FRAME = re.compile(r'File "([^<].*)", line (\d+)')
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+_PACKAGE = str(Path(__file__).parents[2])
 
 # Called in the child before each import, with the module as errors name it.
 Tell = Callable[[str], None]
@@ -39,10 +43,11 @@ class _Message(msgspec.Struct):
     problems: list[str] | None = None
 
 
-def try_in_child(work: Callable[[Tell], list[str]]) -> list[str]:
+def try_in_child(work: Callable[[Tell], list[str]], show: Show) -> list[str]:
     """What `work` returns in a child process. Raises CommandError with all that is wrong.
 
-    What modules print goes to standard error. No process is left, nor what modules have started.
+    `show` is called with the progress. What modules print goes to standard error. No process is
+    left, nor what modules have started.
     """
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryFile("w+") as stacks, ours:
@@ -52,7 +57,7 @@ def try_in_child(work: Callable[[Tell], list[str]]) -> list[str]:
             _be_child(work, theirs, stacks)
         theirs.close()
         try:
-            message, in_time = _last_message(ours, child)
+            message, in_time = _last_message(ours, child, show)
             place = "" if in_time else _place(child, stacks)
         finally:
             status = _end(child)
@@ -60,10 +65,12 @@ def try_in_child(work: Callable[[Tell], list[str]]) -> list[str]:
         return message.result
     if message.problems is not None:
         raise CommandError(*message.problems)
-    what = message.importing or "a module"
+    importing = message.importing
     if in_time:
-        raise CommandError(f"{what}: its import ended the process: {describe_exit(status)}")
-    raise CommandError(f"{what}: not imported after {spawner.BOOT_SECONDS:g} s{place}")
+        what = f"{importing}: its import ended the process" if importing else "the check ended"
+        raise CommandError(f"{what}: {describe_exit(status)}")
+    what = f"{importing}: not imported" if importing else "the check is not finished"
+    raise CommandError(f"{what} after {spawner.BOOT_SECONDS:g} s{place}")
 
 
 def _be_child(work: Callable[[Tell], list[str]], end: socket.socket, stacks: IO[str]) -> NoReturn:
@@ -79,13 +86,17 @@ def _be_child(work: Callable[[Tell], list[str]], end: socket.socket, stacks: IO[
             message = _Message(problems=[printable(each) for each in error.problems])
         except OSError as error:
             message = _Message(problems=[printable(explain_with_path(error))])
+        except Exception as error:
+            traceback.print_exc()
+            fault = f"a fault of the check's own: {type(error).__name__}: {error}"
+            message = _Message(problems=[printable(fault)])
         send(message)
         end.recv(1)  # until the command ends it, with what modules have started
     finally:
         os._exit(1)
 
 
-def _last_message(end: socket.socket, child: int) -> tuple[_Message, bool]:
+def _last_message(end: socket.socket, child: int, show: Show) -> tuple[_Message, bool]:
     """The child's last message, and whether it came to its end in time."""
     until = time.monotonic() + spawner.BOOT_SECONDS
     data, message = b"", _Message()
@@ -98,6 +109,7 @@ def _last_message(end: socket.socket, child: int) -> tuple[_Message, bool]:
             *lines, data = (data + chunk).split(b"\n")
             if lines:
                 message = msgspec.json.decode(lines[-1], type=_Message)
+                show(f"importing {message.importing}" if message.importing else "")
             if message.result is not None or message.problems is not None:
                 return message, True
             if ready and not chunk:
@@ -115,7 +127,8 @@ def _place(child: int, stacks: IO[str]) -> str:
         stacks.seek(0)
         frames = _FRAME.findall(stacks.read())
     # The line in the operator's own code says more than the one in a library that it called.
-    own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)] or frames
+    theirs = [frame for frame in frames if not frame[0].startswith(_PACKAGE)]
+    own = [frame for frame in theirs if not frame[0].startswith(_LIBRARIES)] or theirs
     return f"; it is at {own[0][0]}:{own[0][1]}" if own else ""
 
 

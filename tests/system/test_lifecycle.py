@@ -647,7 +647,7 @@ def test_check_tells_all_that_is_wrong(new_daemon: NewDaemon) -> None:
         lines,
         [
             "socket_group = 'no such group': there is no such group",
-            f"log_file = '{none}/d.log': the folder {none} does not exist",
+            f"log_file = '{none}/d.log': the folder {none}: No such file",
             f"security_log = '{folder}': is a folder",
             f"{none}: No such file",
             f"{daemon.config}: exists and is not a socket",
