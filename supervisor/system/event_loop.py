@@ -88,15 +88,15 @@ class Loop:
         for key, _ in self._selector.select(self._until_next_timer()):
             # An earlier handler may have closed it, and another file may have its number now.
             if watched.get(key.fd) is key:
-                self._do(key.data)
+                self.attempt(key.data)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
-            self._do(timer.run)
+            self.attempt(timer.run)
             if timer.pending:
                 self._set(timer, FAULT_SECONDS)
 
-    def _do(self, step: Callable[[], None]) -> None:
+    def attempt(self, step: Callable[[], None]) -> None:
         """One step. A fault in one of them does not end the daemon; many in a row do."""
         try:
             step()

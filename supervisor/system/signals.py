@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from cpanbridge.supervisor.system.event_loop import Loop
 
@@ -55,7 +56,7 @@ class Signals:
         numbers = dict.fromkeys(self._received.recv(4096))
         numbers[signal.SIGCHLD] = None  # with a full buffer its number may not have been written
         for number in numbers:
-            self._handle(self._meaning(number))
+            self._loop.attempt(partial(self._handle, self._meaning(number)))
 
     def _meaning(self, number: int) -> int:
         if number == signal.SIGINT:
