@@ -53,8 +53,8 @@ sub report {
     my $parsed = $bridge->call('orders', 'parse', { text => read_file($file) });
     my ($orders, $rejected) = @{$parsed}{qw(orders rejected)};
 
-    printf "SALES REPORT of %s\n%d orders, %d rows rejected\n",
-        decode('UTF-8', $file), scalar @{$orders}, scalar @{$rejected};
+    printf "SALES REPORT of %s\n%s, %s rejected\n",
+        decode('UTF-8', $file), count_of(scalar @{$orders}, 'order'), count_of(scalar @{$rejected}, 'row');
     if (@{$orders}) {
         my $answers = query($orders, {
             period  => 'SELECT min(ordered_at), max(ordered_at) FROM orders',
@@ -79,8 +79,8 @@ sub report {
     }
     print_table('Rejected rows', [qw(>Line Order Reason)],
         map { [ $_->{lines}, $_->{order_id}, $_->{reason} ] } @{$rejected});
-    printf "\n%d calls of Python functions, %.0f ms in all\n",
-        $bridge->get_performance_stats->{total_calls}, 1000 * (Time::HiRes::time() - $start);
+    printf "\n%s of Python functions, %.0f ms in all\n",
+        count_of($bridge->get_performance_stats->{total_calls}, 'call'), 1000 * (Time::HiRes::time() - $start);
     return;
 }
 
@@ -231,6 +231,12 @@ sub money {
 }
 
 sub decimals { return $_[0] =~ /[.](\d+)/ ? length $1 : 0 }
+
+# '1 row', '2 rows'
+sub count_of {
+    my ($number, $noun) = @_;
+    return $number == 1 ? "1 $noun" : "$number ${noun}s";
+}
 
 sub read_file {
     my ($file) = @_;

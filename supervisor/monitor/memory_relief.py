@@ -80,8 +80,9 @@ class MemoryRelief:
             self._next_advice = now + limits.resource_check_interval
             LOGGER.warning(
                 "Memory stays over its limit, but no worker has run anything since it was "
-                "started: raise limits.max_memory_mb, or what the cgroup allows, or end what else "
-                "holds memory"
+                "started, so the idle daemon takes as much (%.0fMB): raise limits.max_memory_mb, "
+                "or what the cgroup allows, have fewer workers, or end what else holds memory",
+                usage.memory / MEGABYTE,
             )
 
     def _retire_worker(self, number: int, limits: Limits) -> None:

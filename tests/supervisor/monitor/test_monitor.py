@@ -406,8 +406,8 @@ def test_memory_that_no_worker_can_give_back_is_logged_once_per_interval(
     harness.sample_for(10)
     advice = [
         "WARNING Memory stays over its limit, but no worker has run anything since it was "
-        "started: raise limits.max_memory_mb, or what the cgroup allows, or end what else "
-        "holds memory"
+        "started, so the idle daemon takes as much (5150MB): raise limits.max_memory_mb, "
+        "or what the cgroup allows, have fewer workers, or end what else holds memory"
     ]
     assert lines(caplog, "raise limits") == advice
     harness.sample_for(54)
