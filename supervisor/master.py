@@ -143,8 +143,8 @@ class Master:
                 return
             if pid == 0:
                 return
-            self.handover.ended(pid, status)
-            self._pool.ended(pid, status)
+            for ended in (self.handover.ended, self._pool.ended):
+                self._loop.attempt(partial(ended, pid, status))
 
     def handle_hup(self) -> None:
         """Reload: a new generation with the configuration and the modules as they are now."""

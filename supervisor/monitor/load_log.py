@@ -85,7 +85,7 @@ class Alarms:
         """Log once that violations are over; those that close the gate when all of them are."""
         now = self._violations()
         if not before.isdisjoint(CLOSING) and now.isdisjoint(CLOSING):
-            LOGGER.info("Resource violations are over, connections are accepted again")
+            LOGGER.info("Resource violations are over, requests run again")
         ended = before - now - set(CLOSING)
         if ended:
             texts = [str(each) for each in readings if each.kind in ended]

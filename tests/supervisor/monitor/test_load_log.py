@@ -24,7 +24,7 @@ CLOSED_BY_MEMORY = [
     "['Memory usage 1100.0MB exceeds limit 1024MB']",
 ]
 NEAR_MEMORY = "WARNING Resource warning: ['Memory usage 900.0MB approaching limit 1024MB']"
-OVER = "INFO Resource violations are over, connections are accepted again"
+OVER = "INFO Resource violations are over, requests run again"
 
 
 class LoadLog:
