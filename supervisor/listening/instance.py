@@ -195,8 +195,12 @@ def named_pid(socket_path: str, owner: int | None = None) -> int | None:
     descriptor = _open_trusted(f"{socket_path}.pid", owner)
     if descriptor is None:
         return None
-    with open(descriptor, encoding="ascii", errors="replace") as stream:
-        text = stream.read(32).strip()
+    try:
+        text = os.read(descriptor, 32).decode("ascii", "replace").strip()
+    except OSError:
+        return None  # it is no file
+    finally:
+        os.close(descriptor)
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 

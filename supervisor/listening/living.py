@@ -15,7 +15,7 @@ _LISTENS = 0x10000  # __SO_ACCEPTCON: the flag of a listening socket in /proc/ne
 
 
 def has_master(path: str) -> bool:
-    """Whether a living master serves this path, as far as this process may see."""
+    """Whether another, living master serves this path, as far as this process may see."""
     control = path + CONTROL
     return answers(control) or any(map(_is_held_here, _bound_to(control)))
 
@@ -37,12 +37,12 @@ def _bound_to(control: str) -> Iterator[str]:
 
 
 def _is_held_here(number: str) -> bool:
-    """Whether a process that sees the same files as this one has the socket open."""
-    here = _root_of("self")
+    """Whether another process that sees the same files as this one has the socket open."""
+    here, me = _root_of("self"), str(os.getpid())
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         # Ended meanwhile, or not this user's to look into.
         with contextlib.suppress(OSError):
-            if _root_of(pid) == here and _has_open(pid, f"socket:[{number}]"):
+            if pid != me and _root_of(pid) == here and _has_open(pid, f"socket:[{number}]"):
                 return True
     return False
 

@@ -17,10 +17,12 @@ import msgspec
 from cpanbridge.supervisor.config import OperatorError
 from cpanbridge.supervisor.listening.listener import CONTROL, Listener
 from cpanbridge.supervisor.listening.sockets import Sockets
+from cpanbridge.supervisor.wording import explain
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
 SECONDS = 1.0  # between two checks
+_SUFFIXES = ("", ".lock", ".pid", CONTROL)
 
 
 class Loss(msgspec.Struct):
@@ -34,7 +36,7 @@ class Loss(msgspec.Struct):
 
 
 class Repair:
-    """Checks all paths of a daemon. `losses` has what was ever lost, by path."""
+    """Checks all paths of a daemon. `losses` has which of their files were ever lost, by path."""
 
     def __init__(self, sockets: Sockets) -> None:
         self._sockets = sockets
@@ -48,6 +50,8 @@ class Repair:
         made = [file for each in sockets.listeners for file in self._check(each)]
         if made:
             LOGGER.warning("Made anew: %s", ", ".join(made))
+        served = {each.path + suffix for each in sockets.listeners for suffix in _SUFFIXES}
+        self.losses = {file: self.losses[file] for file in self.losses if file in served}
         return sockets.accepting != before
 
     def unreachable(self) -> list[str]:
@@ -67,8 +71,9 @@ class Repair:
             try:
                 listener.make_folder_anew()
                 make()
-            except OperatorError as error:
-                self._is_lost(file, found, str(error))
+            except (OperatorError, OSError) as error:
+                problem = explain(error) if isinstance(error, OSError) else str(error)
+                self._is_lost(file, found, problem)
                 return False
             self._is_lost(file, found, None)
             made.append(f"{file} (was {found})")

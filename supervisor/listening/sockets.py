@@ -197,7 +197,11 @@ class Sockets:
         """Serve these no more, but for the clients that wait there."""
         for each in (*listeners, *controls):
             self._unlink(each)
-        self.former += [each.socket for each in listeners]
+        for each in listeners:
+            if each.lent:
+                each.socket.close()  # clients that wait there are the service manager's
+            else:
+                self.former.append(each.socket)
         self._former_controls += [each.socket for each in controls]
         self._answer_controls()
         self.release([each.path for each in listeners])

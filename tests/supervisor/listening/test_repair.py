@@ -44,6 +44,29 @@ def test_without_the_lock_nothing_is_made_anew(
     assert {each.problem for each in repair.losses.values()} == {None}
 
 
+def test_a_folder_in_place_of_a_file_is_left_and_costs_no_descriptor(
+    tmp_path: Path, sockets: Sockets
+) -> None:
+    repair = Repair(sockets)
+    for name in ("a", "a.pid", "a.ctl"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+    repair.check()
+    before = os.listdir("/proc/self/fd")
+    repair.check()
+    assert os.listdir("/proc/self/fd") == before
+    assert [each.path for each in repair.losses.values() if each.problem] == [
+        str(tmp_path / name) for name in ("a.pid", "a", "a.ctl")
+    ]
+    for name in ("a", "a.pid", "a.ctl"):
+        (tmp_path / name).rmdir()
+    assert repair.check()
+    # What is not served any more is not told of.
+    sockets.change(Settings(listen=[str(tmp_path / "b")])).complete()
+    repair.check()
+    assert not repair.losses
+
+
 def test_what_leads_to_the_socket_is_left_and_what_does_not_gets_the_same_rights(
     tmp_path: Path, sockets: Sockets
 ) -> None:

@@ -75,6 +75,14 @@ def test_a_completed_change_gives_up_what_is_not_configured_any_more(
     assert not sockets.former
 
 
+def test_a_path_that_was_given_up_can_be_had_again_at_once(
+    tmp_path: Path, sockets: Sockets
+) -> None:
+    sockets.change(changed(tmp_path)).complete()
+    sockets.change(Settings(listen=paths_in(tmp_path, "a"))).complete()
+    connect(str(tmp_path / "a")).close()
+
+
 def test_a_path_that_cannot_be_opened_changes_nothing(tmp_path: Path, sockets: Sockets) -> None:
     (tmp_path / "d").write_text("no socket")
     before = state(tmp_path, sockets)
