@@ -95,6 +95,15 @@ subtest 'a timeout' => sub {
     is($hasty->set_timeout(30)->call_python('test', 'echo', 'x'), 'x', 'the next call works');
 };
 
+subtest 'a call whose time is over while it waits for the rate' => sub {
+    my $limited = LiveDaemon->start(-limits => 'max_requests_per_minute = 3');
+    $limited->bridge->call('test', 'echo', $_) for 1 .. 3;
+    my $result = $limited->bridge(timeout => 3)->call_python('test', 'echo', 4);
+    is($result->{error_type}, 'RequestTimeout', 'error_type');
+    like($result->{error}, qr/not run: it waited [0-9.]+ s for .*limits\.max_requests_per_minute/, 'why');
+    ok($limited->bridge(timeout => 10)->test_python_bridge, '... while the daemon answers a ping');
+};
+
 subtest 'processes' => sub {
     $bridge->test_python_bridge;
     my @children;

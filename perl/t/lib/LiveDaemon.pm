@@ -18,9 +18,10 @@ sub executable {
     return undef;
 }
 
-# `helpers` has the Python code of modules by their names.
+# `helpers` has the Python code of modules by their names; `-limits` the configuration's limits.
 sub start {
     my ($class, %helpers) = @_;
+    my $limits = delete $helpers{-limits} || 'max_requests_per_minute = 0';
     my $folder = File::Temp->newdir;
     my $self = bless { folder => $folder, path => "$folder/d.sock", tester => $$ }, $class;
     mkdir "$folder/helpers" or die $!;
@@ -29,7 +30,7 @@ sub start {
 listen = ["$self->{path}"]
 workers = 2
 [limits]
-max_requests_per_minute = 0
+$limits
 [modules.stats]
 import = "statistics"
 functions = ["mean", "stdev"]
@@ -96,6 +97,8 @@ sub stop {
     }
     return;
 }
+
+sub CLONE_SKIP { return 1 }
 
 sub DESTROY {
     my ($self) = @_;
