@@ -34,8 +34,10 @@ ENVIRONMENT = {
     _PREFIX + _ENVIRONMENT_NAMES.get(key, key.rpartition(".")[2].upper()): key
     for key in _ENVIRONMENT_KEYS
 }
-# Read by the Perl client: no options of the daemon, but no mistakes either.
-_CLIENT_ENVIRONMENT = frozenset({"CPAN_BRIDGE_JSON"})
+# Read by the Perl clients, this one and the first: no options of the daemon, and no mistakes.
+_CLIENT_ENVIRONMENT = frozenset({"CPAN_BRIDGE_JSON", "CPAN_BRIDGE_FALLBACK"})
+# Of the first daemon; what has become of them stands in docs/migration.md.
+_FIRST_ENVIRONMENT = frozenset({"CPAN_BRIDGE_DAEMON_SCRIPT", "CPAN_BRIDGE_STRICT_VALIDATION"})
 # What the environment and flags may set, with its type: all but tables.
 _SETTABLE: dict[str, Any] = {
     f.name: f.type
@@ -73,6 +75,8 @@ def load(
                 _set(tables, ENVIRONMENT[name], text, f"environment: {name}")
         else:
             meant = _similar(name, ENVIRONMENT)
+            if name in _FIRST_ENVIRONMENT:
+                meant = "; it was the first daemon's, see docs/migration.md"
             warnings.append(f"environment: {name} is not an option and has no effect{meant}")
     for flag in flags:
         with _collected(problems):
@@ -120,12 +124,17 @@ def _set(tables: dict[str, Any], key: str, text: str, source: str) -> None:
         raise ConfigError(
             f"{source}: {key!r} is not an option that can be set here{meant}; allowed: {allowed}"
         )
-    raw: Any = text.split(",") if key in ("listen", "python_path") else text
+    raw: Any = paths_in(text) if key in ("listen", "python_path") else text
     label = source if source.startswith("environment") else f"{source} {key}"
     value = checked(raw, _SETTABLE[key], label, strict=False)
     table, _, name = key.rpartition(".")
     if isinstance(within := tables.setdefault("limits", {}) if table else tables, dict):
         within[name] = value
+
+
+def paths_in(text: str) -> list[str]:
+    """The paths in a text that has several, separated by commas; the Perl client reads it alike."""
+    return [path.strip() for path in text.split(",") if path.strip()]
 
 
 def _similar(name: str, names: Mapping[str, object]) -> str:

@@ -70,7 +70,7 @@ def _named_path(options: argparse.Namespace) -> str | None:
     flags = [each.partition("=") for each in options.set]
     listens = [text for key, _, text in flags if key.strip() == "listen"]
     named = options.socket or (listens[-1] if listens else os.environ.get("CPAN_BRIDGE_SOCKET"))
-    return named.split(",")[0] if named else None
+    return next(iter(config_sources.paths_in(named or "")), None)
 
 
 def _table(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from cpanbridge.supervisor.commands import common, locating
 from cpanbridge.supervisor.commands.common import FAILED, NOT_RUNNING, WRONG_USAGE, CommandError
 from cpanbridge.supervisor.config import default_sockets
+from cpanbridge.supervisor.config_sources import paths_in
 from cpanbridge.supervisor.control import client, one_call
 from cpanbridge.supervisor.control.client import NotRunningError
 from cpanbridge.supervisor.reports import surroundings
@@ -153,7 +154,7 @@ def check(options: argparse.Namespace) -> None:
 
 def call(options: argparse.Namespace) -> None:
     given = options.socket or os.environ.get("CPAN_BRIDGE_SOCKET")
-    paths = given.split(",") if given else common.load(options).settings.listen
+    paths = paths_in(given) if given else common.load(options).settings.listen
     path = _first_that_exists(paths or default_sockets())
     try:
         params = _strict_json(options.params)

@@ -284,6 +284,11 @@ def test_all_paths_are_made_absolute(file: File) -> None:
     assert settings.module_dirs[0].path == str(folder)
 
 
+def test_paths_in_the_environment_are_read_as_the_perl_client_reads_them(file: File) -> None:
+    settings = file.load("", CPAN_BRIDGE_SOCKET=" /a b , ,,/c,").settings
+    assert settings.sockets == ["/a b", "/c"]
+
+
 def test_what_is_no_path_is_not_made_absolute(file: File) -> None:
     settings = file.load("").settings
     assert (settings.listen, settings.log_file, settings.security_log) == (None, "stderr", "-")
@@ -432,7 +437,7 @@ def test_an_unknown_key_is_reported_with_those_that_are_allowed(
         ("CPAN_BRIDGE_DEBUG", "maybe", "must be true or false"),
         ("CPAN_BRIDGE_PRELOAD", "maybe", "must be true or false"),
         ("CPAN_BRIDGE_OVERLOAD", "drop", 'must be "wait"'),
-        ("CPAN_BRIDGE_SOCKET", "/a,,/b", "must be a list of socket paths"),
+        ("CPAN_BRIDGE_SOCKET", " , ", "must be a list of socket paths"),
         ("CPAN_BRIDGE_MAX_CONNECTIONS", "0", "expected a whole number >= 1"),
         ("CPAN_BRIDGE_TIMEOUT", "soon", "expected a number"),
         ("CPAN_BRIDGE_READ_TIMEOUT", "nan", "expected a number"),
@@ -442,7 +447,7 @@ def test_a_wrong_variable_is_reported(file: File, name: str, text: str, words: s
     message = file.error("", **{name: text})
     assert message.startswith(f"environment: {name}")
     assert words in message
-    shown = repr(text) if "," not in text else "''"
+    shown = repr(text) if "," not in text else "[]"
     assert shown in message
 
 
@@ -540,6 +545,15 @@ def test_an_unknown_variable_gets_a_warning(file: File) -> None:
     assert warning == (
         "environment: CPAN_BRIDGE_MAX_CONECTIONS is not an option and has no effect; "
         "did you mean CPAN_BRIDGE_MAX_CONNECTIONS?"
+    )
+
+
+def test_variables_of_the_first_client_and_daemon_are_known(file: File) -> None:
+    assert file.load("", CPAN_BRIDGE_FALLBACK="0").warnings == []
+    (warning,) = file.load("", CPAN_BRIDGE_STRICT_VALIDATION="1").warnings
+    assert warning == (
+        "environment: CPAN_BRIDGE_STRICT_VALIDATION is not an option and has no effect; "
+        "it was the first daemon's, see docs/migration.md"
     )
 
 
