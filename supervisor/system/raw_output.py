@@ -45,12 +45,10 @@ class Lines:
         """The lines that a piece of a process's output ends, without their ends."""
         before, _ = self._unfinished.pop(pid, (b"", 0.0))
         *lines, rest = (before + piece).split(b"\n")
-        for line in lines:  # none of an empty one
-            for begin in range(0, len(line), LONGEST_LINE):
-                yield line[begin : begin + LONGEST_LINE]
-        while len(rest) >= LONGEST_LINE:
-            yield rest[:LONGEST_LINE]
-            rest = rest[LONGEST_LINE:]
+        for line in lines:
+            yield from _cut(line)
+        *full, rest = _cut(rest) or [b""]
+        yield from full
         if rest:
             self._unfinished[pid] = rest, now + UNFINISHED_SECONDS
 
@@ -66,6 +64,18 @@ class Lines:
         if not self._unfinished:
             return None
         return max(0.0, min(until for _, until in self._unfinished.values()) - now)
+
+
+def _cut(line: bytes) -> list[bytes]:
+    """A line in pieces that are not too long, of whole characters; none of an empty one."""
+    pieces = []
+    while len(line) > LONGEST_LINE:
+        end = LONGEST_LINE
+        while end > LONGEST_LINE - 4 and line[end] & 0xC0 == 0x80:  # within a character of UTF-8
+            end -= 1
+        pieces.append(line[:end])
+        line = line[end:]
+    return [*pieces, line] if line else pieces
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

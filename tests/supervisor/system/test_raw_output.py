@@ -42,6 +42,9 @@ def test_a_long_line_is_several_and_an_unfinished_one_is_not_kept_for_long() -> 
     assert list(lines.given_up(10.5)) == []
     assert list(lines.given_up(10.0 + UNFINISHED_SECONDS)) == [(1, b"x" * 5)]
     assert list(lines.add(1, b"y\n", 12.0)) == [b"y"]
+    cut = list(lines.add(1, b"x" + "\u2603".encode() * LONGEST_LINE + b"\n", 12.0))
+    assert b"".join(cut).decode() == "x" + "\u2603" * LONGEST_LINE
+    assert all(piece.decode() and len(piece) <= LONGEST_LINE for piece in cut)
 
 
 def _write_all(descriptor: int, text: str) -> None:
