@@ -17,8 +17,10 @@ LISTED = 1024
 _FIELDS = 5
 _UNLISTED = _FIELDS * LISTED  # the last entry is for all that are not listed
 _CALL = struct.Struct("@qq112s")  # the function's number, the client's pid, the caller in UTF-8
+_CALL_SIZE = _CALL.size
+_record = _CALL.pack_into  # for each request: looked up once
 _CALLS_AT = 8 * _FIELDS * (LISTED + 1)  # bytes; apart, so that listing connections reads no more
-SIZE = _CALLS_AT + _CALL.size * (LISTED + 1)  # bytes
+SIZE = _CALLS_AT + _CALL_SIZE * (LISTED + 1)  # bytes
 
 # What a connection is doing.
 READING = 1  # it waits for the rest of a request
@@ -83,7 +85,9 @@ class ConnectionTable:
         calls = []
         for entry in range(0, _UNLISTED, _FIELDS):
             if self.memory[entry] and self.memory[entry + _STATUS] == RUNNING:
-                function, pid, caller = _CALL.unpack_from(self.memory, _call_at(entry))
+                function, pid, caller = _CALL.unpack_from(
+                    self.memory, _CALLS_AT + entry // _FIELDS * _CALL_SIZE
+                )
                 text = caller.rstrip(b"\0").decode("utf-8", "replace")
                 calls.append(RunningCall(function, pid, text))
         return calls
@@ -135,10 +139,11 @@ class ConnectionTableWriter:
 
     def runs(self, entry: int, function: int, pid: int, caller: str | None) -> None:
         """One more request of it runs: see RunningCall."""
+        memory = self._memory
         text = caller.encode("utf-8", "replace") if caller else b""
-        _CALL.pack_into(self._memory, _call_at(entry), function, pid, text)
-        self._memory[entry + _REQUESTS] += 1
-        self._memory[entry + _STATUS] = RUNNING
+        _record(memory, _CALLS_AT + entry // _FIELDS * _CALL_SIZE, function, pid, text)
+        memory[entry + _REQUESTS] += 1
+        memory[entry + _STATUS] = RUNNING
 
     def ran(self, entry: int, now: int) -> None:
         """Its request has ended, and the reply is on its way."""
@@ -150,7 +155,3 @@ class ConnectionTableWriter:
         if entry != _UNLISTED:
             self._memory[entry] = 0
             self._free.append(entry)
-
-
-def _call_at(entry: int) -> int:
-    return _CALLS_AT + entry // _FIELDS * _CALL.size
