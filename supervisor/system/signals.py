@@ -8,7 +8,6 @@ The interpreter writes each signal's number to a socket (signal.set_wakeup_fd), 
 watches. Called in the master.
 """
 
-import errno
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 from cpanbridge.supervisor.system.event_loop import Loop
+from cpanbridge.supervisor.system.exhaustion import is_exhausted
 
 _COMMANDS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP),
@@ -70,5 +70,5 @@ def _has_terminal() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
-        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # that says nothing
+        return is_exhausted(error)  # that says nothing of the terminal
     return True
