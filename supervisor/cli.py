@@ -16,6 +16,7 @@ from typing import Any
 from cpanbridge.supervisor import config
 from cpanbridge.supervisor.commands import daemon, show
 from cpanbridge.supervisor.commands.common import INTERRUPTED
+from cpanbridge.supervisor.system.log_text import escaped
 from cpanbridge.supervisor.version import __version__
 from cpanbridge.supervisor.wording import explain_with_path
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status or 0
     except config.OperatorError as error:
         for problem in error.problems:
-            print(f"cpanbridged: {problem}", file=sys.stderr)
+            print(f"cpanbridged: {escaped(problem)}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         # The reader of the output has closed it. The command itself is done.

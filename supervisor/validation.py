@@ -66,7 +66,7 @@ def _truth(text: str) -> bool | str:
     word = text.strip().lower()
     if word in _WORDS:
         return _WORDS[word]
-    return bool(int(word)) if re.fullmatch(r"[0-9]+", word) else text
+    return word.strip("0") != "" if re.fullmatch(r"[0-9]+", word) else text
 
 
 def _mistakes(value: Any, kind: Any, label: str, rule: str, strict: bool) -> Iterator[str]:

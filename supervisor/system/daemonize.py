@@ -20,7 +20,6 @@ from cpanbridge.supervisor.system.log_text import printable
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
-
 _INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
