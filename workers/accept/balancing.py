@@ -74,11 +74,11 @@ class Balancer:
         if time.monotonic() < self.next_check or (self._outgoing.count and not many):
             return None
         free = [
-            (slot.running + slot.queued, number)
-            for number, slot in enumerate(self._shared.used_slots)
-            if number != self._number and self._takes(slot, any_generation=True)
+            (slot.running + slot.queued, owner)
+            for owner, slot in self._shared.workers()
+            if owner.slot != self._number and self._takes(slot, any_generation=True)
         ]
-        return self._shared.owner(min(free)[1]) if free else None
+        return min(free)[1] if free else None
 
     def _takes(self, slot: Slot, *, any_generation: bool = False) -> bool:
         """Whether a worker has the same modules, being of this generation, and a thread left."""

@@ -63,6 +63,25 @@ def test_a_worker_that_does_not_serve_is_given_none(workers: Workers) -> None:
     assert workers.ask() is None
 
 
+def test_a_worker_that_ends_meanwhile_is_not_taken_for_the_next_in_its_slot(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one does not serve yet, and may never come."""
+    shared, name = workers.shared, workers.shared.owner
+
+    def ends_before_it_is_named(slot: int) -> Owner:
+        if slot != 0 and shared.slots[slot].serves:
+            shared.clear(shared.slots[slot])
+        return name(slot)
+
+    monkeypatch.setattr(shared, "owner", ends_before_it_is_named)
+    assert workers.ask() is None
+    for slot in OTHERS:
+        shared.slots[slot].serves = 1
+    workers.balancer.next_check = 0.0
+    assert workers.balancer.worker_with_a_thread(many=True) is None
+
+
 def test_while_one_is_on_its_way_no_other_is_given(workers: Workers) -> None:
     workers.outgoing.count = 1
     assert workers.ask() is None
