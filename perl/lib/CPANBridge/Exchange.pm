@@ -399,7 +399,8 @@ CPANBridge::Exchange - runs a batch of calls
 =head1 DESCRIPTION
 
 Requests are sent ahead of the replies, up to 128 calls at a time, while replies are read as they
-come. One deadline holds for everything: connecting, sending, waiting, reading.
+come. One deadline holds for everything: connecting, sending, waiting, reading. Only the replies to what was sent are waited for
+a little longer, because the daemon answers at the deadline, with the reason.
 
 A connection may end before all replies have arrived. If the daemon has sent that it read no further request,
 or a request was not completely sent, the call was certainly not run, and is sent again on a new
