@@ -2,7 +2,7 @@
 
 A number in a file may be a stranger's by now, or mean another process in this PID namespace. The
 kernel names the process that listens (`SO_PEERCRED`, unix(7)), which is the master: a new master
-listens anew on the sockets that it takes over. Called in the command.
+listens anew on the sockets that it takes over. To the master it names the one that has connected.
 """
 
 import os
@@ -15,18 +15,18 @@ _UCRED = struct.Struct("3i")
 
 
 class Peer(NamedTuple):
-    """A master, as this process may call it."""
+    """A process, as this one may call it."""
 
     pid: int  # 0: it has none in this PID namespace
     uid: int
 
     def describe(self, told: int) -> str:
-        """Its process id in words; `told` is the one that it has by itself."""
+        """Its process id in words; `told` is the one that it says it has."""
         return f"pid {self.pid}" if self.pid else f"pid {told} of another PID namespace"
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """Who listens where this connection was made."""
+    """Who listens where this connection was made; for who listens: who has made it."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, _ = _UCRED.unpack(credentials)
     return Peer(pid, uid)

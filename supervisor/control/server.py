@@ -7,10 +7,10 @@ something, and at the end one result or error.
 
 No client can hold the master up: nothing here waits for a client, and each has little room and
 little time. No client can keep others out: of the connections that have sent no request, only
-watch, or have their reply, the oldest is closed when there are too many. A connection that waits
-for a command's outcome stays; where these are too many, a further command is refused and not
-begun, and an inquiry is answered all the same. Each turn of the loop accepts one client, so a flood
-of them leaves time for everything else.
+watch, or have their reply, the oldest of the process that has most is closed when there are too
+many. A connection that waits for a command's outcome stays; where these are too many, a further
+command is refused and not begun, and an inquiry is answered all the same. Each turn of the loop
+accepts one client, so a flood of them leaves time for everything else.
 
 A user who may not signal the master may not use this socket: only the master's own user and root
 may, by the credentials that the kernel gives (SO_PEERCRED, unix(7)). Called in the master.
@@ -20,7 +20,7 @@ import contextlib
 import logging
 import os
 import socket
-import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from typing import Any
 
 import msgspec
 
+from cpanbridge.supervisor.control.peer import peer_of
 from cpanbridge.supervisor.system.event_loop import WRITE, Loop
 from cpanbridge.supervisor.wording import explain
 
@@ -43,7 +44,6 @@ _REQUEST_SECONDS = 2.0  # for a client to send its request
 _READ_SECONDS = 10.0  # for a client to read the last reply
 _PROGRESS_SECONDS = 0.2
 _EXHAUSTED_SECONDS = 1.0
-_UCRED = struct.Struct("3i")
 
 
 class Request(msgspec.Struct, omit_defaults=True):
@@ -124,9 +124,18 @@ class ControlServer:
         self._make_room()
 
     def _make_room(self) -> None:
+        """Close the oldest idle connection of the process that has most, until there is room.
+
+        A client may take its time from connecting to sending its request, on a busy machine many
+        times as long as a flood of other connections takes to fill all places.
+        """
         idle = [connection for connection in self.connections if not connection.waits]
-        for connection in idle[: max(0, len(idle) - MOST_IDLE)]:
-            connection.close()
+        while len(idle) > MOST_IDLE:
+            owners = Counter(connection.peer.pid for connection in idle)
+            most = max(owners.values())
+            oldest = next(each for each in idle if owners[each.peer.pid] == most)
+            idle.remove(oldest)
+            oldest.close()
 
 
 class ControlConnection:
@@ -136,6 +145,7 @@ class ControlConnection:
         self._server = server
         self._loop = server.loop
         self._socket = client
+        self.peer = peer_of(client)
         self._received = bytearray()
         self._command: str | None = None
         self.request = Request("")
@@ -187,15 +197,13 @@ class ControlConnection:
     def _handle(self, line: bytes) -> None:
         self._timer.cancel()
         self._command = ""
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(credentials)
         try:
             self.request = msgspec.json.decode(line, type=Request)
         except msgspec.MsgspecError as error:
             self.fail(f"not a request: {error}")
             return
-        if uid not in (0, os.geteuid()):
-            self.fail(f"user {uid} may not control this daemon")
+        if self.peer.uid not in (0, os.geteuid()):
+            self.fail(f"user {self.peer.uid} may not control this daemon")
             return
         try:
             self._execute(self.request.command)

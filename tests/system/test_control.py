@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -245,6 +247,37 @@ def test_a_flood_of_connections_delays_neither_commands_nor_the_daemon(daemon: D
             over.set()
     assert [each.result() for each in floods] == [None, None]
     assert len(flooded) > 1000
+
+
+FLOOD = """
+import socket, sys
+sys.stdin.readline()
+kept = []
+for _ in range(int(sys.argv[2])):
+    kept.append(socket.socket(socket.AF_UNIX))
+    kept[-1].connect(sys.argv[1])
+kept[-1].sendall(b'{"command": "status"}\\n')
+kept[-1].recv(1)
+print("all accepted", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_flood_closes_no_connection_of_another_process(shared_daemon: Daemon) -> None:
+    """Which may be on its way from connecting to sending its request, on a busy machine."""
+    path = f"{shared_daemon.path}.ctl"
+    command = [sys.executable, "-c", FLOOD, path, str(3 * MOST_IDLE)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as flood:
+        assert flood.stdin is not None
+        assert flood.stdout is not None
+        with connect(path) as slow:
+            flood.stdin.write("go\n")
+            flood.stdin.flush()
+            assert flood.stdout.readline() == "all accepted\n"
+            say(slow, "status")
+            assert outcome(slow)["result"]["state"] == "running"
+        flood.stdin.close()
 
 
 def test_a_connection_that_is_closed_while_it_waits_is_released(shared_daemon: Daemon) -> None:
