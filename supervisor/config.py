@@ -26,6 +26,7 @@ MAX_FUNCTION_NAME = 100
 # A frame begins with a 4-byte length, and the first byte tells a framed client from a one-shot one.
 # Up to here that byte stays below 9, the smallest byte that may begin a one-shot request.
 MAX_REQUEST_SIZE = 9 * 2**24 - 1
+MAX_REQUESTS_PER_MINUTE = 10_000_000
 
 LONGEST_SECONDS = 2_000_000  # 23 days: poll(2) takes milliseconds in 32 bits
 SYSTEM_SOCKET = "/run/cpanbridged/cpanbridged.sock"
@@ -75,7 +76,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     max_memory_mb: Positive = 1024
     max_cpu_percent: Annotated[float, Meta(gt=0, le=1_000_000)] = 200.0
-    max_requests_per_minute: Annotated[int, Meta(ge=0, le=10_000_000)] = 2000
+    max_requests_per_minute: Annotated[int, Meta(ge=0, le=MAX_REQUESTS_PER_MINUTE)] = 2000
     max_concurrent_requests: Positive = 100
     max_connections: Positive = 100
     max_sessions: Positive = 4096

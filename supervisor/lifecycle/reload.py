@@ -26,7 +26,7 @@ from cpanbridge.supervisor.processes.generation import Generation
 from cpanbridge.supervisor.processes.pool import WorkerPool
 from cpanbridge.supervisor.system import logs, rlimit
 from cpanbridge.supervisor.system.logs import LogError, LogSettings
-from cpanbridge.supervisor.wording import count_of, explain, explain_with_path
+from cpanbridge.supervisor.wording import count_of, explain_with_path
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -158,17 +158,11 @@ class Reloader:
     def _change_over(self, attempt: _Attempt) -> None:
         if self._attempt is not attempt:
             return  # given up while it waited for the lock
-        if not self._shared.lock.acquire(block=False):
-            # Held for microseconds, unless its holder was stopped: the loop must not wait for that.
+        if not self._shared.apply_limits(attempt.loaded.settings.limits):
+            # The gate's lock is held for microseconds, unless its holder was stopped: the loop must
+            # not wait for that.
             self._loop.after(_LOCK_PAUSE, partial(self._change_over, attempt))
             return
-        try:
-            self._shared.apply_limits(attempt.loaded.settings.limits)
-        except OSError as error:
-            self._fail(f"no memory for the limits: {explain(error)}")
-            return
-        finally:
-            self._shared.lock.release()
         old, new = self.generation, attempt.generation
         self._pool.put_in_service(new)
         attempt.change.complete()

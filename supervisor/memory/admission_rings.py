@@ -1,79 +1,94 @@
-"""The rings of admission times: the one in use, and how another takes its place.
+"""The two rings of admission times: the one in use, and the one that takes its place.
 
-They stand at the end of the shared memory, one after the other. When a reload changes the rate
-limit, a ring for the new limit is added, takes over what the old one knows of the last minute, and
-becomes the current one by one store. The memory of a ring that was replaced twice is given back.
+Both stand at the end of the shared memory, each with room for the highest limit that there is, and
+every process has both mapped from its start. (What was never written takes no memory.) When a
+reload changes the rate limit, the other ring is made ready, takes over what this one knows of the
+last minute, and becomes the one in use by one store.
 """
 
 import mmap
-import os
 
-from cpanbridge.supervisor.memory.fields import Header, Ring
+from cpanbridge.supervisor.config import MAX_REQUESTS_PER_MINUTE
+from cpanbridge.supervisor.memory.fields import Header
 from cpanbridge.supervisor.memory.rate_window import Window, entries_for
+from cpanbridge.supervisor.memory.robustlock import SharedLock
 
-
-class AdmissionRings:
-    """All rings of one daemon. `fd` is the shared memory, up to whose end they stand."""
-
-    def __init__(self, fd: int, header: Header) -> None:
-        self._fd = fd
-        self._header = header
-        # With its number, in one attribute: two threads of a worker may map the same ring at once.
-        self._mapped: tuple[int, Window] | None = None
-
-    @property
-    def window(self) -> Window:
-        """The ring in use. Called under the gate's lock, or for a report."""
-        number: int = self._header.ring_number
-        mapped = self._mapped
-        if mapped is None or mapped[0] != number:
-            mapped = self._mapped = number, self._map(self._header.rings[number % 2])
-        return mapped[1]
-
-    def begin(self, limit: int) -> None:
-        """Make the first ring. Called once, when the memory is laid out."""
-        self._add(limit, 0, None)
-
-    def resize(self, limit: int) -> None:
-        """Change the rate limit, and keep what is known of the last minute.
-
-        Called in the master under the gate's lock. Raises OSError when there is no memory; nothing
-        has changed then. A master that is killed here leaves the old limit in force.
-        """
-        old = self.window
-        if limit != old.limit:
-            self._add(limit, self._header.ring_number + 1, old)
-
-    def _add(self, limit: int, number: int, old: Window | None) -> None:
-        at = os.fstat(self._fd).st_size
-        keeps = max(limit, old.count() if old is not None else 0)
-        os.ftruncate(self._fd, at + in_pages(8 * entries_for(limit, keeps)))
-        ring = self._header.rings[number % 2]
-        if ring.at:
-            self._give_back(ring)
-            ring.at = 0
-        ring.limit, ring.keeps, ring.at = limit, keeps, at  # in this order: `at` makes it valid
-        if old is not None:
-            self._map(ring).inherit(old)
-        self._header.ring_number = number
-
-    def _give_back(self, ring: Ring) -> None:
-        """Free a ring that was replaced twice. The file keeps its size, with a hole.
-
-        A reader that still has it mapped, without the lock, finds times of long ago.
-        """
-        with mmap.mmap(self._fd, _size_of(ring), offset=ring.at) as memory:
-            memory.madvise(mmap.MADV_REMOVE)
-
-    def _map(self, ring: Ring) -> Window:
-        memory = mmap.mmap(self._fd, _size_of(ring), offset=ring.at)
-        return Window(self._header, memoryview(memory).cast("q"), ring.limit, ring.keeps)
-
-
-def _size_of(ring: Ring) -> int:
-    return 8 * entries_for(ring.limit, ring.keeps)
+# How many admissions a ring may have missed that is to take over: so many are copied in less than a
+# millisecond, while all others wait.
+_FEW = 1000
 
 
 def in_pages(size: int) -> int:
     """Round up to whole pages, in bytes."""
     return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+_RING_SIZE = in_pages(8 * entries_for(MAX_REQUESTS_PER_MINUTE, MAX_REQUESTS_PER_MINUTE))
+SIZE = 2 * _RING_SIZE  # bytes
+
+
+class AdmissionRings:
+    """The rings of one daemon. `memory` is the shared memory, from `at` on which they stand."""
+
+    def __init__(self, memory: mmap.mmap, at: int, header: Header, lock: SharedLock) -> None:
+        self._memory = memory
+        self._at = at
+        self._header = header
+        self._lock = lock
+        view = memoryview(memory)
+        self._windows = tuple(
+            Window(header, header.rings[n], view[at + n * _RING_SIZE :][:_RING_SIZE].cast("q"))
+            for n in range(2)
+        )
+
+    @property
+    def window(self) -> Window:
+        """The ring in use. Called under the gate's lock, or for a report."""
+        number: int = self._header.ring_number
+        return self._windows[number % 2]
+
+    def begin(self, limit: int) -> None:
+        """Make the first ring. Called once, when the memory is laid out."""
+        self.window.set(limit, limit)
+
+    def try_to_resize(self, limit: int) -> bool:
+        """Change the rate limit, and keep what is known of the last minute.
+
+        False when the gate's lock is not to be had at once; nothing has changed then. Called in the
+        master. One that is killed here leaves the old limit in force, or the new one.
+        """
+        old = self.window
+        if limit == old.limit:
+            return True
+        number = self._header.ring_number + 1
+        new = self._windows[number % 2]
+        new.set(limit, max(limit, old.count()))
+        position = 0
+        # Taking the lock for a moment lets this process see all that was written under it before.
+        while newest := self._lock.try_run(self._take_over, number, position):
+            if position:
+                new.catch_up(old, position, newest)
+            else:
+                new.inherit(old, newest)
+            position = newest
+        if newest is None:
+            return False
+        self._give_back(1 - number % 2)
+        return True
+
+    def _take_over(self, number: int, position: int) -> int:
+        """Put the other ring into use, if it has all but a few admissions; 0: it is.
+
+        Otherwise how many admissions there are. Called under the gate's lock.
+        """
+        header = self._header
+        newest: int = header.admissions
+        if newest > position + (_FEW if position else 0):
+            return newest
+        self._windows[number % 2].catch_up(self.window, position, newest)
+        header.ring_number = number
+        return 0
+
+    def _give_back(self, number: int) -> None:
+        """Free the memory of a ring that is not in use. A reader finds times of long ago."""
+        self._memory.madvise(mmap.MADV_REMOVE, self._at + number * _RING_SIZE, _RING_SIZE)

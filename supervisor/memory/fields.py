@@ -71,12 +71,11 @@ DEATHS_KEPT = 32  # times of deaths; more in a few minutes are many in any case
 
 
 class Ring(ctypes.Structure):
-    """Where a ring of admission times stands, and the limit that it serves."""
+    """What a ring of admission times is used for."""
 
     _fields_ = (
-        ("at", ctypes.c_int64),  # bytes from the memory's beginning
         ("limit", ctypes.c_int64),  # max_requests_per_minute; 0: none
-        ("keeps", ctypes.c_int64),  # admissions that it remembers
+        ("keeps", ctypes.c_int64),  # admissions that it remembers, or runs
     )
 
 
@@ -117,12 +116,12 @@ class Header(ctypes.Structure):
         # Nine tenths of what a cgroup may use, in bytes; 0: no cgroup limits memory.
         ("tightest_cgroup", ctypes.c_int64),  # of the one with the lowest limit
         ("fullest_cgroup", ctypes.c_int64),  # of the one that is nearest to its limit
-        # Written by the master under the gate's lock.
+        # Written by the master, the rings' number under the gate's lock.
         ("max_connections", ctypes.c_int64),
         ("max_concurrent_requests", ctypes.c_int64),
         ("max_memory_mb", ctypes.c_int64),
         ("max_cpu", ctypes.c_int64),  # thousandths of a percent
-        ("rings", Ring * 2),  # the one in use, and the one before it
+        ("rings", Ring * 2),  # the one in use, and the next one
         ("ring_number", ctypes.c_int64),  # how often it was replaced; its lowest bit says which
         # The gate's counters, written under its lock: see Counters in layout.py.
         ("connections", ctypes.c_int64),  # open, or about to be accepted

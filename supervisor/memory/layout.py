@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.memory import (
+    admission_rings,
     connection_table,
     event_ring,
     function_stats,
@@ -97,7 +98,8 @@ class Shared:
     def __init__(self, fd: int, capacity: int, max_sessions: int) -> None:
         """Map memory that is laid out for so many. See `create` and `attach`."""
         self.fd = fd
-        self._memory = mmap.mmap(fd, _rings_at(capacity, max_sessions))
+        rings_at = _rings_at(capacity, max_sessions)
+        self._memory = mmap.mmap(fd, rings_at + admission_rings.SIZE)
         self.header = Header.from_buffer(self._memory)
         self.lock = SharedLock(_lock_of(self.header))  # the gate's
         self.counters = Counters(*(self._counter(name) for name in Counters._fields))
@@ -114,14 +116,13 @@ class Shared:
         self.module_owners = OwnerTable(view[at:end], MODULE_OWNERS)
         at, end = end, end + owners.size_for(max_sessions)
         self.sessions = OwnerTable(view[at:end], max_sessions)
-        # From there to the end stand the rings, mapped when they are used.
-        self.rings = AdmissionRings(fd, self.header)
+        self.rings = AdmissionRings(self._memory, rings_at, self.header, self.lock)
 
     @classmethod
     def create(cls, capacity: int, limits: Limits, used: int | None = None) -> "Shared":
         """Lay out new memory. `used` is the slots that have a worker from the start: all."""
         fd = os.memfd_create("cpanbridged", os.MFD_CLOEXEC)
-        os.ftruncate(fd, _rings_at(capacity, limits.max_sessions))
+        os.ftruncate(fd, _rings_at(capacity, limits.max_sessions) + admission_rings.SIZE)
         shared = cls(fd, capacity, limits.max_sessions)
         header = shared.header
         SharedLock.create(_lock_of(header))
@@ -269,17 +270,20 @@ class Shared:
         """The admissions of the last minute; another one after a reload that changes the limit."""
         return self.rings.window
 
-    def apply_limits(self, limits: Limits) -> None:
-        """Let these limits hold. Called in the master under the gate's lock.
+    def apply_limits(self, limits: Limits) -> bool:
+        """Let these limits hold. Called in the master.
 
-        Raises OSError when there is no memory for the rate's window; nothing has changed then.
+        False when the gate's lock is not to be had at once; nothing has changed then.
         """
-        self.rings.resize(limits.max_requests_per_minute)
+        if not self.rings.try_to_resize(limits.max_requests_per_minute):
+            return False
+        # Each is one store, so no lock is needed: a decision is by the old ones or the new ones.
         header = self.header
         header.max_connections = limits.max_connections
         header.max_concurrent_requests = limits.max_concurrent_requests
         header.max_memory_mb = limits.max_memory_mb
         header.max_cpu = round(limits.max_cpu_percent * SCALE)
+        return True
 
 
 def _lock_of(header: Header) -> int:

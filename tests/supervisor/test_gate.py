@@ -239,7 +239,8 @@ def waiting(workers: Workers) -> int:
 
 def ring(workers: Workers) -> memoryview:
     """The times of the last admissions, as they stand in the memory."""
-    return workers.shared.window._ring
+    window = workers.shared.window
+    return window._ring[: window.size]
 
 
 class Line:
@@ -724,8 +725,7 @@ def test_there_is_room_just_when_all_slots_together_leave_some(
                     max_concurrent_requests=most_running,
                     max_requests_per_minute=0,
                 )
-                with workers.shared.lock:
-                    workers.shared.apply_limits(limits)
+                assert workers.shared.apply_limits(limits)
             taken = sum(connections) + sum(reserved)
             assert workers.shared.connections() == taken
             if not workers.shared.header.recount:  # or until the next decision

@@ -163,7 +163,7 @@ def test_another_process_finds_everything_by_the_descriptor_alone() -> None:
     assert other.window.limit == 20
     assert list(ring(other)[:5]) == [0, 1, 2, 3, 4]
     other.slots[1].failed = 9
-    other.rings.resize(30)
+    other.rings.try_to_resize(30)
     assert shared.slots[1].failed == 9
     assert shared.window.limit == 30
 
@@ -175,7 +175,7 @@ def test_limits_that_change_again_and_again_take_no_more_memory() -> None:
 
     def blocks_after(changes: int) -> int:
         for change in range(changes):
-            shared.rings.resize((200_000, 100_000)[change % 2])
+            shared.rings.try_to_resize((200_000, 100_000)[change % 2])
         assert shared.window.count() == 50_000
         return os.fstat(shared.fd).st_blocks
 

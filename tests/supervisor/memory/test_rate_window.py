@@ -79,7 +79,7 @@ def test_without_a_limit_millions_are_counted_in_a_small_ring(clock: Clock) -> N
             assert admit(shared, clock)
         clock.now += MS
     assert shared.admitted_in_window() == 2 * (60_000 - 1)
-    assert len(shared.window._ring) == 2 * RUNS
+    assert shared.window.size == 2 * RUNS
 
 
 # -- another limit, with what is known of the last minute --
@@ -102,7 +102,7 @@ def test_a_changed_limit_holds_at_once_and_forgets_nothing(
     try:
         times: list[int] = []
         for limit, pauses in phases:
-            shared.rings.resize(limit)
+            shared.rings.try_to_resize(limit)
             for pause in pauses:
                 clock.now += pause
                 recent = sum(clock.now - t <= WINDOW_NS for t in times)
@@ -120,7 +120,7 @@ def test_a_changed_limit_holds_at_once_and_forgets_nothing(
 def test_a_higher_limit_lets_more_in_at_once(clock: Clock) -> None:
     shared = create(3)
     assert [admit(shared, clock) for _ in range(4)] == [True] * 3 + [False]
-    shared.rings.resize(5)
+    shared.rings.try_to_resize(5)
     assert [admit(shared, clock) for _ in range(4)] == [True] * 2 + [False] * 2
     assert shared.admitted_in_window() == 5
 
@@ -130,7 +130,7 @@ def test_a_lower_limit_counts_what_came_before(clock: Clock) -> None:
     for _ in range(50):
         assert admit(shared, clock)
         clock.now += 1_000 * MS
-    shared.rings.resize(20)
+    shared.rings.try_to_resize(20)
     assert not admit(shared, clock)
     # 21 are too many until the 31st is over a minute old.
     clock.now = shared.window.free_at()
@@ -141,7 +141,7 @@ def test_a_lower_limit_counts_what_came_before(clock: Clock) -> None:
 def test_the_same_limit_changes_nothing(clock: Clock) -> None:
     shared = create(3)
     window = shared.window
-    shared.rings.resize(3)
+    shared.rings.try_to_resize(3)
     assert shared.window is window
 
 
@@ -150,6 +150,6 @@ def test_other_processes_follow(clock: Clock) -> None:
     workers = Shared.attach(os.dup(shared.fd))
     assert admit(workers, clock)
     for limit in (5, 0, 2):
-        shared.rings.resize(limit)
+        shared.rings.try_to_resize(limit)
         assert workers.window.limit == limit
         assert workers.admitted_in_window() == 1

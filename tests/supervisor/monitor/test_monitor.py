@@ -528,8 +528,7 @@ def test_replaced_limits_hold_from_the_next_sample(new_harness: NewHarness) -> N
     harness.sample()
     limits = Limits(max_memory_mb=500, memory_grace=0, sample_interval=4)
     harness.monitor.limits = limits
-    with harness.shared.lock:
-        harness.shared.apply_limits(limits)
+    assert harness.shared.apply_limits(limits)
     harness.sample()
     assert harness.closed
     assert len(harness.retired) == 1

@@ -525,8 +525,7 @@ def test_the_gate_is_reported_with_what_waits(works: Works) -> None:
 
 def test_limits_that_a_reload_has_changed_are_reported(works: Works) -> None:
     limits = Limits(max_connections=7, max_concurrent_requests=5, max_requests_per_minute=3)
-    with works.shared.lock:
-        works.shared.apply_limits(limits)
+    assert works.shared.apply_limits(limits)
     gate = reports.metrics(works.shared, works.settings, MODULES)["gate"]
     assert gate["max_connections"] == 7
     assert gate["max_concurrent_requests"] == 5
