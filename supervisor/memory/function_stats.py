@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from cpanbridge.supervisor.memory.robustlock import SharedLock
+
 OTHERS = "(others)"
 FUNCTIONS = 1024
 # Bytes: 4 each for length and checksum; a name has 50 + 1 + 100 characters of ASCII at most.
@@ -42,27 +44,35 @@ class Count(NamedTuple):
 class Names:
     """The table of names. One view of it is one process's."""
 
-    def __init__(self, header: Counter, memory: memoryview) -> None:
-        """`memory` is `NAMES_SIZE` bytes."""
+    def __init__(self, header: Counter, memory: memoryview, lock: SharedLock) -> None:
+        """`memory` is `NAMES_SIZE` bytes; `lock` the gate's."""
         self._header = header
+        self._lock = lock
         self._memory = memory
         # Replaced as a whole: another thread may be reading new names at the same time.
         self._names: Sequence[str] = (OTHERS,)
 
     def number_of(self, name: str) -> int:
-        """A function's number; it is given one if it has none. Called under the gate's lock."""
-        names = self.all()
-        if name in names:
-            return names.index(name)
-        number = len(names)
-        if number >= FUNCTIONS:
-            return 0
+        """A function's number; it is given one if it has none."""
         text = name.encode("ascii")
-        start = number * _NAME_SIZE
-        self._memory[start + 8 : start + 8 + len(text)] = text
-        self._memory[start : start + 8] = _seal(text)
-        self._header.functions = number
-        return number
+        seal = _seal(text)
+        while name not in (names := self.all()):
+            number = len(names)
+            if number >= FUNCTIONS:
+                return 0
+            start = number * _NAME_SIZE
+            places = slice(start + 8, start + 8 + len(text)), slice(start, start + 8)
+            # It fails when another one was added meanwhile.
+            self._lock.run(self._add, number, *places, text, seal)
+        return names.index(name)
+
+    def _add(self, number: int, text_at: slice, seal_at: slice, text: bytes, seal: bytes) -> int:
+        """Called under the gate's lock."""
+        if self._header.functions == number - 1:
+            self._memory[text_at] = text
+            self._memory[seal_at] = seal
+            self._header.functions = number
+        return 0
 
     def all(self) -> Sequence[str]:
         """All names, by their numbers. Called from any thread."""

@@ -53,10 +53,9 @@ class Claims:
         return self._change(claim, _FREE)
 
     def _change(self, claim: Claim, state: int) -> bool:
-        position, number = claim
-        if self._memory[position] != claim.offered:
+        if self._memory[claim.position] != claim.offered:
             return False
-        self._memory[position] = number * _STATES + state
+        self._memory[claim.position] = claim.number * _STATES + state
         return True
 
     def is_offered(self, claim: Claim) -> bool:

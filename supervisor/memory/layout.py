@@ -105,7 +105,8 @@ class Shared:
         self.counters = Counters(*(self._counter(name) for name in Counters._fields))
         self.slots = [Slot.from_buffer(self._memory, _slot_at(n)) for n in range(capacity)]
         view = memoryview(self._memory)
-        self.names = Names(self.header, view[_NAMES_AT : _NAMES_AT + function_stats.NAMES_SIZE])
+        names = view[_NAMES_AT : _NAMES_AT + function_stats.NAMES_SIZE]
+        self.names = Names(self.header, names, self.lock)
         self.statistics = [_statistics(view, _claims_at(n) + _CLAIMS_SIZE) for n in range(capacity)]
         self.claims = [
             Claims(view[_claims_at(n) : _claims_at(n) + handoff_claims.SIZE].cast("q"))
@@ -153,6 +154,12 @@ class Shared:
         at = getattr(Header, name).offset
         field = ctypes.c_int64.from_buffer(self._memory, at)
         return synchronized(field, cast(Any, self.lock))  # any lock with acquire and release
+
+    def request_cleanup(self) -> int:
+        """Have all workers close their stale connections. Called under the gate's lock."""
+        self.header.cleanups += 1
+        self.header.cleanup_at = time.monotonic_ns()
+        return 0
 
     def record_death(self) -> None:
         """A worker has ended without being told to. Called in the master."""

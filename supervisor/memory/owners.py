@@ -11,8 +11,8 @@ Every change is one store: a row counts from the moment that its state says so. 
 between any two stores leaves the table as it was, or as it should be: the lock, which passes to the
 next one, orders them.
 
-Called under the gate's lock, but for what says otherwise. Whether there are a few rows or
-thousands, finding one takes the same time.
+Called under the gate's lock, but for what says otherwise; so an owner is told as one number.
+Whether there are a few rows or thousands, finding one takes the same time.
 """
 
 from collections.abc import Iterator
@@ -40,11 +40,39 @@ class ClientProcess(NamedTuple):
 BY_CONNECTION = -1
 
 
+NOBODY = -1  # in place of an owner's number
+
+
 class Owner(NamedTuple):
     """A worker, as long as it lives."""
 
     slot: int
     incarnation: int
+
+    @property
+    def number(self) -> int:
+        """Both in one number."""
+        return self.incarnation * _SLOTS + self.slot
+
+    @classmethod
+    def of(cls, number: int) -> "Owner":
+        """The owner that has this number."""
+        return cls(number % _SLOTS, number // _SLOTS)
+
+
+def owner_number(slot: int, incarnation: int) -> int:
+    """As `Owner.number`, without an object."""
+    return incarnation * _SLOTS + slot
+
+
+def slot_of(owner: int) -> int:
+    """The slot of an owner's number."""
+    return owner % _SLOTS
+
+
+def incarnation_of(owner: int) -> int:
+    """The incarnation of an owner's number."""
+    return owner // _SLOTS
 
 
 def places_for(rows: int) -> int:
@@ -70,14 +98,17 @@ class OwnerTable:
             numbers[n * places : (n + 1) * places] for n in range(_COLUMNS)
         )
 
-    def find(self, process: ClientProcess, module: int) -> Owner | None:
-        """Where the state is, or was; None when there is none."""
-        for index in self._rows_of(process):
-            if self._modules[index] == module:
-                return self._owner(index)
-        return None
+    def find(self, process: ClientProcess, module: int) -> int:
+        """The number of the worker where the state is, or was; NOBODY when there is none."""
+        index, step = self._home(process), 0
+        while step <= self._mask and self._states[index] != _NEVER:
+            if self._modules[index] == module and self._is_row_of(process, index):
+                return self._owners[index]
+            index = (index + 1) & self._mask
+            step += 1
+        return NOBODY
 
-    def insert(self, process: ClientProcess, module: int, owner: Owner) -> bool:
+    def insert(self, process: ClientProcess, module: int, owner: int) -> bool:
         """Add a row, which is not there yet; False when all are taken."""
         # Counting takes a few microseconds, and a counter could be wrong after a kill.
         if bytes(self._states).count(_USED) >= self.rows:
@@ -89,42 +120,39 @@ class OwnerTable:
         self._starts[index] = process.start
         self._uids[index] = process.uid
         self._modules[index] = module
-        self._owners[index] = owner.incarnation * _SLOTS + owner.slot
+        self._owners[index] = owner
         self._states[index] = _USED
         return True
 
-    def remove(self, process: ClientProcess, owner: Owner) -> None:
-        """Take out all of a client's rows that tell this owner."""
-        found = [index for index in self._rows_of(process) if self._owner(index) == owner]
-        for index in found:
-            self._take_out(index)
+    def remove(self, process: ClientProcess, owner: int) -> int:
+        """Take out all of a client's rows that tell this owner; how many there were."""
+        index, step, found = self._home(process), 0, 0
+        while step <= self._mask and self._states[index] != _NEVER:
+            if self._owners[index] == owner and self._is_row_of(process, index):
+                self._take_out(index)
+                found += 1
+            index = (index + 1) & self._mask
+            step += 1
+        return found
 
     def all(self) -> Iterator[tuple[ClientProcess, Owner]]:
         """Every row. Without the lock it is a glance: check what you find before you act on it."""
         for index, state in enumerate(bytes(self._states)):
             if state == _USED:
-                yield self._process(index), self._owner(index)
+                process = ClientProcess(self._pids[index], self._starts[index], self._uids[index])
+                yield process, Owner.of(self._owners[index])
 
-    def _rows_of(self, process: ClientProcess) -> Iterator[int]:
-        index = self._home(process)
-        for _ in range(self._mask + 1):
-            state = self._states[index]
-            if state == _NEVER:
-                return
-            if state == _USED and self._process(index) == process:
-                yield index
-            index = (index + 1) & self._mask
+    def _is_row_of(self, process: ClientProcess, index: int) -> bool:
+        return (
+            self._states[index] == _USED
+            and self._pids[index] == process.pid
+            and self._starts[index] == process.start
+            and self._uids[index] == process.uid
+        )
 
     def _home(self, process: ClientProcess) -> int:
         mixed = process.pid * _MIX_PID + process.start * _MIX_START
         return (mixed >> 24) & self._mask
-
-    def _process(self, index: int) -> ClientProcess:
-        return ClientProcess(self._pids[index], self._starts[index], self._uids[index])
-
-    def _owner(self, index: int) -> Owner:
-        incarnation, slot = divmod(self._owners[index], _SLOTS)
-        return Owner(slot, incarnation)
 
     def _take_out(self, index: int) -> None:
         self._states[index] = _GONE

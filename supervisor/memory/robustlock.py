@@ -79,7 +79,7 @@ class SharedLock:
             return True
         return block and self._try_until(timeout)
 
-    def run(self, function: Callable[..., int], *numbers: int) -> int:
+    def run(self, function: Callable[..., int], *arguments: object) -> int:
         """Run a function of the closed set under the lock, and return the number that it returns.
 
         Whatever instruction an exception comes at that another thread or a signal handler sends:
@@ -94,7 +94,7 @@ class SharedLock:
                 error = _trylock(self._mutex)
                 if error != 0 and not self._recovered_from_dead_holder(error):
                     self._try_until(None)
-                return function(*numbers)
+                return function(*arguments)
             finally:
                 try:
                     _unlock(self._mutex)
@@ -102,14 +102,12 @@ class SharedLock:
                     if collects:
                         gc.enable()
 
-    def try_run(self, function: Callable[..., int], *numbers: int) -> int | None:
+    def try_run(self, function: Callable[..., int], *arguments: object) -> int | None:
         """As `run`; None, and nothing is run, when the lock is not to be had at once."""
-        if not self.acquire(block=False):
-            return None
         try:
-            return self.run(function, *numbers)  # the mutex is recursive
+            return self.run(function, *arguments) if self.acquire(block=False) else None
         finally:
-            self.release()
+            _unlock(self._mutex)
 
     def release(self) -> None:
         """Give the lock back. Called by the thread that has taken it."""

@@ -89,8 +89,7 @@ class Incoming:
     def _accept(self, message: HandoffMessage) -> int | None:
         """Make the client ours; None when its sender has withdrawn it, or is dead."""
         number = self._gate.take_handed_off()
-        with self._shared.lock:
-            taken = self._shared.claims[message.sender].take(message.claim)
+        taken = self._shared.lock.run(self._shared.claims[message.sender].take, message.claim)
         if not taken:
             self._gate.release_connection()
             return None
@@ -99,8 +98,7 @@ class Incoming:
 
     def _refuse(self, sender: int, claim: Claim) -> None:
         """Leave a client to its sender, if that offers it still."""
-        with self._shared.lock:
-            self._shared.claims[sender].refuse(claim)
+        self._shared.lock.run(self._shared.claims[sender].refuse, claim)
         self._gate.wake_if_waiting(sender)
 
     def _take_out(self) -> HandoffMessage | None:

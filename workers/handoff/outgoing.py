@@ -231,9 +231,7 @@ class Outgoing:
         return LOOK_SECONDS if self._watched else math.inf
 
     def _withdraw(self, claim: Claim) -> None:
-        with self._shared.lock:
-            withdrawn = self._claims.withdraw(claim)
-        if withdrawn:
+        if self._shared.lock.run(self._claims.withdraw, claim):
             self.settle()
 
     def withdraw_all(self) -> list[ClientSocket]:

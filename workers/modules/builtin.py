@@ -100,9 +100,7 @@ def _clean_up(shared: Shared, settings: Settings, wakeups: Sequence[Wakeups]) ->
     """Have all workers close their stale connections; wait until they have, but not for long."""
     stale = connections.stale_connections(shared, settings)
     details = [connections.describe_connection(each, settings) for each in stale]
-    with shared.lock:
-        shared.header.cleanups += 1
-        shared.header.cleanup_at = time.monotonic_ns()
+    shared.lock.run(shared.request_cleanup)
     wake_main_threads(shared, wakeups)
     until = time.monotonic() + _CLEANUP_SECONDS
     left = {each.id for each in stale}

@@ -163,9 +163,8 @@ class Calls:
         request, target = call.request, call.target
         function = target.number
         if function < 0:  # its first call in this worker
-            with self.shared.lock:
-                name = f"{request.module}.{request.function}"
-                function = target.number = self.shared.names.number_of(name)
+            name = f"{request.module}.{request.function}"
+            function = target.number = self.shared.names.number_of(name)
         pid = self._pid_of(client, target)
         self.connection_table.runs(client.entry, function, pid, request.perl_caller)
         # Watched if the module or the request sets a timeout: the shorter one.

@@ -1,14 +1,15 @@
 """Where state that no worker has yet is to be: with none that is about to exit."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from cpanbridge.supervisor.config import Limits
-from cpanbridge.supervisor.memory.fields import COMMAND_RETIRE
+from cpanbridge.supervisor.memory.fields import COMMAND_RETIRE, Slot
 from cpanbridge.supervisor.memory.layout import Shared
-from cpanbridge.supervisor.memory.owners import ClientProcess, Owner
+from cpanbridge.supervisor.memory.owners import ClientProcess
 from cpanbridge.workers.sessions.ownership import Ownership
 
 MODULES = range(1, 30)
@@ -49,12 +50,21 @@ def test_a_worker_that_ends_while_an_owner_is_chosen_is_not_taken_for_the_next_i
 ) -> None:
     """That one does not serve yet, and may never come: a client that waits for it waits long."""
     shared.slots[0].serves = 0
-    name: Callable[[int], Owner] = shared.owner
 
-    def ends_before_it_is_named(slot: int) -> Owner:
-        if slot != 0 and shared.slots[slot].serves:
-            shared.clear(shared.slots[slot])
-        return name(slot)
+    class EndsBeforeItIsChosen:
+        """Its worker ends when somebody has seen that it serves."""
 
-    monkeypatch.setattr(shared, "owner", ends_before_it_is_named)
-    assert set(owners(shared)) == {0}
+        def __init__(self, slot: Slot) -> None:
+            self.slot = slot
+
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(self.slot, name)
+            if name == "is_staying" and value:
+                self.slot.serves = 0
+                self.slot.incarnation += 1
+            return value
+
+    slots = shared.slots
+    monkeypatch.setattr(shared, "slots", [slots[0], *map(EndsBeforeItIsChosen, slots[1:])])
+    found = [Ownership(shared, 0).find(PROCESS, module, may_move=False).owner for module in MODULES]
+    assert all(owner.slot == 0 or not shared.is_there(owner) for owner in found)

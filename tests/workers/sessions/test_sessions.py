@@ -80,7 +80,7 @@ def test_without_a_descriptor_left_a_client_is_refused_and_nobody_elses(
 ) -> None:
     ownership = Ownership(shared, 0)
     affinity = Affinity(ownership, sessions, Mock(), 60.0)
-    shared.sessions.insert(me(), 1, shared.owner(1))
+    shared.sessions.insert(me(), 1, shared.owner(1).number)
     shared.clear(shared.slots[1])  # the worker with its state has ended, which it is to be told
     with no_descriptors():
         with pytest.raises(Refusal, match="cannot be watched: Too many open files") as refusal:
