@@ -82,7 +82,8 @@ def _give_folder(folder: str, user: Identity) -> None:
     status = os.stat(folder)
     if status.st_uid == 0 and not status.st_mode & 0o022:  # only root has put anything there
         for entry in os.scandir(folder):
-            os.chown(entry.path, user.uid, user.gid, follow_symlinks=False)
+            if entry.name.startswith("cpanbridged."):
+                os.chown(entry.path, user.uid, user.gid, follow_symlinks=False)
     os.chown(folder, user.uid, user.gid)
 
 

@@ -1,10 +1,12 @@
 """What stands at a daemon's paths stays the daemon's, whoever removes or replaces it."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,6 +36,17 @@ def is_whole(daemon: Daemon) -> bool:
     )
 
 
+@contextlib.contextmanager
+def halted(daemon: Daemon) -> Iterator[None]:
+    """While the master is stopped, which would make anew what is removed."""
+    master = daemon.pid
+    halt(master)
+    try:
+        yield
+    finally:
+        os.kill(master, signal.SIGCONT)
+
+
 @pytest.fixture
 def daemon_at_two_paths(new_daemon: NewDaemon) -> Daemon:
     daemon = new_daemon("workers = 2")
@@ -60,28 +73,31 @@ def test_each_path_serves_the_command(daemon_at_two_paths: Daemon) -> None:
     assert not Path(f"{other}.ctl").exists()
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_is_removed_or_replaced_is_made_anew(daemon: Daemon, suffix: str) -> None:
-    path = f"{daemon.path}{suffix}"
-    os.unlink(path)
+def test_files_that_are_removed_or_replaced_are_made_anew(daemon: Daemon) -> None:
+    paths = [f"{daemon.path}{suffix}" for suffix in SUFFIXES]
+    for path in paths:
+        os.unlink(path)
     until(lambda: is_whole(daemon))
-    os.unlink(path)
-    if suffix in ("", ".ctl"):
-        strangers = socket.socket(socket.AF_UNIX)
-        strangers.bind(path)
-        strangers.listen()
-    else:
-        Path(path).write_text("1\n")
-    until(lambda: daemon.log().count("Made anew: ") == 2)
-    assert is_whole(daemon)
-    lost = {each["path"]: each for each in daemon.status()["lost"]}
-    assert list(lost) == [path]
-    assert lost[path]["times"] == 2
-    lines = daemon.log().splitlines()
-    assert len([line for line in lines if f"Made anew: {path} (was " in line]) == 2
+    with contextlib.ExitStack() as strangers:
+        with halted(daemon):
+            for path in paths:
+                os.unlink(path)
+                if path.endswith((".pid", ".lock")):
+                    Path(path).write_text("1\n")
+                else:
+                    stranger = strangers.enter_context(socket.socket(socket.AF_UNIX))
+                    stranger.bind(path)
+                    stranger.listen()
+        told = f"{paths[0]} (was replaced)"
+        until(lambda: told in daemon.log())
+        until(lambda: is_whole(daemon))
+    lost = {each["path"]: each["times"] for each in daemon.status()["lost"]}
+    assert lost == dict.fromkeys(paths, 2)
     shown = daemon.command("status").stdout
     assert f"listening on {daemon.path}\n" in shown
-    assert f"{path} was {lost[path]['found']}, and made anew, " in shown
+    for path in paths:
+        assert f"{path} (was removed)" in daemon.log()
+        assert f"{path} was replaced, and made anew, " in shown
 
 
 def test_a_folder_that_is_removed_is_made_anew(new_daemon: NewDaemon) -> None:
@@ -93,17 +109,19 @@ def test_a_folder_that_is_removed_is_made_anew(new_daemon: NewDaemon) -> None:
     daemon.replace_config(daemon.config.read_text().replace(before, daemon.path))
     daemon.run()
     for make_again in (False, True):
-        shutil.rmtree(folder)
-        if make_again:
-            folder.mkdir(0o750)
+        with halted(daemon):
+            shutil.rmtree(folder)
+            if make_again:
+                folder.mkdir(0o750)
         until(lambda: is_whole(daemon))
     assert folder.stat().st_mode & 0o777 == 0o750
     assert daemon.log().count("Made anew: ") == 2
 
 
 def test_what_cannot_be_made_anew_is_told_once_and_tried_again(daemon: Daemon) -> None:
-    os.unlink(daemon.path)
-    Path(daemon.path).write_text("a file of somebody's")
+    with halted(daemon):
+        os.unlink(daemon.path)
+        Path(daemon.path).write_text("a file of somebody's")
     (loss,) = until(lambda: daemon.status()["lost"])
     assert daemon.status()["unreachable"] == [daemon.path]
     assert "exists and is not a socket" in loss["problem"]
@@ -130,7 +148,8 @@ def test_workers_of_any_origin_accept_at_the_new_socket_and_those_before(
     ).run()
 
     def serves() -> None:
-        until(lambda: is_whole(daemon))
+        until(lambda: os.path.exists(daemon.path) and not daemon.status()["unreachable"])
+        assert daemon.call("test", "echo", [1]) == [1]
 
     busy = connect(daemon.path)  # these two take all connections
     idle = connect(daemon.path)
@@ -173,16 +192,12 @@ def test_no_second_daemon_comes_up_where_the_files_of_the_first_are_gone(
 ) -> None:
     """Its master is stopped, so that it cannot make them anew before the second one looks."""
     daemon = new_daemon("workers = 1").run()
-    master = daemon.pid
-    halt(master)
-    try:
+    with halted(daemon):
         for suffix in SUFFIXES:
             os.unlink(f"{daemon.path}{suffix}")
         second = daemon.command("start")
         assert second.returncode == 1
         assert "in use by a running cpanbridged" in second.stderr
-    finally:
-        os.kill(master, signal.SIGCONT)
     until(lambda: is_whole(daemon))
 
 
