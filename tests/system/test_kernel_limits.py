@@ -15,30 +15,36 @@ from plain_client import one_shot, until
 ROOT = Path("/sys/fs/cgroup")
 MEGABYTE = 1 << 20
 
-# Sets one limit for the daemon and all that it starts, by the name of its file.
-SetLimit = Callable[[Daemon, str, int], None]
+# Starts a daemon in a group of its own, with one limit by the name of its file.
+RunWithin = Callable[[Daemon, str, int], Daemon]
 
 
 @pytest.fixture
-def set_limit() -> Iterator[SetLimit]:
+def run_within() -> Iterator[RunWithin]:
     groups: list[Path] = []
 
-    def set_to(daemon: Daemon, name: str, value: int) -> None:
+    def run(daemon: Daemon, name: str, value: int) -> Daemon:
         controller = name.split(".")[0]
         version1 = (ROOT / controller).is_dir()
-        group = (ROOT / controller if version1 else ROOT) / f"cpanbridged-test-{os.getpid()}"
+        hierarchy = ROOT / controller if version1 else ROOT
+        lines = [each.split(":", 2) for each in Path("/proc/self/cgroup").read_text().splitlines()]
+        (own,) = [group for _, each, group in lines if each == (controller if version1 else "")]
+        group = hierarchy / f"cpanbridged-test-{os.getpid()}"
         if version1 and name == "memory.max":
             name = "memory.limit_in_bytes"
         try:
             group.mkdir()
             groups.append(group)
             (group / name).write_text(str(value))
-            for pid in (daemon.pid, *daemon.templates(), *daemon.workers()):
-                (group / "cgroup.procs").write_text(str(pid))
+            (group / "cgroup.procs").write_text(str(os.getpid()))  # children begin in it
         except OSError as error:
             pytest.skip(f"no control group to be had here: {error}")
+        try:
+            return daemon.run()
+        finally:
+            (hierarchy / own.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
 
-    yield set_to
+    yield run
     for group in groups:
         with contextlib.suppress(OSError):
             for pid in (group / "cgroup.procs").read_text().split():
@@ -48,10 +54,10 @@ def set_limit() -> Iterator[SetLimit]:
 
 
 def test_a_fork_bomb_takes_no_other_worker_with_it(
-    new_daemon: NewDaemon, set_limit: SetLimit
+    new_daemon: NewDaemon, run_within: RunWithin
 ) -> None:
-    daemon = new_daemon("workers = 2\nlimits.max_memory_mb = 4096").run()
-    set_limit(daemon, "pids.max", 60)
+    daemon = new_daemon("workers = 2\nlimits.max_memory_mb = 4096")
+    run_within(daemon, "pids.max", 60)
     bomb = daemon.call("probe", "fork_bomb")
     assert len(bomb) > 20
     for _ in range(20):
@@ -70,12 +76,12 @@ def test_a_fork_bomb_takes_no_other_worker_with_it(
 
 
 def test_the_gate_closes_before_a_cgroup_is_full(
-    new_daemon: NewDaemon, set_limit: SetLimit
+    new_daemon: NewDaemon, run_within: RunWithin
 ) -> None:
     """`max_memory_mb` is left at its default, which is more than the cgroup allows."""
     limits = "limits = {sample_interval = 0.1, memory_grace = 600}"
-    daemon = new_daemon(f'workers = 2\noverload = "reject"\n{limits}').run()
-    set_limit(daemon, "memory.max", 200 * MEGABYTE)
+    daemon = new_daemon(f'workers = 2\noverload = "reject"\n{limits}')
+    run_within(daemon, "memory.max", 200 * MEGABYTE)
 
     def load() -> dict[str, Any]:
         found: dict[str, Any] = daemon.status()["resource_status"]
@@ -102,10 +108,10 @@ def test_the_gate_closes_before_a_cgroup_is_full(
 
 
 def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(
-    new_daemon: NewDaemon, set_limit: SetLimit
+    new_daemon: NewDaemon, run_within: RunWithin
 ) -> None:
-    daemon = new_daemon("workers = 2\nlimits.max_memory_mb = 8192").run()
-    set_limit(daemon, "memory.max", 300 * MEGABYTE)
+    daemon = new_daemon("workers = 2\nlimits.max_memory_mb = 8192")
+    run_within(daemon, "memory.max", 300 * MEGABYTE)
     before = set(daemon.workers())
     with pytest.raises(ValueError, match="Expecting value"):  # its connection ends without a reply
         one_shot(daemon.path, "probe", "hoard", [1000])
