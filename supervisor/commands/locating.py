@@ -104,11 +104,9 @@ def _owner_of(path: str, options: argparse.Namespace) -> int | None:
 def _ask_daemons(options: argparse.Namespace, error: ConfigError) -> Target:
     """The one daemon that reads the file. Raises the error, with advice, when that is not clear."""
     found = search.daemons_of(file_of(options))
-    ours = [Target(path) for path, uid in found if Target(path).trusts(uid)]
-    if len(ours) == 1:
-        return ours[0]
+    if len(found) == 1:
+        return found[0]
     advice = "--socket PATH names the daemon"
     if found:
-        named = ", ".join(f"{path} (user {uid})" for path, uid in found)
-        advice += f"; of those that run, these say that they read this file: {named}"
+        advice += f"; these read this file: {', '.join(each.path for each in found)}"
     raise ConfigError(*error.problems, advice)

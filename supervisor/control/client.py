@@ -267,7 +267,10 @@ def stop(target: Target, show: Show) -> str:
 
     def over(_: float) -> bool:
         time.sleep(_POLL_SECONDS / 10)
-        return not is_running(target) or _is_younger(target, began)
+        if not is_running(target):
+            return True
+        ended = handle is None or bool(select.select([handle], [], [], 0)[0])
+        return ended and _is_younger(target, began)
 
     try:
         _tell_to_stop(target, status["pid"] == peer.pid, handle)

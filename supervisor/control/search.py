@@ -3,6 +3,7 @@
 Called in the `cpanbridged` command.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -13,23 +14,19 @@ from cpanbridge.supervisor.listening import listener
 _ACCEPTS = 0x10000  # __SO_ACCEPTCON, linux/net.h: the socket listens
 
 
-def daemons_of(file: str) -> list[tuple[str, int]]:
-    """The daemons that say that they read a configuration file: socket path, and user.
+def daemons_of(file: str) -> list[Target]:
+    """The daemons of this user, or root's, that say that they read a configuration file.
 
-    Asked are those that listen anywhere on this host, as far as this user may; another user's only
-    by root. Their answers are claims.
+    No other user's are asked, who could answer anything.
     """
-    found = []
+    found: dict[object, Target] = {}  # by process: one may listen at several paths
     for control in _listening():
-        path = control.removesuffix(listener.CONTROL)
-        try:
-            uid = os.stat(control).st_uid
-            target = Target(path, uid if os.getuid() == 0 else None)
-            if target.trusts(uid) and describe(target).get("configuration") == file:
-                found.append((path, uid))
-        except (OperatorError, OSError):
-            continue
-    return found
+        target = Target(control.removesuffix(listener.CONTROL))
+        with contextlib.suppress(OperatorError, OSError):
+            state = describe(target) if target.trusts(os.stat(control).st_uid) else {}
+            if state.get("configuration") == file:
+                found.setdefault((state["pid"], state["own_pid"]), target)
+    return list(found.values())
 
 
 def _listening() -> Iterator[str]:

@@ -162,7 +162,12 @@ def no_such_user(daemon: Daemon) -> None:
 def test_a_daemon_is_found_and_stopped_whatever_has_become_of_its_file(
     new_daemon: NewDaemon, spoil: Callable[[Daemon], None]
 ) -> None:
-    daemon = new_daemon(CONFIG).run()
+    daemon = new_daemon(CONFIG)
+    config = daemon.config.read_text()
+    daemon.replace_config(
+        config.replace(f'["{daemon.path}"]', f'["{daemon.path}", "{daemon.path}2"]')
+    )
+    daemon.run()
     spoil(daemon)
     status = daemon.command("status")
     assert status.returncode == 0, status
@@ -188,7 +193,7 @@ def test_two_daemons_of_a_file_that_is_gone_are_named_and_not_guessed(
         daemon.config.unlink()
         stopped = daemon.command("stop")
         assert stopped.returncode == 1
-        assert "--socket PATH names the daemon; of those that run, these say" in stopped.stderr
+        assert "--socket PATH names the daemon; these read this file: " in stopped.stderr
         assert daemon.path in stopped.stderr
         assert second in stopped.stderr
         assert daemon.command("stop", "--socket", second).returncode == 0
