@@ -1,7 +1,7 @@
 """The master process: fork the workers, watch them, replace them, stop them.
 
 It is single-threaded, so that forking is safe. It runs no module code and reads no client bytes. It
-waits in one place, the event loop; nothing is polled. A signal NAME is handled by the method
+waits in one place, the event loop. A signal NAME is handled by the method
 `handle_name`. Which workers there should be is the worker pool's business.
 """
 

@@ -2,8 +2,9 @@
 
 A reload may change them. What can fail is done before any worker is forked, and undone when the
 reload fails. A path that is given up loses its file when the new workers accept. Clients that had
-connected to it before are still in its listen queue, so the new workers inherit that socket too.
-Called in the master.
+connected to it before are still in its listen queue, so the new workers inherit that socket too. So
+it is with a socket whose file was removed or replaced, and that is bound anew: the one before is
+kept until nobody waits there. Called in the master.
 """
 
 import contextlib
