@@ -101,7 +101,7 @@ class Connections:
             return  # it is closed when it was taken, or it is returned
         except _Waits as waits:
             self._let_wait(client, waits)
-            return
+            return  # its client is another thread's by now
         except OSError:
             stays = False  # the client has left, or takes too long (TimeoutError)
         except BaseException:

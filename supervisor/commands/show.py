@@ -103,8 +103,12 @@ def _load_lines(gate: dict[str, Any], load: dict[str, Any]) -> Iterator[str]:
         f"memory {load['memory_mb']:.1f}MB, CPU {load['cpu_percent']:.1f}% "
         f"(peaks {load['peak_memory']:.1f}MB, {load['peak_cpu']:.1f}%)"
     )
-    if waiting := gate["waiting_clients"] + gate["waiting_requests"]:
-        yield f"{count_of(waiting, 'client')} {'waits' if waiting == 1 else 'wait'} for room"
+    for waiting, noun, what in (
+        (gate["waiting_requests"], "request", "to run"),
+        (gate["waiting_clients"], "client", "to be accepted"),
+    ):
+        if waiting:
+            yield f"{count_of(waiting, noun)} {'waits' if waiting == 1 else 'wait'} {what}"
     yield from (*load["violations"], *load["warnings"])
     limit = load.get("memory_limit", {}).get("mb", math.inf)  # not of an earlier version
     if load["memory_mb"] > limit and not gate["running"]:

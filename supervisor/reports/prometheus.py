@@ -54,12 +54,15 @@ _COUNTERS = (
     ("connections_handed_over", "taken_over", "Those that count again."),
     ("connections_turned_away", "rejected", "Rejected with Overloaded."),
     ("requests_refused", "security_summary.requests_rejected", "Answered with an error, not run."),
+    ("pings", "gate.pings", "Calls of test.ping, which are no requests."),
 )
 # With a label: its name stands last, and the value is a dictionary.
 _COUNTERS_BY = (
     ("overloaded", "gate.overloaded", "Rejections with Overloaded, by what was full.", "reason"),
     ("alerts", "resource_status.alerts", "Violations that have begun, by limit.", "limit"),
     ("requests", "outcomes", "Requests that have run, by how they ended.", "outcome"),
+    ("requests_waited", "waits", "Requests that had to wait, by what for.", "reason"),
+    ("waited_seconds", "waited_seconds", "For how long, all together.", "reason"),
     ("security_events", "security_events", "Refused requests, by kind.", "event"),
 )
 # Of each worker: the field's unit stands last. Of each function.
@@ -134,6 +137,8 @@ def _values(numbers: dict[str, Any]) -> dict[str, Any]:
             "succeeded": counts["successful_requests"],
             "failed": counts["failed_requests"],
         },
+        "waits": {reason: each["count"] for reason, each in gate["waited"].items()},
+        "waited_seconds": {reason: each["seconds"] for reason, each in gate["waited"].items()},
         "memory": {name: value * _MEGABYTE for name, value in memory.items()},
         "cpu": {name: value * _PER_CENT for name, value in cpu.items()},
     }

@@ -576,7 +576,7 @@ def test_status_says_that_the_gate_is_closed_and_why(new_daemon: NewDaemon) -> N
         for _ in range(3):
             stack.enter_context(one_shot_call(daemon, "worker_pid", []))
         found = until(lambda: (s := daemon.status())["gate"]["waiting_requests"] == 3 and s)
-        assert "  3 clients wait for room\n" in daemon.command("status").stdout
+        assert "  3 requests wait to run\n" in daemon.command("status").stdout
         (violation,) = found["resource_status"]["violations"]
         assert re.fullmatch(r"Memory usage \d+\.\dMB exceeds limit 100MB", violation)
         daemon.stop(signal.SIGQUIT)
