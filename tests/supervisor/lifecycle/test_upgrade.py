@@ -17,7 +17,7 @@ def test_a_message_of_another_version_is_refused_in_one_line(message: str) -> No
             inherit(theirs.detach())
         reason = str(caught.value)
         assert reason.startswith("this version cannot read what the running one hands over (")
-        assert reason.endswith("); restart it")
+        assert reason.endswith("); stop it and start it")
         assert "\n" not in reason
         assert json.loads(ours.recv(4096)) == {"error": reason}
 
