@@ -50,6 +50,19 @@ def test_it_reports_what_the_shared_memory_has(daemon: Daemon) -> None:
     assert sorted(each["pid"] for each in status["workers"]) == sorted(daemon.workers())
 
 
+def test_status_shows_a_call_from_its_beginning_to_its_end(shared_daemon: Daemon) -> None:
+    """A process title says it up to a second later."""
+    daemon = shared_daemon
+    event, go = daemon.folder / "begun", daemon.folder / "go"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(daemon.call, "probe", "run_until", [str(go), str(event)])
+        until(event.exists)
+        assert daemon.command("status").stdout.count(" busy 1/100\n") == 1
+        go.touch()
+        call.result()
+    assert daemon.command("status").stdout.count(" busy 0/100\n") == 2
+
+
 def test_it_answers_while_no_worker_can(shared_daemon: Daemon) -> None:
     daemon = shared_daemon
     with daemon.held():
