@@ -34,8 +34,11 @@ def serve(load: Load, mains: Mains, on_ready: OnDone) -> int:
     if identity is not None:
         privileges.prepare(settings, identity)
         log = logs.LogSettings.of(loaded)
-        # A default log stands in a folder of that user's, where root opens nothing.
-        logs.configure(log if loaded.follow_link else log._replace(log_file="stderr"))
+        if privileges.reaches(identity, log.log_file):
+            log = log._replace(log_file="stderr")
+        if privileges.reaches(identity, log.security_log):
+            log = log._replace(security_log="-")
+        logs.configure(log)
         privileges.drop(identity)
     sockets.open(settings, lent)
     try:

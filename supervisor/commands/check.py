@@ -7,7 +7,7 @@ import contextlib
 import os
 import pwd
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import psutil
@@ -47,9 +47,16 @@ def _look_at_paths(settings: Settings) -> list[str]:
     notes: list[str] = []
     with _collected(problems):
         listener.group_id(settings.socket_group)
-    problems += _problems_of_log_files(settings)
+    files = list(_log_files(settings))
+    theirs: list[tuple[str, str]] = []
+    with _collected(problems):
+        user = privileges.identity(settings)
+        theirs = [each for each in files if user and privileges.reaches(user, each[1])]
+    # The start opens the others before it becomes another user.
+    problems += _problems_of(each for each in files if each not in theirs)
     with _collected(problems):
         notes = _become_the_daemons_user(settings)
+    problems += _problems_of(theirs)
     problems += _problems_of_sockets(settings)
     notes += _notes_about_log_files(settings)
     if problems:
@@ -101,9 +108,9 @@ def _own_memory() -> int:
     return int(memory.rss - memory.shared)
 
 
-def _problems_of_log_files(settings: Settings) -> Iterator[str]:
-    """Called as the user that starts the daemon, who opens them before it becomes another."""
-    for key, path in _log_files(settings):
+def _problems_of(log_files: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Called as the user that opens them first."""
+    for key, path in log_files:
         if problem := _cannot_write(path):
             yield f"{key} = {path!r}: {problem}"
 

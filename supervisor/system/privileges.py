@@ -2,8 +2,9 @@
 
 What needs root is done first: the socket's default folder, the locks that a daemon of another user
 has left, and the log files become that user's. From then on no process of the daemon is root's, the
-master included, so a reload and an upgrade can do no more than the user may. `prepare` and `drop`
-are called in the master, the others in the command too.
+master included, so a reload and an upgrade can do no more than the user may. Root opens no file at
+a path that this user could lead elsewhere: that waits until the process is the user's. `prepare`
+and `drop` are called in the master, the others in the command too.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import pwd
 import resource
 import stat
+from collections.abc import Collection
 from typing import NamedTuple
 
 from cpanbridge.supervisor.config import DEFAULT_SOCKET_VARIABLE, OperatorError, Settings
@@ -20,6 +22,7 @@ from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import InstanceError, is_locked
 from cpanbridge.supervisor.system import logs
 
+_MOST_LINKS = 40  # as many as the kernel follows, path_resolution(7)
 _PR_SET_DUMPABLE = 4  # see prctl(2)
 _prctl = ctypes.CDLL(None).prctl
 
@@ -104,12 +107,60 @@ def _give_lock(path: str, user: Identity) -> None:
 
 
 def drop(user: Identity) -> None:
-    """Become that user, if this process is root's. The logs must be open."""
+    """Become that user, if this process is root's. The logs that root opens must be open."""
     if os.geteuid() != 0:
         return
     for descriptor in logs.descriptors():
-        os.fchown(descriptor, user.uid, user.gid)
+        if not os.fstat(descriptor).st_mode & stat.S_IWOTH:  # such as /dev/null
+            os.fchown(descriptor, user.uid, user.gid)
     become(user)
+
+
+def reaches(user: Identity, path: str) -> bool:
+    """Whether this user could choose which file is at a path, by a link or by moving a folder.
+
+    Links are followed one by one. What is missing, nobody but those who may make it can choose.
+    """
+    groups = {user.gid, *os.getgrouplist(user.name, user.gid)}
+    real, links = "/", 0
+    parts = path.split("/")[::-1]
+    while parts:
+        name = parts.pop()
+        if name == "..":
+            real = os.path.dirname(real)
+        if name in ("", ".", ".."):
+            continue
+        entry = os.path.join(real, name)
+        try:
+            if _may_replace(user, groups, real, entry, is_last=not parts):
+                return True
+            is_link = stat.S_ISLNK(os.lstat(entry).st_mode)
+        except OSError:
+            return False  # it cannot be opened by root either, or is made in a folder of root's
+        links += is_link
+        if links > _MOST_LINKS:
+            return True
+        if is_link:
+            target = os.readlink(entry)
+            real = "/" if target.startswith("/") else real
+            parts += target.split("/")[::-1]
+        else:
+            real = entry
+    return False
+
+
+def _may_replace(
+    user: Identity, groups: Collection[int], folder: str, entry: str, *, is_last: bool
+) -> bool:
+    """Whether a user may put something else at an entry of a folder. Raises OSError."""
+    found = os.stat(folder)
+    may_write = found.st_mode & stat.S_IWOTH or (
+        found.st_mode & stat.S_IWGRP and found.st_gid in groups
+    )
+    if found.st_uid == user.uid or not may_write or not found.st_mode & stat.S_ISVTX:
+        return found.st_uid == user.uid or bool(may_write)
+    # Others' entries stay in such a folder. But a file there may be another name of any file.
+    return is_last or os.lstat(entry).st_uid != 0
 
 
 def become(user: Identity) -> None:

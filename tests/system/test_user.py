@@ -16,6 +16,8 @@ import pytest
 from conftest import COMMAND, Daemon, NewDaemon
 from plain_client import until
 
+from cpanbridge.supervisor.system import privileges
+
 NOBODY = pwd.getpwnam("nobody")
 SYSTEM_FOLDER = Path("/run/cpanbridged")
 # Root with no right to look into other processes, and which keeps the right to read all files when
@@ -103,6 +105,59 @@ def test_started_as_root_it_becomes_the_user_that_is_set(daemon: Daemon) -> None
     daemon.replace_config(daemon.config.read_text().replace('"root"', '"nobody"'))
     daemon.end()
     assert not any(os.path.exists(f"{daemon.path}{suffix}") for suffix in ("", ".pid", ".ctl"))
+
+
+@pytest.mark.parametrize("log", ["daemon.log", "security.log"])
+def test_root_opens_no_log_where_the_user_can_put_a_link(
+    daemon: Daemon, tmp_path: Path, log: str
+) -> None:
+    roots = tmp_path / "of_root"
+    roots.touch(0o600)
+    path = daemon.log_file if log == "daemon.log" else daemon.folder / log
+    path.unlink(missing_ok=True)
+    path.symlink_to(roots)
+    os.chown(daemon.folder, NOBODY.pw_uid, NOBODY.pw_gid)
+    daemon.command("start")  # with the rights of KEEPING_RIGHTS the user may write to it
+    assert roots.stat().st_uid == 0
+    daemon.command("stop")
+
+
+def test_a_log_in_a_folder_of_roots_becomes_the_users(daemon: Daemon, tmp_path: Path) -> None:
+    folder = tmp_path / "roots_folder"
+    folder.mkdir(0o755)
+    text = daemon.config.read_text().replace(f"{daemon.folder}/security", f"{folder}/security")
+    daemon.replace_config(text.replace(str(daemon.log_file), "/dev/null"))
+    os.chown(daemon.folder, NOBODY.pw_uid, NOBODY.pw_gid)
+    started = daemon.command("start")
+    assert started.returncode == 0, started
+    assert (folder / "security.log").stat().st_uid == NOBODY.pw_uid
+    assert os.stat("/dev/null").st_uid == 0
+    daemon.command("stop")
+
+
+def test_what_root_opens_the_user_cannot_have_chosen(daemon: Daemon, tmp_path: Path) -> None:
+    user = privileges.Identity("nobody", NOBODY.pw_uid, NOBODY.pw_gid, "/")
+    theirs, roots = tmp_path / "theirs", tmp_path / "roots"
+    for folder in (theirs, roots, tmp_path / "sticky"):
+        folder.mkdir(0o755)
+        (folder / "log").touch()
+    os.chown(theirs, NOBODY.pw_uid, NOBODY.pw_gid)
+    (tmp_path / "sticky").chmod(0o1777)
+    (tmp_path / "sticky/folder").symlink_to(roots)
+    (roots / "link").symlink_to("../theirs/log")
+    (theirs / "folder").symlink_to("../roots")
+    (roots / "circle").symlink_to("circle")
+    reached = {
+        path: privileges.reaches(user, f"{tmp_path}/{path}")
+        for path in (
+            *("roots/log", "roots/new", "roots/../roots//log", "sticky/folder/log"),
+            *("theirs/log", "theirs/new", "roots/link", "theirs/folder/log", "sticky/log"),
+            *("sticky/new", "roots/circle"),
+        )
+    }
+    assert [path for path, is_reached in reached.items() if not is_reached] == [
+        *("roots/log", "roots/new", "roots/../roots//log", "sticky/folder/log")
+    ]
 
 
 def test_roots_default_path_is_kept_through_reload_and_upgrade(
