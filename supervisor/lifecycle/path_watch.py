@@ -37,9 +37,12 @@ class PathWatch:
 
     def check(self) -> None:
         """Check all paths now, and from now on every second."""
+        # Else there is nothing to repair any more, or another master may be responsible.
+        if self._state() not in ("stopping", "upgrading", "restarting"):
+            self._check()
         self._spawner.loop.after(SECONDS, self.check)
-        if self._state() in ("stopping", "upgrading", "restarting"):
-            return  # there is nothing to repair any more, or another master may be responsible
+
+    def _check(self) -> None:
         if self.repair.check():
             self._on_change()
             self._tell_workers()
