@@ -136,6 +136,8 @@ def test_a_client_that_waits_and_leaves_is_forgotten_and_not_charged(
         assert "  12 requests wait to run\n" in daemon.command("status").stdout
     until(lambda: waiting(daemon) == 0)
     assert "to run" not in daemon.command("status").stdout
+    late = one_shot(daemon.path, "probe", "worker_pid", timeout=0.2)
+    assert late["error_type"] == "RequestTimeout"
     gate = daemon.status()["gate"]
     assert (gate["connections"], gate["admitted_last_minute"]) == (1, 1)
     hog.end()
