@@ -71,10 +71,10 @@ class Gate:
         self._header = shared.header
         self._slots = shared.slots
         self._slot = shared.slots[slot]
-        self._slot.threads = threads
+        self._slot.threads = self.threads = threads
         self._wakeups = wakeups[slot]
         self._all_wakeups = wakeups
-        self._rings = shared.rings
+        self._windows = shared.rings.windows
         counters = shared.counters
         self._connections = counters.connections.get_obj()
         self._running = counters.running.get_obj()
@@ -138,8 +138,7 @@ class Gate:
 
     def look(self, ticket: int) -> int:
         """As `admit`, but nothing is charged."""
-        code = self._run(self._look, ticket)
-        if code == WAITS_FOR_TURN:
+        if (code := self._run(self._look, ticket)) == WAITS_FOR_TURN:
             self.wake_first()
         return code
 
@@ -179,12 +178,12 @@ class Gate:
     @property
     def has_no_thread(self) -> bool:
         """Whether this worker runs as many requests as it may."""
-        return bool(self._slot.threads and self._slot.running >= self._slot.threads)
+        return bool(self.threads and self._slot.running >= self.threads)
 
     def retry_after(self, waits_for: int) -> float:
         """In how many seconds to look again for what a request waits for."""
         if waits_for == WAITS_FOR_RATE:
-            return max(0.001, (self._rings.window.free_at() - time.monotonic_ns()) / 1e9)
+            return max(0.001, (self._shared.window.free_at() - time.monotonic_ns()) / 1e9)
         return OVERLOAD_RECHECK_SECONDS if waits_for == WAITS_FOR_LOAD else LOST_WAKEUP_SECONDS
 
     # -- under the lock --
@@ -198,7 +197,8 @@ class Gate:
             if wait:
                 self._register_accept(WAITS_FOR_CONNECTION)
             return 0
-        self._register_accept(WAITS_FOR_NOTHING)
+        if slot.accept_waits_for:
+            self._register_accept(WAITS_FOR_NOTHING)
         self._connections.value = connections
         slot.opened += 1
         if header.peak_connections < connections:
@@ -230,11 +230,11 @@ class Gate:
         return 0
 
     def _admit(self, ticket: int, then: int) -> int:
-        code = self._look(ticket)
+        code = self._look(ticket) if ticket else self._obstacle(0)
         if code == ADMITTED:
             self._running.value += 1
             self._slot.admitted += 1
-            self._rings.window.record(time.monotonic_ns())
+            self._windows[self._header.ring_number % 2].record(time.monotonic_ns())
             if ticket:
                 self._dequeue(then)
         return code
@@ -256,10 +256,10 @@ class Gate:
             return WAITS_FOR_LOAD
         if self._running.value >= header.max_concurrent_requests:
             return WAITS_FOR_REQUEST
-        if slot.threads and slot.running >= slot.threads:
+        if self.threads and slot.running >= self.threads:
             return WAITS_FOR_THREAD
         now = time.monotonic_ns()
-        if self._rings.window.free_at() > now:
+        if self._windows[header.ring_number % 2].free_at() > now:
             return WAITS_FOR_RATE
         if self._waiting.value and self._others_come_first(ticket, now):
             return WAITS_FOR_TURN

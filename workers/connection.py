@@ -182,7 +182,7 @@ class Connections:
 
     def _answer_one_shot(self, client: ClientSocket, call: Call, data: bytes) -> None:
         try:
-            reply = self._run(client, call, lambda: data, self._drainer.stops)
+            reply = self._run(client, call, lambda: data)
         except Draining:
             reply = self._endings.not_run()
         except Refusal as refusal:
@@ -240,12 +240,10 @@ class Connections:
         self, client: ClientSocket, data: bytes, at: int, end: int, call: Call | None
     ) -> bytes:
         """The reply to the request that stands at `at` in `data`. Raises Draining, HandedOver."""
-        drainer = self._drainer
         try:
             if call is None:
                 call = self._calls.resolve(data[at + FRAME_HEADER.size : end])
-            stop = drainer.stops if drainer.stays(client) else drainer.drains
-            return self._run(client, call, lambda: data[at:], stop)
+            return self._run(client, call, lambda: data[at:])
         except Refusal as refusal:
             return self._calls.refuse(refusal, client)
 
@@ -263,7 +261,7 @@ class Connections:
 
     # -- both --
 
-    def _run(self, client: ClientSocket, call: Call, data: Callable[[], bytes], stop: int) -> bytes:
+    def _run(self, client: ClientSocket, call: Call, data: Callable[[], bytes]) -> bytes:
         """Admit a request and run it, where its state is; the reply.
 
         `data` is what was read of the client, from this request on. Raises Refusal, Draining,
@@ -271,7 +269,7 @@ class Connections:
         """
         if call.target.is_ping:
             return self._calls.ping(call, client)
-        session = self._placement.enter(call, client, data, stop)
+        session = self._placement.enter(call, client, data)
         try:
             if session is not None and not call.target.is_quick:
                 self._step_aside()

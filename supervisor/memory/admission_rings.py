@@ -36,7 +36,7 @@ class AdmissionRings:
         self._header = header
         self._lock = lock
         view = memoryview(memory)
-        self._windows = tuple(
+        self.windows = tuple(
             Window(header, header.rings[n], view[at + n * _RING_SIZE :][:_RING_SIZE].cast("q"))
             for n in range(2)
         )
@@ -45,7 +45,7 @@ class AdmissionRings:
     def window(self) -> Window:
         """The ring in use. Called under the gate's lock, or for a report."""
         number: int = self._header.ring_number
-        return self._windows[number % 2]
+        return self.windows[number % 2]
 
     def begin(self, limit: int) -> None:
         """Make the first ring. Called once, when the memory is laid out."""
@@ -61,7 +61,7 @@ class AdmissionRings:
         if limit == old.limit:
             return True
         number = self._header.ring_number + 1
-        new = self._windows[number % 2]
+        new = self.windows[number % 2]
         new.set(limit, max(limit, old.count()))
         position = 0
         # Taking the lock for a moment lets this process see all that was written under it before.
@@ -85,7 +85,7 @@ class AdmissionRings:
         newest: int = header.admissions
         if newest > position + (_FEW if position else 0):
             return newest
-        self._windows[number % 2].catch_up(self.window, position, newest)
+        self.windows[number % 2].catch_up(self.window, position, newest)
         header.ring_number = number
         return 0
 

@@ -44,6 +44,7 @@ _RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE
 _FUTEX_TID_MASK = 0x3FFFFFFF  # see get_robust_list(2)
 
 _libc = ctypes.PyDLL(None)  # not CDLL: that one gives up the interpreter lock around each call
+_collects, _stop_collecting, _collect = gc.isenabled, gc.disable, gc.enable
 _trylock = _libc.pthread_mutex_trylock
 _unlock = _libc.pthread_mutex_unlock
 
@@ -88,9 +89,9 @@ class SharedLock:
         """
         # The collector is turned off for the whole process, so by one of its threads at a time.
         with self._turn:
-            collects = gc.isenabled()
+            collects = _collects()
             try:
-                gc.disable()
+                _stop_collecting()
                 error = _trylock(self._mutex)
                 if error != 0 and not self._recovered_from_dead_holder(error):
                     self._try_until(None)
@@ -100,7 +101,7 @@ class SharedLock:
                     _unlock(self._mutex)
                 finally:
                     if collects:
-                        gc.enable()
+                        _collect()
 
     def try_run(self, function: Callable[..., int], *arguments: object) -> int | None:
         """As `run`; None, and nothing is run, when the lock is not to be had at once."""

@@ -159,7 +159,7 @@ class Acceptor(Generic[C]):
         if self._holds_back():
             self._outcome = _Outcome.HELD_BACK
             return None
-        if self._leaves_to_others():
+        if self._gate.threads and self._leaves_to_others():
             self._outcome = _Outcome.CROWDED
             return None
         descriptor = self._accept_or_reject() if self._rejecter else self._accept_when_room()

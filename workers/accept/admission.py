@@ -68,13 +68,13 @@ class Admission(Generic[C]):
         waited: Callable[[str, int], None],
         can_pass_on: Callable[[], bool],
     ) -> None:
-        self._gate = gate
+        self.gate = gate
         self.wakeup = wakeup
         self._can_pass_on = can_pass_on
         self._waited = waited
         self._lock = threading.Lock()  # over all that follows
         self._requests: dict[int, WaitingRequest[C]] = {}  # by their tickets
-        self._order: list[int] = []  # the tickets, the oldest first
+        self.tickets: list[int] = []  # of the requests that wait, the oldest first
         self._taken_up = 0  # the ticket of the one that a thread tries to run
         self._next_try = 0.0  # CLOCK_MONOTONIC seconds
         self._next_late = math.inf  # no request's time is over before that, the same
@@ -87,7 +87,7 @@ class Admission(Generic[C]):
     @property
     def count(self) -> int:
         """How many wait."""
-        return len(self._order)
+        return len(self.tickets)
 
     @property
     def reason(self) -> str | None:
@@ -96,33 +96,24 @@ class Admission(Generic[C]):
 
     def retry_after(self, waits_for: int) -> float:
         """In how many seconds another try is worth while."""
-        return self._gate.retry_after(waits_for)
+        return self.gate.retry_after(waits_for)
 
     # -- called in the threads that serve clients --
 
     def admit(self, ticket: int) -> int:
-        """Charge a request that is about to run: ADMITTED, or what it waits for.
-
-        `ticket` is 0 for a request that has not waited.
-        """
-        if not ticket:
-            return self._gate.admit()
+        """As `Gate.admit`, for a request that has waited."""
         with self._lock:
             if ticket not in self._requests:
                 return WAITS_FOR_TURN  # it has waited in another worker, and keeps its place
-            code = self._gate.admit(ticket, self._first_after(ticket))
+            code = self.gate.admit(ticket, self._first_after(ticket))
             if code == ADMITTED:
                 self._has_waited(ticket)
                 self._remove(ticket)
             else:
                 self._must_wait(code)
-        if code == ADMITTED and self._order:
+        if code == ADMITTED and self.tickets:
             wake(self.wakeup)
         return code
-
-    def release(self, succeeded: bool) -> None:
-        """Give back a request's room, once its function has returned."""
-        self._gate.release_request(succeeded)
 
     def add(self, request: WaitingRequest[C], waits_for: int) -> None:
         """Let a request wait. From now on its client is the leading thread's."""
@@ -130,9 +121,9 @@ class Admission(Generic[C]):
             ticket = request.ticket
             request.client.waits = True
             if ticket not in self._requests:
-                ticket = request.ticket = self._gate.enqueue(waits_for, ticket)
-                insort(self._order, ticket)
-                if self._order[0] == ticket:
+                ticket = request.ticket = self.gate.enqueue(waits_for, ticket)
+                insort(self.tickets, ticket)
+                if self.tickets[0] == ticket:
                     self._waits_for = waits_for
                     self._next_try = 0.0  # room that came before it was enqueued has woken nobody
             elif ticket == self._taken_up:
@@ -147,9 +138,9 @@ class Admission(Generic[C]):
         with self._lock:
             if ticket != self._taken_up:
                 return  # admitted, or it waits again
-            self._gate.dequeue(self._first_after(ticket))
+            self.gate.dequeue(self._first_after(ticket))
             self._remove(ticket)
-        if self._order:
+        if self.tickets:
             wake(self.wakeup)
 
     # -- called in the leading thread --
@@ -160,7 +151,7 @@ class Admission(Generic[C]):
 
     def seconds(self) -> float | None:
         """Until `next` is to be called again; None: when `descriptor` or the wake-up says so."""
-        if not self._order:
+        if not self.tickets:
             return None
         with self._lock:
             due = self._next_late
@@ -174,7 +165,7 @@ class Admission(Generic[C]):
 
     def next(self) -> WaitingRequest[C] | None:
         """The next one to try to run, or to be told that it is late. Its client is the caller's."""
-        if not self._order:
+        if not self.tickets:
             return None
         now = time.monotonic()
         with self._lock:
@@ -206,15 +197,15 @@ class Admission(Generic[C]):
         return late
 
     def _next_in_turn(self, now: float) -> WaitingRequest[C] | None:
-        if self._taken_up or now < self._next_try or not self._order:
+        if self._taken_up or now < self._next_try or not self.tickets:
             return None
-        first = self._requests[self._order[0]]
-        code = self._gate.look(first.ticket)
+        first = self._requests[self.tickets[0]]
+        code = self.gate.look(first.ticket)
         if code == ADMITTED:
             return self._take_up(first)
         self._must_wait(code)
         if (self._exiting or code == WAITS_FOR_THREAD) and self._can_pass_on():
-            for ticket in self._order:
+            for ticket in self.tickets:
                 if self._requests[ticket].is_movable:
                     return self._take_up(self._requests[ticket])
         return None
@@ -234,8 +225,8 @@ class Admission(Generic[C]):
     def pop_all(self) -> list[ClientSocket]:
         """The clients whose requests wait; they do no longer. Called when no thread leads."""
         with self._lock:
-            clients = [self._requests[t].client for t in self._order if t != self._taken_up]
-            for ticket in [each for each in self._order if each != self._taken_up]:
+            clients = [self._requests[t].client for t in self.tickets if t != self._taken_up]
+            for ticket in [each for each in self.tickets if each != self._taken_up]:
                 self._leave(ticket)
             return clients
 
@@ -244,15 +235,15 @@ class Admission(Generic[C]):
     def _must_wait(self, waits_for: int) -> None:
         if waits_for != WAITS_FOR_TURN:
             self._waits_for = waits_for
-        self._next_try = time.monotonic() + self._gate.retry_after(waits_for)
+        self._next_try = time.monotonic() + self.gate.retry_after(waits_for)
 
     def _first_after(self, ticket: int) -> int:
         """The oldest ticket besides this one; 0: there is none."""
-        return next((each for each in self._order[:2] if each != ticket), 0)
+        return next((each for each in self.tickets[:2] if each != ticket), 0)
 
     def _leave(self, ticket: int) -> None:
         """A request waits no longer, and was not admitted."""
-        self._gate.dequeue(self._first_after(ticket))
+        self.gate.dequeue(self._first_after(ticket))
         self._has_waited(ticket)
         self._remove(ticket)
 
@@ -263,7 +254,7 @@ class Admission(Generic[C]):
 
     def _remove(self, ticket: int) -> None:
         request = self._requests.pop(ticket)
-        self._order.remove(ticket)
+        self.tickets.remove(ticket)
         self._unwatch(request)
         if self._taken_up == ticket:
             self._taken_up = 0

@@ -89,9 +89,14 @@ class ReadyClients(Generic[C]):
 
     def next(self) -> Arrival[C] | None:
         """The next one, each kind in its turn. Raises OSError when no descriptor is left."""
-        if (arrival := self._next_waiting() or self._next_awake()) is not None:
+        if self._admission.tickets and (arrival := self._next_waiting()) is not None:
+            return arrival
+        if self._keep_alive.ready and (arrival := self._next_awake()) is not None:
             return arrival
         ready = self._ready.poll()
+        if not ready and not self._incoming.waiting:
+            return None
+        arrival = None
         for wakeup in (self._wakeup, self._room):
             if wakeup in ready:
                 with contextlib.suppress(BlockingIOError):

@@ -62,7 +62,8 @@ def encode_success(
             encoded, fault = results.encode_leniently(reply), None
         else:
             encoded = results.encode(reply)
-            fault = results.lost_in(result)
+            nulls = encoded.count(b"null") - (request.request_id is None)
+            fault = results.lost_in(result, has_null=nulls > 0)
     except BaseException as error:  # classes of the module may raise anything
         fault = results.explain(result, error)
     else:

@@ -95,17 +95,18 @@ encode_leniently = msgspec.json.Encoder(enc_hook=str).encode
 _pack = msgspec.msgpack.Encoder(enc_hook=_plain_form, order="deterministic").encode
 
 
-def lost_in(result: object) -> str | None:
-    """What the JSON that `encode` has made of a result does not have; None: nothing is lost."""
+def lost_in(result: object, *, has_null: bool) -> str | None:
+    """What the JSON that `encode` has made of a result does not have; None: nothing is lost.
+
+    `has_null` tells whether that JSON may have a null, which a number could have become.
+    """
     if type(result) in _SAFE:
         return None
     try:
         packed = _pack(result)
     except Exception:
         return _first_fault(result)
-    if b"\xcb" in packed and _NOT_FINITE.search(packed):
-        return _first_fault(result)
-    return None
+    return _first_fault(result) if has_null and _NOT_FINITE.search(packed) else None
 
 
 def explain(result: object, error: BaseException) -> str:

@@ -79,6 +79,7 @@ class Calls:
 
     def __post_init__(self) -> None:
         self.worker = self.timeouts.worker
+        self._gate = self.admission.gate
         statistics = self.shared.statistics[self.worker]
         self.connection_table = ConnectionTableWriter(statistics.connection_table)
         self._security_log = SecurityLog(self.worker, self.statistics)
@@ -128,7 +129,7 @@ class Calls:
             raise ConnectionResetError
         if call.request.timeout is not None and _time_left(call) <= 0:
             raise self._too_late(call)
-        code = self.admission.admit(call.ticket)
+        code = self.admission.admit(call.ticket) if call.ticket else self._gate.admit()
         if code == ADMITTED:
             return
         waits = self.settings.overload == "wait" or code in (WAITS_FOR_THREAD, WAITS_FOR_TURN)
@@ -204,7 +205,7 @@ class Calls:
                 self.statistics.error(function, duration_ns, problem)
             self.statistics.ran(function, problem is None, duration_ns, ended)
             if not answered:  # else CallTimeouts has given its room back
-                self.admission.release(problem is None)
+                self._gate.release_request(problem is None)
             self.connection_table.ran(client.entry, ended)
             target.took(duration_ns)
             if answered:

@@ -31,15 +31,15 @@ class Placement:
     drainer: ConnectionDrainer
     has_no_thread: Callable[[], bool]  # as many requests run here as may
 
-    def enter(
-        self, call: Call, client: ClientSocket, data: Callable[[], bytes], stop: int
-    ) -> Session | None:
+    def enter(self, call: Call, client: ClientSocket, data: Callable[[], bytes]) -> Session | None:
         """Return when the call is to run here: its session, or None if it has none.
 
         `leave` must follow for a session. `data` is what was read of the client, from this call on.
         Raises HandedOver when another worker runs it; Refusal and Draining as `Affinity.join` does.
         """
         if call.target.owned_as is not None:
+            drainer = self.drainer
+            stop = drainer.stops if drainer.stays(client) else drainer.drains
             session = self.affinity.join(call, client, data, stop)
             run_in(session)
             return session
