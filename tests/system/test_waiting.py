@@ -136,8 +136,11 @@ def test_a_client_that_waits_and_leaves_is_forgotten_and_not_charged(
         assert "  12 requests wait to run\n" in daemon.command("status").stdout
     until(lambda: waiting(daemon) == 0)
     assert "to run" not in daemon.command("status").stdout
-    late = one_shot(daemon.path, "probe", "worker_pid", timeout=0.2)
-    assert late["error_type"] == "RequestTimeout"
+    with Framed(daemon.path) as client:
+        late = client.call("probe", "worker_pid", timeout=0.2)
+        assert late is not None
+        assert late["error_type"] == "RequestTimeout"
+    until(lambda: daemon.status()["gate"]["connections"] == 1)
     gate = daemon.status()["gate"]
     assert (gate["connections"], gate["admitted_last_minute"]) == (1, 1)
     hog.end()
