@@ -136,8 +136,8 @@ def test_a_client_that_waits_and_leaves_is_forgotten_and_not_charged(
         assert "  12 requests wait to run\n" in daemon.command("status").stdout
     until(lambda: waiting(daemon) == 0)
     assert "to run" not in daemon.command("status").stdout
-    with Framed(daemon.path) as client:
-        late = client.call("probe", "worker_pid", timeout=0.2)
+    with Framed(daemon.path) as impatient:
+        late = impatient.call("probe", "worker_pid", timeout=0.2)
         assert late is not None
         assert late["error_type"] == "RequestTimeout"
     until(lambda: daemon.status()["gate"]["connections"] == 1)
