@@ -1,3 +1,3 @@
 """The version of the daemon, in one place: packaging, reports and `--version` read it here."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

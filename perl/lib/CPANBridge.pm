@@ -12,7 +12,7 @@ use CPANBridge::JSON;
 use CPANBridge::SocketPath;
 use Scalar::Util qw(blessed looks_like_number);
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 use constant MAX_CALLER => 200;
 

@@ -5,7 +5,7 @@ use strict;
 use warnings;
 no if $] >= 5.035, warnings => 'experimental::builtin';
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # Code that checks isa('JSON::PP::Boolean'), such as JSON::PP's own encoder, accepts these as booleans
 # as well. That package need not be loaded; naming it makes it exist, which isa() requires.

@@ -7,7 +7,7 @@ use warnings;
 use Errno qw(EINTR);
 use Time::HiRes ();
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # A clock that setting the date does not change; without one, the time of day.
 use constant MONOTONIC => scalar eval {

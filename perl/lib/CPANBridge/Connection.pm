@@ -12,7 +12,7 @@ use Errno qw(EAGAIN EWOULDBLOCK EINTR EINPROGRESS EISCONN ENOENT ENOTDIR ECONNRE
 use Fcntl qw(F_GETFD F_SETFD F_GETFL F_SETFL FD_CLOEXEC O_NONBLOCK);
 use Socket qw(PF_UNIX SOCK_STREAM sockaddr_un);
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 use constant MAX_PATH   => 107;
 use constant SEND_SIZE  => 64 * 1024;

@@ -14,7 +14,7 @@ use CPANBridge::Error;
 use CPANBridge::JSON;
 use Time::HiRes ();
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # The most calls in flight, so that a lost worker leaves the outcome of few unknown; and the most bytes that
 # wait to be sent, so that a large batch is not held in memory twice.

@@ -7,7 +7,7 @@ use warnings;
 use CPANBridge::JSON::Decoder;
 use CPANBridge::JSON::Encoder;
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # Loading Cpanel::JSON::XS takes about as long as decoding this many bytes in pure Perl.
 use constant WORTH_LOADING => 256 * 1024;

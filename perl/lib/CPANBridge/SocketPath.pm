@@ -6,7 +6,7 @@ use warnings;
 
 use Fcntl ();
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # The paths at which the daemon may listen, in the order in which they are to be tried: a list
 # of [path, problem, is_set]. A path with a problem must not be used. Of those that were set, each is

@@ -13,7 +13,7 @@ use CPANBridge::Boolean;
 use CPANBridge::Error;
 use POSIX ();
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # Constants, not variables, as in CPANBridge::JSON::Encoder: replies are read in global destruction as well.
 use constant UNESCAPED => {

@@ -19,7 +19,7 @@ use CPANBridge::Boolean;
 use CPANBridge::Error;
 use Scalar::Util qw(blessed refaddr);
 
-our $VERSION = '0.5.0';
+our $VERSION = '0.6.0';
 
 # Data nested deeper than this is checked for references to what encloses it.
 use constant WATCHED_DEPTH => 200;
