@@ -8,7 +8,7 @@ my @modules = map { "CPANBridge$_" }
 
 for my $module (@modules) {
     require_ok($module);
-    is($module->VERSION, '0.5.0', "the version of $module");
+    is($module->VERSION, '0.6.0', "the version of $module");
 }
 ok(!$INC{'JSON/PP.pm'},        'JSON::PP, which Perl 5.10 lacks, is not needed');
 ok(!$INC{'Cpanel/JSON/XS.pm'}, 'a decoder in C is not loaded for small replies');

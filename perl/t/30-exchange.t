@@ -32,7 +32,7 @@ subtest 'the request' => sub {
     is_deeply([ sort keys %{$sent} ],
         [qw(client_version function module params perl_caller request_id timeout timestamp)], 'its fields');
     is($sent->{module} . '.' . $sent->{function}, 'mod.fun', 'module and function');
-    is($sent->{client_version}, 'CPANBridge.pm/0.5.0', 'client_version');
+    is($sent->{client_version}, 'CPANBridge.pm/0.6.0', 'client_version');
     cmp_ok(abs($sent->{timestamp} - time), '<', 60, 'timestamp');
     ok($sent->{timeout} > 0 && $sent->{timeout} <= 7.5, 'timeout is what is left of it');
     like($sent->{perl_caller}, qr/\A.*30-exchange\.t:[0-9]+\z/, 'perl_caller outside of a sub');
