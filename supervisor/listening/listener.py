@@ -55,13 +55,12 @@ class Listener(msgspec.Struct, eq=False, rename={"socket": "descriptor"}):
         """Bind another socket at the path, whatever socket stands there by now.
 
         The one before stays open: there may be clients in its queue. The caller holds the path's
-        lock. Raises ListenError.
+        lock, and has made sure of the folder. Raises ListenError.
         """
         if self.lent:
             raise ListenError(
                 f"{self.path}: is the service manager's; restart the daemon's .socket unit"
             )
-        prepare_folder(self.path, create=False)
         try:
             _remove_socket(self.path)
         except OSError as error:
@@ -69,8 +68,11 @@ class Listener(msgspec.Struct, eq=False, rename={"socket": "descriptor"}):
         new = _bind(self.path, self.mode, self.gid)
         self.socket, self.inode = new.socket, new.inode
 
-    def make_folder_anew(self) -> None:
-        """If the folder is gone, make one of the same mode and group. Raises ListenError."""
+    def make_sure_of_folder(self) -> None:
+        """If the folder is gone, make one of the same mode and group; else check it.
+
+        Raises ListenError.
+        """
         folder = os.path.dirname(self.path)
         mode, gid = self.folder
         try:
@@ -78,11 +80,12 @@ class Listener(msgspec.Struct, eq=False, rename={"socket": "descriptor"}):
             os.chown(folder, -1, gid)
             os.chmod(folder, mode)
         except FileExistsError:
-            return
+            pass
         except OSError as error:
             raise ListenError(
                 f"{folder}: is gone, and cannot be made anew: {explain(error)}"
             ) from None
+        prepare_folder(self.path, create=False)
 
     def set_access(self, mode: int, gid: int | None) -> tuple[int, int | None]:
         """Set who may connect; returns mode and group as they were. Raises ListenError.

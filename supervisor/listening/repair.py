@@ -69,7 +69,7 @@ class Repair:
                 return True
             found = "replaced" if os.path.lexists(file) else "removed"
             try:
-                listener.make_folder_anew()
+                listener.make_sure_of_folder()
                 make()
             except (OperatorError, OSError) as error:
                 problem = explain(error) if isinstance(error, OSError) else str(error)

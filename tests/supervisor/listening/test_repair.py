@@ -80,3 +80,19 @@ def test_what_leads_to_the_socket_is_left_and_what_does_not_gets_the_same_rights
     status = os.lstat(tmp_path / "a")
     assert stat.S_ISSOCK(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o660
+
+
+def test_nothing_is_made_in_a_folder_where_others_could_replace_it(
+    tmp_path: Path, sockets: Sockets
+) -> None:
+    repair = Repair(sockets)
+    for each in tmp_path.iterdir():
+        each.unlink()
+    tmp_path.chmod(0o777)
+    assert not repair.check()
+    assert not any(tmp_path.iterdir())
+    (loss,) = repair.losses.values()
+    assert "others may write" in (loss.problem or "")
+    tmp_path.chmod(0o755)
+    assert repair.check()
+    assert {each.problem for each in repair.losses.values()} == {None}
