@@ -9,7 +9,6 @@ import faulthandler
 import io
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ import setproctitle
 
 from cpanbridge.supervisor.processes.context import WorkerContext, wait_to_begin
 from cpanbridge.supervisor.system.logs import LogError
+from cpanbridge.supervisor.system.waiting import readable
 from cpanbridge.workers.modules.forks import clean_up_children
 
 LOGGER = logging.getLogger("cpanbridge.worker")
@@ -69,7 +69,7 @@ def set_up_forked(context: WorkerContext, title: str, parent: int) -> None:
     """
     signal.set_wakeup_fd(-1)  # the template's
     show_title(title)
-    select.select([parent], [], [])
+    readable([parent], None)
     os.close(parent)
     _end_with_living_master(context)
     if not wait_to_begin(context.report):
@@ -128,7 +128,7 @@ def end_with_master(enabled: bool) -> None:
 
 def _end_with_living_master(context: WorkerContext) -> None:
     end_with_master(True)
-    if select.select([context.lifeline], [], [], 0)[0]:
+    if readable([context.lifeline], 0):
         os._exit(1)  # it had ended before the kernel was told
 
 

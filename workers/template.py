@@ -7,7 +7,6 @@ waits for commands to fork a worker. It ends when the master closes the command 
 import gc
 import logging
 import os
-import select
 import signal
 import socket
 from contextlib import suppress
@@ -20,6 +19,7 @@ from cpanbridge.supervisor.processes.context import (
     receive_command,
     tell_imports,
 )
+from cpanbridge.supervisor.system.waiting import readable
 from cpanbridge.supervisor.wording import explain_start
 from cpanbridge.workers import boot, worker
 from cpanbridge.workers.modules import builtin
@@ -66,10 +66,10 @@ def _next_command(context: TemplateContext, signals: socket.socket) -> tuple[int
     """Wait for a command, see `receive_command`; reopen the logs when that is asked for."""
     while True:
         boot.reopen_logs_if_requested(context.worker)
-        ready, _, _ = select.select([context.commands, signals], [], [])
-        if signals in ready:
+        ready = readable([context.commands.fileno(), signals.fileno()], None)
+        if signals.fileno() in ready:
             signals.recv(4096)
-        if context.commands in ready:
+        if context.commands.fileno() in ready:
             return receive_command(context.commands)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import select
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from cpanbridge.supervisor.config import ConfigError, Load, Loaded, OperatorErro
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.control.server import Request
 from cpanbridge.supervisor.system import daemonize
+from cpanbridge.supervisor.system.waiting import readable
 from cpanbridge.supervisor.wording import count_of, explain_with_path
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def start(options: argparse.Namespace) -> None:
 
 def _is_readable(descriptor: int, seconds: float) -> bool:
     """Whether a descriptor is readable within so many seconds."""
-    return bool(select.select([descriptor], [], [], seconds)[0])
+    return bool(readable([descriptor], seconds))
 
 
 def take_over(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ import contextlib
 import faulthandler
 import os
 import re
-import select
 import signal
 import socket
 import sysconfig
@@ -27,6 +26,7 @@ from cpanbridge.supervisor.config import OperatorError
 from cpanbridge.supervisor.control.client import Show
 from cpanbridge.supervisor.processes import spawner
 from cpanbridge.supervisor.system.log_text import describe_exit, printable
+from cpanbridge.supervisor.system.waiting import readable
 from cpanbridge.supervisor.wording import explain_with_path
 
 _FRAME = re.compile(r'File "([^<].*)", line (\d+)')
@@ -104,7 +104,7 @@ def _last_message(end: socket.socket, child: int, show: Show) -> tuple[_Message,
         ended = process.fileno()
         while (left := until - time.monotonic()) > 0:
             # Something that the child has left may hold its end open.
-            ready, _, _ = select.select([end.fileno(), ended], [], [], left)
+            ready = readable([end.fileno(), ended], left)
             chunk = end.recv(65536) if end.fileno() in ready else b""
             *lines, data = (data + chunk).split(b"\n")
             if lines:

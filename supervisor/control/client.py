@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import os
-import select
 import signal
 import socket
 import struct
@@ -26,6 +25,7 @@ from cpanbridge.supervisor.control.peer import Peer, open_pidfd, peer_of
 from cpanbridge.supervisor.control.server import STOP, WATCH, Reply, Request
 from cpanbridge.supervisor.listening import listener
 from cpanbridge.supervisor.listening.instance import is_locked, named_pid
+from cpanbridge.supervisor.system.waiting import readable
 from cpanbridge.supervisor.wording import explain
 
 # Seconds.
@@ -245,7 +245,7 @@ def watch(
                     _send(connection, target, Request(WATCH))
                     # Without a buffer: what has arrived and is not read keeps it readable.
                     replies = stack.enter_context(connection.makefile("rb", buffering=0))
-            elif select.select([replies], [], [], 0)[0]:
+            elif readable([replies.fileno()], 0):
                 reply = _next_reply(replies)
                 if reply is None:
                     replies = None
@@ -269,7 +269,7 @@ def stop(target: Target, show: Show) -> str:
         time.sleep(_POLL_SECONDS / 10)
         if not is_running(target):
             return True
-        ended = handle is None or bool(select.select([handle], [], [], 0)[0])
+        ended = handle is None or bool(readable([handle], 0))
         return ended and _is_younger(target, began)
 
     try:
@@ -280,7 +280,7 @@ def stop(target: Target, show: Show) -> str:
             advice = f"; kill -QUIT {peer.pid} ends it at once" if peer.pid else ""
             raise ControlError(f"{name} is still stopping after {seconds:g} s{advice}")
         if handle is not None:  # it has given its lock back, and exits
-            select.select([handle], [], [], _EXIT_SECONDS)
+            readable([handle], _EXIT_SECONDS)
     finally:
         if handle is not None:
             os.close(handle)

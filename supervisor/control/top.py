@@ -7,7 +7,6 @@ restored. Called in the command.
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import termios
@@ -23,6 +22,7 @@ from rich.live import Live
 from cpanbridge.supervisor.control import client
 from cpanbridge.supervisor.control.client import ControlError, Target
 from cpanbridge.supervisor.control.screen import BY_CALLS, BY_TIME, Sample, absent, screen
+from cpanbridge.supervisor.system.waiting import readable
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _QUIT = "q"
@@ -101,7 +101,7 @@ class Keyboard:
     def wait(self, seconds: float) -> str:
         """The next key; `q` at the end of the input; "" after a resize or when the time is over."""
         descriptors = [fd for fd in (self._stdin, self._signalled) if fd is not None]
-        ready, _, _ = select.select(descriptors, [], [], max(0.0, seconds))
+        ready = readable(descriptors, seconds)
         if self._signalled in ready:
             os.read(self._signalled, 4096)
         if self._ended_by is not None:

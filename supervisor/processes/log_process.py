@@ -10,7 +10,6 @@ worker of the old master has ended. Called in the master, but where it says othe
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
 from typing import NoReturn
@@ -19,6 +18,7 @@ import setproctitle
 
 from cpanbridge.supervisor.system import logs, raw_output
 from cpanbridge.supervisor.system.event_loop import Loop, Timer
+from cpanbridge.supervisor.system.waiting import readable
 from cpanbridge.supervisor.wording import explain_start
 
 LOGGER = logging.getLogger("cpanbridge.master")
@@ -75,7 +75,7 @@ class LogProcess:
         """
         self._give_up_ends()
         if self._handle >= 0 and wait:
-            select.select([self._handle], [], [], _LAST_SECONDS)
+            readable([self._handle], _LAST_SECONDS)
 
     def let_go(self) -> None:
         """Called in a forked child, whose log is set up."""

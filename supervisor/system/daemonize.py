@@ -10,13 +10,13 @@ the master. Called in the command, and in the process that it forks.
 import contextlib
 import logging
 import os
-import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from cpanbridge.supervisor.system.log_text import printable
+from cpanbridge.supervisor.system.waiting import readable
 
 LOGGER = logging.getLogger("cpanbridge.master")
 
@@ -98,7 +98,7 @@ def _end(handle: int) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, number)
-            select.select([handle], [], [])
+            readable([handle], None)
             return
 
 

@@ -20,7 +20,6 @@ logs to the journal.
 
 import math
 import os
-import select
 import signal
 import socket
 import struct
@@ -28,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from cpanbridge.supervisor.system.log_text import json_line
+from cpanbridge.supervisor.system.waiting import readable
 
 MOST = 65536  # bytes at a time
 LONGEST_LINE = 8192  # bytes; the rest of a longer one is another line
@@ -99,10 +99,10 @@ def copy(source: socket.socket, write: Callable[[str], None]) -> None:
     going_on = True
     while going_on:
         left = lines.seconds_left(time.monotonic())
-        ready, _, _ = select.select([source, told], [], [], left)
-        if source in ready:
+        ready = readable([source.fileno(), told.fileno()], left)
+        if source.fileno() in ready:
             going_on = _copy_piece(source, lines, write)
-        going_on = going_on and told not in ready
+        going_on = going_on and told.fileno() not in ready
         for pid, line in lines.given_up(time.monotonic() if going_on else math.inf):
             write(as_object(pid, line))
 

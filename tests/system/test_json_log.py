@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,27 @@ def test_a_module_that_writes_without_end_keeps_nothing_else_from_being_done(
         assert daemon.call("test", "echo", [1]) == [1]
         assert daemon.stop(signal.SIGQUIT) == 0
     objects(daemon.log_file)
+
+
+def test_the_numbers_of_descriptors_may_be_high(new_daemon: NewDaemon) -> None:
+    """As they are with many workers: select(2) takes none above 1023."""
+    daemon = expose(new_daemon(""))
+    occupy = """
+import os, resource, sys
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+while os.dup(0) < 1100:
+    pass
+for number in range(3, 1101):
+    os.set_inheritable(number, True)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+    daemon.prefix = [sys.executable, "-c", occupy]
+    started = daemon.command("start")
+    assert started.returncode == 0, started
+    one_shot(daemon.path, "writes", "write")
+    until(lambda: "from C" in said(daemon))
+    for command in ("check", "upgrade", "restart", "stop"):
+        done = daemon.command(command)
+        assert done.returncode == 0, done
+    assert not [line for line in objects(daemon.log_file) if line["level"] == "ERROR"]
