@@ -61,23 +61,23 @@ def prepare(settings: Settings, user: Identity) -> None:
         if os.geteuid() != user.uid:
             raise PrivilegeError(f"user = {user.name!r}: only root can become another user")
         return
-    if any(_is_in_use(path, user) for path in settings.sockets):
+    if settings.listen is None:  # or this user's own default would be meant from now on
+        os.environ[DEFAULT_SOCKET_VARIABLE] = settings.sockets[0]
+    if any(map(_is_in_use, settings.sockets)):
         return  # as is reported when it cannot be locked
     if settings.listen is None:
         path = settings.sockets[0]
         listener.prepare_folder(path, create=True, owner=user.uid)
         _give_folder(os.path.dirname(path), user)
-        os.environ[DEFAULT_SOCKET_VARIABLE] = path
     for path in settings.sockets:
         _give_lock(f"{path}.lock", user)
 
 
-def _is_in_use(path: str, user: Identity) -> bool:
+def _is_in_use(path: str) -> bool:
     """Whether a daemon of any user holds the path's lock."""
-    try:
-        return is_locked(path, user.uid)
-    except InstanceError:  # the lock is yet another user's
-        return False
+    with contextlib.suppress(OSError, InstanceError):
+        return is_locked(path, os.lstat(f"{path}.lock").st_uid)
+    return False
 
 
 def _give_folder(folder: str, user: Identity) -> None:

@@ -1,6 +1,7 @@
 """`user =`: a daemon that root starts, and that is another user's from then on."""
 
 import contextlib
+import fcntl
 import os
 import pwd
 import shutil
@@ -107,6 +108,15 @@ def test_started_as_root_it_becomes_the_user_that_is_set(daemon: Daemon) -> None
     assert not any(os.path.exists(f"{daemon.path}{suffix}") for suffix in ("", ".pid", ".ctl"))
 
 
+def test_what_a_daemon_of_another_user_has_stays_its_own(daemon: Daemon) -> None:
+    lock = Path(f"{daemon.path}.lock")
+    with lock.open("w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        os.chown(lock, NOBODY.pw_uid - 1, NOBODY.pw_gid)
+        assert daemon.command("start").returncode == 1
+        assert lock.stat().st_uid == NOBODY.pw_uid - 1
+
+
 @pytest.mark.parametrize("log", ["daemon.log", "security.log"])
 def test_root_opens_no_log_where_the_user_can_put_a_link(
     daemon: Daemon, tmp_path: Path, log: str
@@ -170,8 +180,11 @@ def test_roots_default_path_is_kept_through_reload_and_upgrade(
     daemon.log_file = system_folder / "cpanbridged.log"
     started = daemon.command("start")
     assert f"listening on {daemon.path}, log {daemon.log_file}\n" in started.stdout, started
-    daemon.prefix = []
     try:
+        again = daemon.command("start")
+        assert again.returncode == 1, again
+        assert f"{daemon.path}: in use by a running cpanbridged" in again.stderr
+        daemon.prefix = []
         for change in (None, "reload", "upgrade"):
             if change is not None:
                 done = daemon.command(change)
