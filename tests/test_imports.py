@@ -27,7 +27,8 @@ FLOORS = {
 FOR_WORKERS = (
     *("config", "gate", "memory", "wording", "processes.context"),
     *("reports.connections", "reports.health", "reports.reports"),
-    *("system.exhaustion", "system.log_text", "system.logs", "system.start_time", "version"),
+    *("system.exhaustion", "system.log_text", "system.logs", "system.start_time"),
+    *("system.waiting", "version"),
 )
 MOST_LINES = 350
 MOST_COLLABORATORS = 6
