@@ -81,6 +81,8 @@ class Gate:
         self._waiting = counters.waiting.get_obj()
         self._overload_state = counters.overload_state.get_obj()
         self._exiting = False
+        self.given_up = 0  # calls whose room `CallTimeouts`, which counts them, has given back
+        self.accept_waits_for_thread = False  # the leading thread does, which writes it
 
     # -- connections --
 
@@ -155,10 +157,12 @@ class Gate:
     def release_request(self, succeeded: bool) -> None:
         """Give back a request's room, once its function has returned."""
         self._run(self._release_request, succeeded)
+        wants_thread = self.accept_waits_for_thread
         if self._waiting.value:
             self.wake_first()
-            if self._slot.first_ticket:  # it may have waited for a thread of this worker
-                wake(self._wakeups.room)
+            wants_thread = wants_thread or self._slot.first_ticket > 0
+        if wants_thread:
+            wake(self._wakeups.room)
 
     def wake_first(self) -> None:
         """Wake the worker whose request is the next, and those that were passed over."""
@@ -178,7 +182,7 @@ class Gate:
     @property
     def has_no_thread(self) -> bool:
         """Whether this worker runs as many requests as it may."""
-        return bool(self.threads and self._slot.running >= self.threads)
+        return self.threads > 0 and self._slot.running + self.given_up >= self.threads
 
     def retry_after(self, waits_for: int) -> float:
         """In how many seconds to look again for what a request waits for."""
@@ -242,7 +246,7 @@ class Gate:
     def _look(self, ticket: int) -> int:
         slot = self._slot
         code = self._obstacle(ticket)
-        if ticket and ticket == slot.first_ticket and code != WAITS_FOR_THREAD:
+        if ticket and ticket == slot.first_ticket and not self.has_no_thread:
             slot.passed_over_at = 0  # it takes its turn
         if ticket and code != ADMITTED and code != WAITS_FOR_TURN:
             slot.request_waits_for = code
@@ -256,7 +260,7 @@ class Gate:
             return WAITS_FOR_LOAD
         if self._running.value >= header.max_concurrent_requests:
             return WAITS_FOR_REQUEST
-        if self.threads and slot.running >= self.threads:
+        if self.threads and self.has_no_thread:
             return WAITS_FOR_THREAD
         now = time.monotonic_ns()
         if self._windows[header.ring_number % 2].free_at() > now:
@@ -320,10 +324,7 @@ class Gate:
     # -- others --
 
     def ignore_overload(self) -> None:
-        """From now on this worker finishes what it has, also while the gate is closed.
-
-        For a worker that exits: the gate may be waiting for its memory.
-        """
+        """This worker exits: it finishes what it has, for the gate may wait for its memory."""
         self._exiting = True
         wake(self._wakeups.room)
 

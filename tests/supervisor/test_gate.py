@@ -350,6 +350,29 @@ def test_a_worker_that_does_not_take_its_turn_is_passed_over_until_it_does(
     assert other.admit() == WAITS_FOR_TURN
 
 
+def test_a_worker_without_a_thread_is_passed_over_also_while_there_is_no_room(
+    new_workers: NewWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    clock.install(monkeypatch, gate_module, shared_module, window_module)
+    workers = new_workers(2, max_concurrent_requests=2)
+    workers.gates[0].threads = 1
+    assert all(workers.try_to_admit(gate) for gate in workers.gates)
+    busy, other = Line(workers.gates[0]), Line(workers.gates[1])
+    for line in (busy, other, other, other):
+        line.enter()
+    for patience in (PATIENCE_NS, 0, 0):  # once, and not for each of the others
+        assert busy.admit() == WAITS_FOR_REQUEST
+        other.gate.release_request(True)
+        assert busy.admit() == WAITS_FOR_THREAD
+        if patience:
+            assert other.admit() == WAITS_FOR_TURN
+            clock.now += patience + 1
+        assert other.admit() == ADMITTED
+    workers.gates[0].release_request(True)
+    assert busy.admit() == ADMITTED
+
+
 def test_the_requests_of_a_dead_worker_keep_nobody_waiting(new_workers: NewWorkers) -> None:
     workers = new_workers(2, max_concurrent_requests=1)
     assert workers.try_to_admit(workers.gates[1])

@@ -136,7 +136,10 @@ class Acceptor(Generic[C]):
         else:
             if self._listen_queue.woken:
                 self.leave_to_others()
-            ready.wait(CROWDED_SECONDS)
+            self._gate.accept_waits_for_thread = True
+            if self._gate.has_no_thread:  # still
+                ready.wait(CROWDED_SECONDS)
+            self._gate.accept_waits_for_thread = False
 
     def _next_ready(self) -> Arrival[C] | None:
         try:

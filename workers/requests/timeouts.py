@@ -96,6 +96,8 @@ class CallTimeouts:
             self._running.discard(running)
             if running is self._first:
                 self._find_first()
+            if running.answered:
+                self.gate.given_up -= 1
             return not running.answered
 
     def _find_first(self) -> None:
@@ -155,6 +157,7 @@ class CallTimeouts:
             else:
                 client.send_last(replies.to_ascii(reply))
         finally:
+            self.gate.given_up += 1  # first: its thread is not free
             self.gate.release_request(succeeded=False)
             self.gate.release_connection()
 

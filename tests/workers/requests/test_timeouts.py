@@ -9,6 +9,7 @@ import pytest
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.memory.fields import ADMITTED, WAITS_FOR_THREAD
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.wakeups import Wakeups
 from cpanbridge.workers.protocol.requests import Request
@@ -38,7 +39,7 @@ class Worker:
         self.shared = Shared.create(1, Limits())
         self._descriptors = Wakeups.create()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        gate = Gate(self.shared, 0, [self._descriptors])
+        gate = self.gate = Gate(self.shared, 0, [self._descriptors], threads=1)
         self.slot = self.shared.slots[0]
         with self.shared.lock:
             gate.take_connection()
@@ -95,6 +96,16 @@ def test_its_room_is_given_back_once(worker: Worker) -> None:
     assert (slot.admitted, slot.succeeded, slot.failed) == (1, 0, 1)
     assert (slot.opened, slot.closed) == (1, 1)
     assert worker.client.released
+
+
+def test_its_thread_is_not_free_before_it_returns(worker: Worker) -> None:
+    worker.client.may_end.set()
+    running = worker.begin(1e-9)
+    worker.timeouts.check()
+    assert worker.shared.running() == 0
+    assert worker.gate.admit() == WAITS_FOR_THREAD
+    worker.timeouts.end(running)
+    assert worker.gate.admit() == ADMITTED
 
 
 def test_a_call_that_is_in_time_is_not_answered(worker: Worker) -> None:
