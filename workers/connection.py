@@ -90,28 +90,34 @@ class Connections:
         client = arrival.client or self._welcome(arrival)
         if arrival.ticket and arrival.call is not None:
             arrival.call.ticket = arrival.ticket
+        ticket = arrival.ticket
         try:
-            if client.framed and client.transfer is None:
-                stays = self._resume(client, arrival)
-            elif arrival.data is None:
-                stays = self._serve_when_it_sends(client)
-            else:
-                stays = self._serve_first(client, arrival.data, arrival.call, self._deadline())
+            try:
+                stays = self._go_on(client, arrival)
+            except _Waits as waits:
+                self._let_wait(client, waits)
+                ticket = 0  # the client is another thread's by now, and so is its request
+                return
         except HandedOver:
             return  # it is closed when it was taken, or it is returned
-        except _Waits as waits:
-            self._let_wait(client, waits)
-            return  # its client is another thread's by now
         except OSError:
             stays = False  # the client has left, or takes too long (TimeoutError)
         except BaseException:
             self._endings.close(client)
             raise
         finally:
-            if arrival.ticket:
-                self._admission.ended(arrival.ticket)
+            if ticket:
+                self._admission.ended(ticket)
         if not stays:
             self._endings.close(client)
+
+    def _go_on(self, client: ClientSocket, arrival: Arrival[Call]) -> bool:
+        """Serve what it has sent; whether the connection is kept."""
+        if client.framed and client.transfer is None:
+            return self._resume(client, arrival)
+        if arrival.data is None:
+            return self._serve_when_it_sends(client)
+        return self._serve_first(client, arrival.data, arrival.call, self._deadline())
 
     def _let_wait(self, client: ClientSocket, waits: "_Waits") -> None:
         """From now on no thread serves the client, until its request's turn has come."""
@@ -278,6 +284,8 @@ class Connections:
         except MustWait as wait:
             if self._drainer.stopping:
                 raise Draining from None
+            if session is None and not call.ticket:
+                self._placement.pass_on_if_exiting(call, client, data)
             raise _Waits(call, data(), wait.waits_for) from None
         finally:
             if session is not None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.memory.wakeups import wake
 from cpanbridge.workers.accept.ready_clients import Arrival
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import ConnectionDrainer
@@ -137,3 +138,5 @@ class Endings:
         """Another worker has taken the client: end what this one has of it. In any thread."""
         client.duplicated = False  # the connection goes on
         self.close(client)
+        if self.calls.admission.count:
+            wake(self.calls.admission.wakeup)  # the next one may be passed on

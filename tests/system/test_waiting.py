@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, NewDaemon
-from plain_client import Framed, connect, one_shot, request, until
+from plain_client import Framed, connect, one_shot, read_to_end, request, until
 
 
 class Hog:
@@ -171,6 +171,44 @@ def test_a_reload_lets_requests_that_wait_keep_their_places(
     order = [int(line) for line in file.read_text().split()]
     assert sorted(order) == list(range(15))
     assert all(sum(each > number for each in order[:n]) <= 4 for n, number in enumerate(order))
+
+
+def test_a_request_that_is_complete_after_its_worker_was_told_to_exit_waits_in_another(
+    new_daemon: NewDaemon, pool: ThreadPoolExecutor
+) -> None:
+    daemon = new_daemon("workers = 2\nlimits.max_concurrent_requests = 1").run()
+    hog = Hog(pool, daemon).begin()
+    data = json.dumps(request("probe", "worker_pid")).encode()
+    before = daemon.workers()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(daemon.path)) for _ in range(6)]
+        for client in clients:
+            client.sendall(data[:9])
+        until(lambda: daemon.status()["gate"]["connections"] == 7)
+        daemon.reload()
+        for client in clients:
+            client.sendall(data[9:])
+        until(lambda: waiting(daemon) == 6)
+        hog.end()
+        replies = [json.loads(read_to_end(client)) for client in clients]
+    assert all(reply["success"] for reply in replies), replies
+    assert not {reply["result"] for reply in replies} & set(before)
+
+
+def test_where_a_worker_bears_one_thread_none_runs_beside_a_call_that_hangs(
+    new_daemon: NewDaemon, pool: ThreadPoolExecutor
+) -> None:
+    daemon = new_daemon("workers = 1\nthreads = 1").run()
+    (hung,) = daemon.workers()
+    with connect(daemon.path) as hangs:
+        end, begun = daemon.folder / "end", daemon.folder / "begun"
+        paths = [str(end), str(begun)]
+        hangs.sendall(json.dumps(request("probe", "run_until", paths, timeout=0.5)).encode())
+        until(begun.exists)
+        waits = pool.submit(one_shot, daemon.path, "probe", "worker_pid", timeout=60)
+        assert json.loads(read_to_end(hangs))["error_type"] == "RequestTimeout"
+    assert waits.result()["result"] != hung
+    end.touch()
 
 
 def test_a_request_that_waits_for_a_thread_goes_to_the_worker_that_has_one(

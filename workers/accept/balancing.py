@@ -69,24 +69,28 @@ class Balancer:
     def worker_with_a_thread(self, *, many: bool) -> Owner | None:
         """The worker that a request is to be handed to which waits here, if there is one.
 
-        Without `many` one at a time is on its way.
+        Without `many` one at a time is on its way. With it they go to one without a thread as
+        well, if need be: this worker exits, and they can wait there as they do here.
         """
         if time.monotonic() < self.next_check or (self._outgoing.count and not many):
             return None
-        free = [
-            (slot.running + slot.queued, owner)
+        others = [
+            (not _has_thread(slot), slot.running + slot.queued, owner)
             for owner, slot in self._shared.workers()
-            if owner.slot != self._number and self._takes(slot, any_generation=True)
+            if owner.slot != self._number and slot.is_staying and (many or _has_thread(slot))
         ]
-        return min(free)[1] if free else None
+        return min(others)[2] if others else None
 
-    def _takes(self, slot: Slot, *, any_generation: bool = False) -> bool:
+    def _takes(self, slot: Slot) -> bool:
         """Whether a worker has the same modules, being of this generation, and a thread left."""
-        if slot.threads and slot.running >= slot.threads:
-            return False
-        return slot.is_staying and (any_generation or slot.generation == self._slot.generation)
+        return slot.is_staying and slot.generation == self._slot.generation and _has_thread(slot)
 
     def was_not_taken(self, now: float) -> None:
         """A connection was returned."""
         with self._lock:
             self.next_check = max(self.next_check, now + REST_SECONDS)
+
+
+def _has_thread(slot: Slot) -> bool:
+    """Whether a worker may run one more request."""
+    return not slot.threads or slot.running < slot.threads

@@ -80,13 +80,10 @@ class ConnectionDrainer:
                 self._one_shot.discard(client)
 
     @contextlib.contextmanager
-    def paused(self, client: ClientSocket) -> Iterator[bool]:
-        """Hold the lock, so that no input is ended while a client is prepared for a hand-off.
-
-        Yields whether that may be: its input has not ended.
-        """
+    def paused(self) -> Iterator[None]:
+        """Hold the lock, so that no input is ended while a client is prepared for a hand-off."""
         with self._lock:
-            yield not client.input_ended
+            yield
 
     def stays(self, client: ClientSocket) -> bool:
         """Whether a connection goes on in a worker that drains."""

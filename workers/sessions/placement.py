@@ -3,6 +3,7 @@
 Called from the threads that serve clients.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Placement:
         if client.transfer is not None:
             self._go_on_here(client)
         elif call.ticket and (self.drainer.exiting or self.has_no_thread()):
-            self._pass_on(call, client, data())
+            self._pass_on(call, client, data)
         elif client.framed:
             self._spread(call, client, data)
         return None
@@ -68,13 +69,24 @@ class Placement:
             return
         owner = balancer.worker_with_fewer(call.arrived, self.drainer.kept)
         if owner is not None:
-            self._send(call, client, request, owner)
+            self._send(call, client, request, owner, TAKE_SECONDS)
 
-    def _pass_on(self, call: Call, client: ClientSocket, data: bytes) -> None:
-        """Hand a request that waits to a worker that may run it sooner. Raises HandedOver."""
-        owner = self.balancer.worker_with_a_thread(many=self.drainer.exiting)
+    def pass_on_if_exiting(
+        self, call: Call, client: ClientSocket, data: Callable[[], bytes]
+    ) -> None:
+        """Do so with a request that has found no room, if no thread may lead here any more."""
+        if self.drainer.exiting:
+            self._pass_on(call, client, data)
+
+    def _pass_on(self, call: Call, client: ClientSocket, data: Callable[[], bytes]) -> None:
+        """Hand a request that waits to a worker that may run it sooner. Raises HandedOver.
+
+        One that exits has no reason to take it back, as long as the other one is there.
+        """
+        exiting = self.drainer.exiting
+        owner = self.balancer.worker_with_a_thread(many=exiting)
         if owner is not None:
-            self._send(call, client, data, owner)
+            self._send(call, client, data(), owner, math.inf if exiting else TAKE_SECONDS)
 
     def _go_on_here(self, client: ClientSocket) -> None:
         """A client was returned."""
@@ -82,13 +94,18 @@ class Placement:
         client.duplicated = True  # it may be in the queue still
         self.balancer.was_not_taken(time.monotonic())
 
-    def _send(self, call: Call, client: ClientSocket, request: bytes, owner: Owner) -> None:
-        with self.drainer.paused(client) as may_go:
-            if not may_go:
-                return
-            until = min(time.monotonic() + TAKE_SECONDS, call.arrived + patience(call))
+    def _send(
+        self, call: Call, client: ClientSocket, request: bytes, owner: Owner, seconds: float
+    ) -> None:
+        """Hand a client over, for so many seconds. Raises HandedOver; returns if it stays here."""
+        now = time.monotonic()
+        until = min(now + seconds, call.arrived + patience(call))
+        if until <= now:
+            return  # only to be told that it is late
+        with self.drainer.paused():
             moving = self.dispatcher.moving(
-                call, client, request, input_may_have_ended=client.input_ended_before
+                call, client, request, input_may_have_ended=client.input_may_have_ended
             )
             client.transfer = Transfer(moving, owner, until, may_stay=True)
         self.dispatcher.send(client)
+        self.balancer.was_not_taken(time.monotonic())

@@ -127,6 +127,21 @@ def test_after_one_was_not_taken_none_is_given_for_a_while(workers: Workers) -> 
     assert workers.balancer.next_check == NOW + REST_SECONDS
 
 
+def test_what_waits_goes_to_a_worker_with_a_thread_and_from_one_that_exits_to_any(
+    workers: Workers,
+) -> None:
+    first, second, third = (workers.slots[slot] for slot in OTHERS)
+    for slot in (first, second, third):
+        slot.threads = slot.admitted = 1
+    third.serves = 0
+    first.queued = 1
+    assert workers.balancer.worker_with_a_thread(many=False) is None
+    assert workers.balancer.worker_with_a_thread(many=True) == workers.shared.owner(2)
+    first.succeeded = 1
+    for many in (False, True):
+        assert workers.balancer.worker_with_a_thread(many=many) == workers.shared.owner(1)
+
+
 def test_a_modules_random_numbers_are_its_own(workers: Workers) -> None:
     random.seed(7)
     expected = [random.random() for _ in range(3)]
