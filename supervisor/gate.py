@@ -157,11 +157,10 @@ class Gate:
     def release_request(self, succeeded: bool) -> None:
         """Give back a request's room, once its function has returned."""
         self._run(self._release_request, succeeded)
-        wants_thread = self.accept_waits_for_thread
-        if self._waiting.value:
+        waiting = self._waiting.value
+        if waiting:
             self.wake_first()
-            wants_thread = wants_thread or self._slot.first_ticket > 0
-        if wants_thread:
+        if self.accept_waits_for_thread or (waiting and self._slot.first_ticket):
             wake(self._wakeups.room)
 
     def wake_first(self) -> None:

@@ -147,7 +147,8 @@ class Admission(Generic[C]):
 
     def try_now(self) -> None:
         """There may be room by now."""
-        self._next_try = 0.0
+        with self._lock:  # else a thread that has found none a moment ago would put it off
+            self._next_try = 0.0
 
     def seconds(self) -> float | None:
         """Until `next` is to be called again; None: when `descriptor` or the wake-up says so."""
@@ -219,7 +220,6 @@ class Admission(Generic[C]):
     def exits(self) -> None:
         """The worker exits: others are to run what waits here."""
         self._exiting = True
-        self._next_try = 0.0
         wake(self.wakeup)
 
     def pop_all(self) -> list[ClientSocket]:

@@ -68,6 +68,7 @@ class ReadyClients(Generic[C]):
             self.epoll.register(descriptor, select.EPOLLIN)
         self.was_woken = False  # and the acceptor has not tried to accept since
         self._ready = syscalls.ReadySet(self.epoll, len(watched))
+        self._waiting_first = True
 
     @property
     def pending(self) -> bool:
@@ -89,13 +90,16 @@ class ReadyClients(Generic[C]):
 
     def next(self) -> Arrival[C] | None:
         """The next one, each kind in its turn. Raises OSError when no descriptor is left."""
-        if self._admission.tickets and (arrival := self._next_waiting()) is not None:
-            return arrival
+        if self._admission.tickets:
+            # Not each time: with room for all, those that come would wait for all that waited.
+            self._waiting_first = not self._waiting_first
+            if self._waiting_first and (arrival := self._next_waiting()) is not None:
+                return arrival
         if self._keep_alive.ready and (arrival := self._next_awake()) is not None:
             return arrival
         ready = self._ready.poll()
         if not ready and not self._incoming.waiting:
-            return None
+            return self._next_waiting() if self._admission.tickets else None
         arrival = None
         for wakeup in (self._wakeup, self._room):
             if wakeup in ready:

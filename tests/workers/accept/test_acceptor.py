@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import select
 import socket
@@ -19,12 +20,13 @@ from running_out import no_descriptors
 
 from cpanbridge.supervisor.config import Limits
 from cpanbridge.supervisor.gate import Gate
+from cpanbridge.supervisor.memory.fields import ADMITTED, WAITS_FOR_REQUEST
 from cpanbridge.supervisor.memory.layout import Shared
 from cpanbridge.supervisor.memory.listener_box import ListenerBox
 from cpanbridge.supervisor.memory.wakeups import Wakeups
-from cpanbridge.workers.accept import listen_queue
+from cpanbridge.workers.accept import acceptor, listen_queue
 from cpanbridge.workers.accept.acceptor import MOST_IN_A_ROW, Acceptor
-from cpanbridge.workers.accept.admission import Admission
+from cpanbridge.workers.accept.admission import Admission, WaitingRequest
 from cpanbridge.workers.accept.listen_queue import TIMES_IN_A_ROW, ListenQueue
 from cpanbridge.workers.accept.listeners import Listeners
 from cpanbridge.workers.accept.ready_clients import ReadyClients
@@ -46,11 +48,14 @@ class Worker:
         self.shared = Shared.create(2, Limits(**limits))
         self.gate = Gate(self.shared, 0, self.wakeups)
         self.outgoing = self.no_clients()
+        self.admission: Admission[None] = Admission(
+            self.gate, self.wakeups[0].room, lambda *_: None, lambda: False
+        )
         self.ready: ReadyClients[None] = ReadyClients(
             self.no_clients(),
             self.outgoing,
             self.keep_alive,
-            Admission(self.gate, self.wakeups[0].room, lambda *_: None, lambda: False),
+            self.admission,
             lambda *_: None,
         )
         inherited = Listeners(listeners, ListenerBox(-1, -1), self.shared)
@@ -385,6 +390,68 @@ def test_neither_side_keeps_the_other_waiting(
     assert [set(turn) for turn in turns] == [{"accepted"}, {"kept"}] * 3
     for client, _ in kept:
         client.close()
+
+
+def test_requests_that_have_waited_keep_no_kept_client_waiting(new_worker: NewWorker) -> None:
+    worker = new_worker()
+    kept, theirs = kept_client(worker)
+    theirs.sendall(b"x")
+    waiting, other_ends = zip(*(socket.socketpair() for _ in range(4)), strict=True)
+    for ours in waiting:
+        client = ClientSocket(ours.fileno(), 0)
+        request = WaitingRequest[None](client, b"x", None, 0, 0.0, math.inf, is_movable=True)
+        worker.admission.add(request, WAITS_FOR_REQUEST)
+    served = []
+    for _ in range(5):
+        arrival = worker.ready.next()
+        assert arrival is not None
+        if arrival.ticket:
+            assert worker.admission.admit(arrival.ticket) == ADMITTED
+        served.append(arrival.client)
+    assert kept in served[:2]
+    assert [each.descriptor for each in served if each not in (kept, None)] == [
+        ours.fileno() for ours in waiting
+    ]
+    for each in (*waiting, *other_ends, theirs):
+        each.close()
+    os.close(kept.descriptor)
+
+
+def test_a_thread_that_is_free_again_has_the_next_client_at_once(
+    new_worker: NewWorker, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptor, "CROWDED_SECONDS", 3600.0)
+    worker = new_worker()
+    worker.gate.threads = 1
+    assert worker.gate.admit() == ADMITTED
+    worker.lead()
+    until(worker.sleeps)
+    worker.gate.release_request(True)
+    with connect(listener):
+        until(lambda: worker.arrivals)
+
+
+def test_room_that_comes_while_a_request_finds_none_is_not_missed(new_worker: NewWorker) -> None:
+    worker = new_worker()
+    ours, theirs = socket.socketpair()
+    client = ClientSocket(ours.fileno(), 0)
+    request = WaitingRequest[None](client, b"x", None, 0, 0.0, math.inf, is_movable=True)
+    worker.admission.add(request, WAITS_FOR_REQUEST)
+    assert worker.admission.next() is request
+    leader = threading.Thread(target=worker.admission.try_now)
+
+    def admit(*_: int) -> int:
+        leader.start()  # just after the look for room
+        leader.join(0.1)
+        return WAITS_FOR_REQUEST
+
+    worker.gate.admit = admit  # type: ignore[method-assign,assignment]
+    assert worker.admission.admit(request.ticket) == WAITS_FOR_REQUEST
+    leader.join()
+    worker.admission.add(request, WAITS_FOR_REQUEST)
+    assert worker.admission.seconds() == 0.0
+    for each in (ours, theirs):
+        each.close()
 
 
 def test_a_client_is_found_although_others_are_on_their_way_to_their_owners(
