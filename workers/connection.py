@@ -284,8 +284,6 @@ class Connections:
         except MustWait as wait:
             if self._drainer.stopping:
                 raise Draining from None
-            if session is None and not call.ticket:
-                self._placement.pass_on_if_exiting(call, client, data)
             raise _Waits(call, data(), wait.waits_for) from None
         finally:
             if session is not None:

@@ -49,6 +49,7 @@ class Endings:
         finally:
             if not client.released:
                 self.gate.release_connection()
+            self.drainer.has_left()
 
     def not_run(self) -> bytes:
         """The reply to a request that is not run, because the worker exits."""

@@ -46,6 +46,7 @@ class Service:
         shared, slot, wakeups = context.shared, context.slot, context.wakeups
         settings, limits = context.settings, context.settings.limits
         gate = self.gate = Gate(shared, slot, wakeups, settings.threads)
+        self._slot = shared.slots[slot]
         statistics = StatisticsWriter(shared, slot)
         due = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._timeouts = CallTimeouts(slot, shared.slots[slot], limits.slow_request, due, gate)
@@ -105,7 +106,7 @@ class Service:
             self._acceptor.leave_to_others,
         )
         self.attention: Sequence[int] = (
-            *(self._threads.attention, due, self._sessions.none_left, self.drainer.none_kept),
+            *(self._threads.attention, due, self._sessions.none_left, self.drainer.one_left),
         )
 
     def _can_pass_on(self) -> bool:
@@ -182,11 +183,14 @@ class Service:
 
     @property
     def is_drained(self) -> bool:
-        """Whether no session and no kept connection is left, so that it may be closed."""
+        """Whether no session and no client is left, so that it may be closed.
+
+        Not before: a request of any of them may have to wait, or to be handed over.
+        """
         if self._sessions.live or self._outgoing.count or self._admission.count:
             return False
         self.drainer.drain()
-        return not self.drainer.kept
+        return not self._slot.connections
 
     def close(self) -> None:
         """Let no thread lead any more."""

@@ -120,7 +120,7 @@ class Acceptor(Generic[C]):
         if ready.pending or ready.was_woken or self._outcome is _Outcome.AGAIN or self._is_closed:
             return
         if self._is_told_to_shut:
-            self.is_shut = True
+            self._has_shut()
             ready.wait()
         elif self._outcome is _Outcome.NONE_WAITS and not self._gate.has_no_thread:
             exclusive = not self._may_be_held_up()
@@ -156,7 +156,7 @@ class Acceptor(Generic[C]):
         self._ready.was_woken = False
         if self._is_told_to_shut:
             self._gate.stop_waiting_for_connection()
-            self.is_shut = True
+            self._has_shut()
             self._outcome = _Outcome.NONE_WAITS
             return None
         if self._holds_back():
@@ -176,6 +176,11 @@ class Acceptor(Generic[C]):
         except OSError:
             return Arrival(descriptor, number, b"", None)  # it has left already
         return Arrival(descriptor, number, data, self._prepare(data, None, 0))
+
+    def _has_shut(self) -> None:
+        if not self.is_shut:
+            self.is_shut = True
+            self._gate.wake_other_workers()  # and the main thread of this one
 
     def _holds_back(self) -> bool:
         """Whether to wait a moment for the owners of the clients that are on their way.

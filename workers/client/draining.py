@@ -42,8 +42,8 @@ class ConnectionDrainer:
         self._lock = threading.Lock()
         self._next_idle = 0.0  # no idle timeout is over before that, CLOCK_MONOTONIC seconds
         # Eventfds. They are readable when kept connections without a session take up no further
-        # request; when no connection does; when the last framed one of a worker that drains ended.
-        self.drains, self.stops, self.none_kept = (
+        # request; when no connection does; when a client has left a worker that drains.
+        self.drains, self.stops, self.one_left = (
             os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)
         )
 
@@ -63,8 +63,11 @@ class ConnectionDrainer:
     def remove(self, client: ClientSocket) -> None:
         with self._lock:
             self._framed.discard(client)
-            if self.exiting and not self._framed:
-                os.eventfd_write(self.none_kept, 1)
+
+    def has_left(self) -> None:
+        """A client has, and its connection's room is given back."""
+        if self.exiting:
+            os.eventfd_write(self.one_left, 1)
 
     @contextlib.contextmanager
     def waiting_for(self, client: ClientSocket) -> Iterator[None]:

@@ -3,7 +3,6 @@
 Called from the threads that serve clients.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class Placement:
         if client.transfer is not None:
             self._go_on_here(client)
         elif call.ticket and (self.drainer.exiting or self.has_no_thread()):
-            self._pass_on(call, client, data)
+            self._pass_on(call, client, data())
         elif client.framed:
             self._spread(call, client, data)
         return None
@@ -69,24 +68,13 @@ class Placement:
             return
         owner = balancer.worker_with_fewer(call.arrived, self.drainer.kept)
         if owner is not None:
-            self._send(call, client, request, owner, TAKE_SECONDS)
+            self._send(call, client, request, owner)
 
-    def pass_on_if_exiting(
-        self, call: Call, client: ClientSocket, data: Callable[[], bytes]
-    ) -> None:
-        """Do so with a request that has found no room, if no thread may lead here any more."""
-        if self.drainer.exiting:
-            self._pass_on(call, client, data)
-
-    def _pass_on(self, call: Call, client: ClientSocket, data: Callable[[], bytes]) -> None:
-        """Hand a request that waits to a worker that may run it sooner. Raises HandedOver.
-
-        One that exits has no reason to take it back, as long as the other one is there.
-        """
-        exiting = self.drainer.exiting
-        owner = self.balancer.worker_with_a_thread(many=exiting)
+    def _pass_on(self, call: Call, client: ClientSocket, data: bytes) -> None:
+        """Hand a request that waits to a worker that may run it sooner. Raises HandedOver."""
+        owner = self.balancer.worker_with_a_thread(many=self.drainer.exiting)
         if owner is not None:
-            self._send(call, client, data(), owner, math.inf if exiting else TAKE_SECONDS)
+            self._send(call, client, data, owner)
 
     def _go_on_here(self, client: ClientSocket) -> None:
         """A client was returned."""
@@ -94,12 +82,10 @@ class Placement:
         client.duplicated = True  # it may be in the queue still
         self.balancer.was_not_taken(time.monotonic())
 
-    def _send(
-        self, call: Call, client: ClientSocket, request: bytes, owner: Owner, seconds: float
-    ) -> None:
-        """Hand a client over, for so many seconds. Raises HandedOver; returns if it stays here."""
+    def _send(self, call: Call, client: ClientSocket, request: bytes, owner: Owner) -> None:
+        """Hand a client over. Raises HandedOver; returns if it stays here."""
         now = time.monotonic()
-        until = min(now + seconds, call.arrived + patience(call))
+        until = min(now + TAKE_SECONDS, call.arrived + patience(call))
         if until <= now:
             return  # only to be told that it is late
         with self.drainer.paused():
