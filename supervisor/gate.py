@@ -252,7 +252,7 @@ class Gate:
         return code
 
     def _obstacle(self, ticket: int) -> int:
-        header, slot = self._header, self._slot
+        header = self._header
         if header.recount:
             self._shared.recount()
         if self._overload_state.value != GATE_OPEN and not self._exiting:
