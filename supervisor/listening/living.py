@@ -37,14 +37,25 @@ def _bound_to(control: str) -> Iterator[str]:
 
 
 def _is_held_here(number: str) -> bool:
-    """Whether another process that sees the same files as this one has the socket open."""
+    """Whether another process that sees the same files as this one has the socket open.
+
+    Other users' are not asked: theirs was bound where the path means a file of their own.
+    """
     here, me = _root_of("self"), str(os.getpid())
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         # Ended meanwhile, or not this user's to look into.
         with contextlib.suppress(OSError):
-            if pid != me and _root_of(pid) == here and _has_open(pid, f"socket:[{number}]"):
+            if pid == me or _root_of(pid) != here or _user_of(pid) not in (0, os.getuid()):
+                continue
+            if _has_open(pid, f"socket:[{number}]"):
                 return True
     return False
+
+
+def _user_of(pid: str) -> int:
+    """Not by who owns the folder: that is root where a process has made itself undumpable."""
+    with open(f"/proc/{pid}/status", "rb") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(b"Uid:"))
 
 
 def _root_of(pid: str) -> tuple[str, str]:
