@@ -19,6 +19,8 @@ def main(path: str, count: int, module: str, function: str, event: str) -> None:
         if child == 0:
             os.close(read_end)
             reply = one_shot(path, module, function, [event, number], timeout=90)
+            if not reply["success"]:
+                print(reply, file=sys.stderr, flush=True)
             os.write(write_end, b"+" if reply["success"] else b"-")
             while True:
                 signal.pause()

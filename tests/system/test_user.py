@@ -60,6 +60,8 @@ def daemon(new_daemon: NewDaemon, prefix: list[str]) -> Daemon:
 @pytest.fixture
 def system_folder() -> Iterator[Path]:
     """The folder of root's default path, with what an earlier daemon of root's has left there."""
+    if os.path.exists(f"/tmp/cpanbridged-{NOBODY.pw_uid}"):
+        pytest.skip("nobody has a daemon of his own")
     try:
         SYSTEM_FOLDER.mkdir(0o755)
     except FileExistsError:

@@ -159,10 +159,13 @@ class Outgoing:
 
     def _queue(self, slot: int) -> socket.socket:
         """Another worker's queue. Its descriptor is never closed, so neither is the socket."""
-        queue = self._queues.get(slot)
-        if queue is None:
-            queue = self._queues[slot] = handoff_sockets.end_of(self._wakeups[slot].put)
-        return queue
+        # Under the lock, for one object each: a second one would close the descriptor as it goes,
+        # and the number be a client's next.
+        with self._lock:
+            queue = self._queues.get(slot)
+            if queue is None:
+                queue = self._queues[slot] = handoff_sockets.end_of(self._wakeups[slot].put)
+            return queue
 
     def _forget(self, claim: Claim) -> bool:
         """The claim is of no more use; False when that was found out before."""

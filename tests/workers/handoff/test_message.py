@@ -1,11 +1,15 @@
 """A client on its way to another worker is always one side's, whichever process is killed when."""
 
+import contextlib
+import gc
 import math
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import Mock
@@ -115,6 +119,27 @@ def serve(found: tuple[MovingClient, int] | None) -> None:
         with socket.socket(fileno=moving.descriptor) as remote:
             remote.sendall(b"served")
             remote.shutdown(socket.SHUT_RDWR)
+
+
+def test_two_threads_that_hand_over_at_first_leave_the_queue_open(
+    workers: TwoWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket object that goes closes its descriptor, and a client may get that number."""
+    make, together = handoff_sockets.end_of, threading.Barrier(2)
+
+    def slowly(descriptor: int) -> socket.socket:
+        queue = make(descriptor)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)  # for the other thread, if it gets here too
+        return queue
+
+    monkeypatch.setattr(handoff_sockets, "end_of", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        queues = list(pool.map(workers.outgoing._queue, [RECEIVER] * 2))
+    assert queues[0] is queues[1]
+    del queues
+    gc.collect()
+    os.fstat(workers.wakeups[RECEIVER].put)
 
 
 @pytest.mark.parametrize("input_may_have_ended", [True, False])
