@@ -25,7 +25,10 @@ from cpanbridge.workers.modules.forks import clean_up_children
 LOGGER = logging.getLogger("cpanbridge.worker")
 
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
-_prctl = ctypes.CDLL(None).prctl
+_M_ARENA_MAX = -8  # see mallopt(3)
+_ARENAS = 2
+_libc = ctypes.CDLL(None)
+_prctl = _libc.prctl
 
 _reopen_requested = False  # written by the handler of USR1, in the main thread
 
@@ -47,6 +50,7 @@ def set_up(context: WorkerContext, title: str) -> None:
     _reset_signals()
     _end_with_living_master(context)
     show_title(title)
+    _share_freed_memory()
     faulthandler.enable()
     # Writes all threads' stacks to the log, without needing the interpreter lock. The master sends
     # the signal when a process does not boot; an operator may send it at any time.
@@ -59,6 +63,15 @@ def set_up(context: WorkerContext, title: str) -> None:
         setattr(sys, f"__{name}__", stream)
     paths = [str(each.getsockname()) for each in context.listeners]
     clean_up_children(paths, context.listener_box)
+
+
+def _share_freed_memory() -> None:
+    """Have few arenas for all threads: each keeps what its thread has freed, up to 64 MB.
+
+    With the interpreter lock threads hardly ever allocate at the same time.
+    """
+    with contextlib.suppress(AttributeError):  # not the GNU C library
+        _libc.mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def set_up_forked(context: WorkerContext, title: str, parent: int) -> None:

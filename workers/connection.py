@@ -25,6 +25,7 @@ from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.draining import ConnectionDrainer, Draining
 from cpanbridge.workers.client.keepalive import KeepAlive
 from cpanbridge.workers.client.reader import Reader
+from cpanbridge.workers.client.spool import spool
 from cpanbridge.workers.endings import Endings
 from cpanbridge.workers.protocol.framing import FRAME_HEADER, NO_MORE_REQUESTS, is_framed, to_frame
 from cpanbridge.workers.protocol.refusal import Refusal
@@ -124,10 +125,11 @@ class Connections:
         call, request = waits.call, waits.call.request
         until = math.inf if request.timeout is None else call.arrived + request.timeout
         self._connection_table.is_doing(client.entry, WAITING)
-        is_movable = call.target.owned_as is None
         waiting = WaitingRequest(
-            client, waits.data, call, call.ticket, call.arrived, until, is_movable
+            client, waits.data, call, None, call.ticket, call.arrived, until, call.is_movable
         )
+        if (file := spool(waits.data)) is not None:
+            waiting.data, waiting.call, waiting.file = b"", None, file
         self._admission.add(waiting, waits.waits_for)
 
     def _welcome(self, arrival: Arrival[Call]) -> ClientSocket:

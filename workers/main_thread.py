@@ -27,6 +27,7 @@ from cpanbridge.supervisor.memory import fields
 from cpanbridge.supervisor.processes.context import WorkerContext
 from cpanbridge.supervisor.wording import count_of
 from cpanbridge.workers import boot
+from cpanbridge.workers.client.spool import give_memory_back
 from cpanbridge.workers.modules.registry import Registry
 from cpanbridge.workers.service import Service
 
@@ -123,6 +124,7 @@ class MainThread:
         busy = min(self._service.serving, most)
         boot.show_title(f"worker {context.slot} gen {context.generation} busy {busy}/{most}")
         self._service.check_listen_queue()
+        give_memory_back()
         admitted = self._slot.admitted - self._slot.admitted_before
         if self._most_requests and admitted >= self._most_requests:
             self._ask_to_be_retired(fields.RETIREMENT_WORN)

@@ -246,3 +246,23 @@ def held(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def test_large_requests_that_wait_keep_the_gate_from_nothing(
+    new_daemon: NewDaemon, pool: ThreadPoolExecutor
+) -> None:
+    """They would take more memory than the daemon may use, and could not run to give it back."""
+    limits = "{max_memory_mb = 200, memory_grace = 600, sample_interval = 0.2, "
+    daemon = new_daemon(
+        f"workers = 2\nlimits = {limits}max_concurrent_requests = 1, max_requests_per_minute = 0}}"
+    ).run()
+    hog = Hog(pool, daemon).begin()
+    text = "x" * 9_000_000
+    replies = [
+        pool.submit(one_shot, daemon.path, "test", "echo", [text], timeout=60) for _ in range(30)
+    ]
+    until(lambda: waiting(daemon) == 30)
+    until(lambda: daemon.status()["gate"]["verdict"] == "open")
+    hog.end()
+    for reply in replies:
+        assert reply.result()["result"] == [text]

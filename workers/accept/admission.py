@@ -17,7 +17,7 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import IO, Generic, TypeVar
 
 import msgspec
 
@@ -47,7 +47,8 @@ class WaitingRequest(msgspec.Struct, Generic[C], eq=False):
 
     client: ClientSocket
     data: bytes  # what was read of the client, from this request on
-    call: C
+    call: C | None
+    file: IO[bytes] | None  # where a large request is, instead of `data` and `call`
     ticket: int  # 0: a new one
     since: float  # when it came
     until: float  # when its time is over; infinity: never

@@ -153,6 +153,7 @@ class ThreadPool(Generic[A]):
         try:
             while (arrival := self._fetch()) is not None:
                 self._serve_one(arrival)
+                del arrival  # which may be large, and this thread be idle for long
                 if not self._lead_again():
                     self._promotions.get()
         except BaseException:

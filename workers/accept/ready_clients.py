@@ -6,6 +6,7 @@ request. They are served also by a worker that exits and accepts no others.
 """
 
 import contextlib
+import logging
 import os
 import select
 from collections.abc import Callable
@@ -13,13 +14,17 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from cpanbridge.supervisor.wording import explain
 from cpanbridge.workers.accept.admission import Admission
 from cpanbridge.workers.client import syscalls
 from cpanbridge.workers.client.client_socket import ClientSocket
 from cpanbridge.workers.client.keepalive import KeepAlive
+from cpanbridge.workers.client.spool import unspool
 from cpanbridge.workers.client.transfer import MovingClient
 from cpanbridge.workers.handoff.incoming import Incoming
 from cpanbridge.workers.handoff.outgoing import Outgoing
+
+LOGGER = logging.getLogger("cpanbridge.worker")
 
 C = TypeVar("C")
 # Turns the first bytes of a client into a call that can run at once, or None. If another worker
@@ -125,10 +130,14 @@ class ReadyClients(Generic[C]):
         found = self._admission.next()
         if found is None:
             return None
-        client = found.client
-        return Arrival(
-            client.descriptor, 0, found.data, found.call, client=client, ticket=found.ticket
-        )
+        client, data, call = found.client, found.data, found.call
+        if found.file is not None:
+            try:
+                data = unspool(found.file)
+            except OSError as error:
+                LOGGER.error("A request that waited is lost: %s", explain(error))
+            call = self._prepare(data, found.since, found.ticket)
+        return Arrival(client.descriptor, 0, data, call, client=client, ticket=found.ticket)
 
     def _next_awake(self) -> Arrival[C] | None:
         """A kept connection on which something was sent, or that has ended."""

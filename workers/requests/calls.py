@@ -48,6 +48,11 @@ class Call(msgspec.Struct):
     arrived: float  # CLOCK_MONOTONIC seconds
     ticket: int = 0  # with which it has waited at the gate; 0: it has not
 
+    @property
+    def is_movable(self) -> bool:
+        """Whether any worker may run it."""
+        return self.target.owned_as is None
+
 
 _TRY_AGAIN_SECONDS = 1.0
 

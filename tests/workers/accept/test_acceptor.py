@@ -399,7 +399,7 @@ def test_requests_that_have_waited_keep_no_kept_client_waiting(new_worker: NewWo
     waiting, other_ends = zip(*(socket.socketpair() for _ in range(4)), strict=True)
     for ours in waiting:
         client = ClientSocket(ours.fileno(), 0)
-        request = WaitingRequest[None](client, b"x", None, 0, 0.0, math.inf, is_movable=True)
+        request = WaitingRequest[None](client, b"x", None, None, 0, 0.0, math.inf, is_movable=True)
         worker.admission.add(request, WAITS_FOR_REQUEST)
     served = []
     for _ in range(5):
@@ -435,7 +435,7 @@ def test_room_that_comes_while_a_request_finds_none_is_not_missed(new_worker: Ne
     worker = new_worker()
     ours, theirs = socket.socketpair()
     client = ClientSocket(ours.fileno(), 0)
-    request = WaitingRequest[None](client, b"x", None, 0, 0.0, math.inf, is_movable=True)
+    request = WaitingRequest[None](client, b"x", None, None, 0, 0.0, math.inf, is_movable=True)
     worker.admission.add(request, WAITS_FOR_REQUEST)
     assert worker.admission.next() is request
     leader = threading.Thread(target=worker.admission.try_now)
