@@ -30,12 +30,9 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure() -> None:
-    # Whatever started the tests may have had signals ignored (nohup, a shell's background job).
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    """A shell ignores ^C for what it runs in the background, and for all that is started there."""
+    """A shell ignores ^C for what it runs in the background, and nohup HUP; so do their children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
