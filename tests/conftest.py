@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure() -> None:
-    """A shell ignores ^C for what it runs in the background, and nohup HUP; so do their children."""
+    """A shell ignores ^C for what it runs in the background, nohup HUP, and so do children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
